@@ -1,0 +1,1 @@
+"""qsweep: find the compressed version of a PyTorch model to ship."""

@@ -1,0 +1,66 @@
+"""Config models: frozen data that is at once validation, search space, identity and documentation.
+
+A component is one file: its fields, its docstring and its code. A family is a folder of components that
+are told apart by one field (`method`, or `engine`); adding a member is adding a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from typing import Annotated, Any, ClassVar, TypeVar, Union
+
+from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, model_serializer
+from pydantic.functional_serializers import SerializerFunctionWrapHandler
+
+
+class Config(BaseModel):
+    """Base of every model that a spec can hold: immutable, strict about names, hashable by content."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    version: ClassVar[int] = 1
+    """Raise it when the same fields come to mean other numerics: identities change with it."""
+    discriminator: ClassVar[str | None] = None
+    """The field that tells this config from its siblings in a family, if it has any."""
+
+    @model_serializer(mode="wrap")
+    def _keep_discriminator(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        content = handler(self)
+        if self.discriminator:  # `exclude_defaults` drops it, and then siblings with default fields look alike
+            content = {self.discriminator: getattr(self, self.discriminator)} | content
+        if self.version != 1 and info.context == "identity":
+            content["version"] = self.version
+        return content
+
+    def uid(self) -> str:
+        """SHA-256 of the content. Values equal to their default are left out, so a new knob keeps old uids."""
+        return content_hash(self.model_dump(mode="json", exclude_defaults=True, context="identity"))
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256, in hex, of JSON-like `content` written in one canonical way."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+C = TypeVar("C", bound=Config)
+
+
+def members(base: type[C], package: str) -> tuple[type[C], ...]:
+    """Import every module of `package`; return the concrete subclasses of `base`, sorted by name."""
+    folder = importlib.import_module(package)
+    for module in pkgutil.iter_modules(folder.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{package}.{module.name}")
+    return tuple(sorted(base.__subclasses__(), key=lambda cls: cls.__name__))
+
+
+def family(base: type[Config], package: str) -> Any:
+    """The union of the members of `base`'s family, told apart by their discriminator field."""
+    found = members(base, package)
+    if len(found) == 1:  # pydantic refuses a discriminator without a union
+        return found[0]
+    return Annotated[Union[found], Field(discriminator=base.discriminator)]  # noqa: UP007

@@ -1,0 +1,56 @@
+"""What every engine is: a config that lowers the hub form to an artifact, and runs artifacts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from qsweep.config import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qsweep.hub.form import QuantizedModel
+    from qsweep.spec import Compression
+
+Runner = Callable[["Tensor"], "Tensor"]
+"""Takes a float32 batch of exactly the target's batch size, gives the model's output."""
+
+
+class EngineConfig(Config, ABC):
+    """The target: which runtime, on what, at which batch size."""
+
+    discriminator: ClassVar[str | None] = "engine"
+    engine: str
+    device: Literal["cpu"] = "cpu"
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Samples a call; accuracy and latency are measured at it."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of the runtime while it is measured."""
+
+    def available(self) -> str | None:
+        """Why this engine cannot work on this machine, or None."""
+        return None
+
+    @abstractmethod
+    def refuses(self, config: Compression) -> str | None:
+        """Why this engine cannot run `config`, or None."""
+
+    @abstractmethod
+    def lower(self, model: QuantizedModel, folder: Path) -> None:
+        """Write to `folder` every file that `load` needs, and nothing else."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> Runner:
+        """An artifact made ready: compiled, warmed up, at the target's batch size and threads.
+
+        Raises Refused when the runtime cannot take it.
+        """
+
+    @abstractmethod
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
+        """Share of the multiply-accumulates of one call that ran on integer kernels, as the runtime tells."""

@@ -1,0 +1,107 @@
+"""Everything qsweep raises on purpose.
+
+QsweepError                  exit code 1, printed without a traceback
+├── SpecError                the spec is wrong: names the path in it, what must hold, what came
+├── DataError                a file of data or weights is missing, damaged or does not fit
+├── MissingExtra             an optional package is not installed: says which extra brings it
+├── SweepError               the sweep's folder: locked by another driver, or of a different spec
+├── TrackError               the tracking server refused or did not answer
+├── BundleError              a bundle is incomplete or was changed
+└── TrialFailure             one config failed; the sweep goes on and the record says why
+    ├── TaskFailure          the user's task raised, or returned something unusable
+    ├── ExportFailure        `torch.export` cannot trace the model
+    ├── Refused              the engine cannot run this config, and says why
+    ├── NotFinite            NaN or infinity in a loss, weight or output
+    ├── ParityFailure        the deployed artifact disagrees with its simulation
+    ├── OutOfMemory          host or device memory ran out
+    ├── DiskFull             no space left where the artifact should go
+    ├── TimedOut             the trial ran past its limit
+    └── Crashed              the worker died (killed, segmentation fault)
+"""
+
+from __future__ import annotations
+
+
+class QsweepError(Exception):
+    """Base of all errors that qsweep raises on purpose."""
+
+
+class SpecError(QsweepError):
+    """The spec is wrong: the message holds the path in the spec, what must hold and what came."""
+
+
+class DataError(QsweepError):
+    """A data or checkpoint file is missing, damaged, or does not fit the model."""
+
+
+class MissingExtra(QsweepError):
+    """An optional package is needed and not installed."""
+
+
+class SweepError(QsweepError):
+    """The sweep's folder cannot be used: locked, or made by a different spec."""
+
+
+class TrackError(QsweepError):
+    """The tracking server refused or did not answer."""
+
+
+class BundleError(QsweepError):
+    """A bundle is incomplete, or a file in it was changed."""
+
+
+class TrialFailure(QsweepError):
+    """One config failed. Subclasses say how; `kind` is what the record and MLflow show."""
+
+    retry: bool = False
+    """Whether running the same config again may help."""
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+
+class TaskFailure(TrialFailure):
+    """The user's task raised, or returned something unusable."""
+
+
+class ExportFailure(TrialFailure):
+    """`torch.export` cannot trace the model."""
+
+
+class Refused(TrialFailure):
+    """The engine cannot run this config."""
+
+
+class NotFinite(TrialFailure):
+    """NaN or infinity in a loss, a weight or an output."""
+
+
+class ParityFailure(TrialFailure):
+    """The deployed artifact disagrees with its simulation by more than the bounds."""
+
+
+class OutOfMemory(TrialFailure):
+    """Host or device memory ran out."""
+
+    retry = True
+
+
+class DiskFull(TrialFailure):
+    """No space left on the device that holds the sweep."""
+
+
+class TimedOut(TrialFailure):
+    """The trial ran past its limit."""
+
+
+class Crashed(TrialFailure):
+    """The worker died: killed, or a fault in native code."""
+
+    retry = True
+
+
+def failure(kind: str, message: str) -> TrialFailure:
+    """The failure named `kind` again, from a record."""
+    kinds = {cls.__name__: cls for cls in TrialFailure.__subclasses__()}
+    return kinds.get(kind, TrialFailure)(message)

@@ -1,0 +1,101 @@
+"""What a trial leaves behind. Field names of `Metrics` are an interface: MLflow shows them as they are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from qsweep.config import Config
+
+Direction = Literal["maximize", "minimize"]
+State = Literal["complete", "failed", "refused"]
+
+
+def _metric(direction: Direction | None = None) -> Any:
+    """A metric; one with a direction may be an objective."""
+    return Field(default=None, json_schema_extra={"direction": direction} if direction else None)
+
+
+class Metrics(Config):
+    """Everything measured on one artifact. None: not measured (yet)."""
+
+    accuracy: float | None = _metric("maximize")
+    """Of the deployed artifact, reloaded in a fresh process, over the whole validation split; 0 to 1."""
+    accuracy_test: float | None = _metric()
+    """The same over the test split; members of the final front only."""
+    accuracy_simulated: float | None = _metric()
+    """Of the simulation (quantize-dequantize in float) on the parity samples."""
+    accuracy_drop_pp: float | None = _metric("minimize")
+    """Accuracy of the fp32 baseline less this one, in percentage points."""
+    size_bytes: float | None = _metric("minimize")
+    """Bytes of the files that the engine needs, as shipped; weights under 8 bits are packed."""
+    size_zstd_bytes: float | None = _metric("minimize")
+    """The same files after zstd, level 19."""
+    size_theoretical_bytes: float | None = _metric("minimize")
+    """Weights at their bit width, scales, zero points and biases; no container."""
+    latency_ms: float | None = _metric("minimize")
+    """Median of one call at the target's batch size."""
+    latency_p95_ms: float | None = _metric("minimize")
+    latency_low_ms: float | None = _metric()
+    """Lower end of the 95 % interval of the median."""
+    latency_high_ms: float | None = _metric()
+    """Upper end of the 95 % interval of the median."""
+    latency_ratio: float | None = _metric("minimize")
+    """Median over that of the fp32 baseline, interleaved in the same process: the figure to compare."""
+    parity_top1: float | None = _metric()
+    """Share of parity samples on which artifact and simulation agree on the top class."""
+    parity_max_abs: float | None = _metric()
+    """Largest absolute difference between outputs of artifact and simulation."""
+    int8_mac_fraction: float | None = _metric("maximize")
+    """Share of multiply-accumulates that ran on integer kernels, from what was really executed."""
+    macs: float | None = _metric("minimize")
+    """Multiply-accumulates of one sample."""
+    bit_operations: float | None = _metric("minimize")
+    """Multiply-accumulates times weight bits times activation bits, of one sample."""
+    params: float | None = _metric("minimize")
+    sparsity: float | None = _metric("maximize")
+    """Share of weights (of convolutions and linears) that are exactly zero."""
+    peak_memory_bytes: float | None = _metric("minimize")
+    """Peak resident memory of the measuring process above its level before the artifact was loaded."""
+
+    @classmethod
+    def directions(cls) -> dict[str, Direction]:
+        """The metrics that may be objectives, each with the way it is better."""
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return {name: extra["direction"] for name, extra in extras.items() if isinstance(extra, dict)}  # type: ignore[misc]
+
+
+class Failure(Config):
+    """Why a trial has no metrics. `kind` is a class name of `qsweep.errors`."""
+
+    kind: str
+    message: str
+
+
+class Record(Config):
+    """One trial: durable as `record.json` in its folder before Optuna or MLflow hear of it."""
+
+    number: Annotated[int, Field(ge=0)]
+    uid: str
+    """Identity of the config: equal configs are evaluated once."""
+    name: str
+    """Decodes: `qat-w4s-a8-prune50-T4`."""
+    kind: Literal["baseline", "trial"] = "trial"
+    state: State
+    config: dict[str, Any]
+    """The TrialConfig as plain data."""
+    engine: str
+    metrics: Metrics = Metrics()
+    seconds: dict[str, float] = {}
+    """Wall time by stage."""
+    failure: Failure | None = None
+    duplicate_of: int | None = None
+    """The number of the record whose metrics these are, when an equal config had been evaluated before."""
+    attempts: int = 1
+    folder: str
+    """Relative to the sweep's folder; holds `artifact/`, `config.yaml` and logs."""
+    front: Literal["certain", "probable"] | None = None
+    """Membership of the final Pareto front; None: not on it."""
+    machine: str = ""
+    """Fingerprint of the machine that measured it."""

@@ -1,0 +1,175 @@
+"""The spec: what `qsweep run spec.yaml` reads. Everything a sweep depends on is a field of these models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from qsweep.config import Config
+from qsweep.distill import Distill
+from qsweep.engines import Engine
+from qsweep.errors import SpecError
+from qsweep.prune import Prune
+from qsweep.quantize import Quantize
+from qsweep.records import Metrics
+from qsweep.space import Space, complaint
+from qsweep.tasks import AnyTask
+
+
+class Compression(Config):
+    """What is done to the model, in this order. `null` leaves a stage out."""
+
+    prune: Prune | None = None
+    distill: Distill | None = None
+    quantize: Quantize | None = None
+
+    def stages(self) -> list[Prune | Distill | Quantize]:
+        """The stages that are there, in their order."""
+        return [stage for stage in (self.prune, self.distill, self.quantize) if stage is not None]
+
+
+class TrialConfig(Config):
+    """One point of the search: how the model is compressed and what runs it."""
+
+    compress: Compression = Compression()
+    target: Engine
+
+    @property
+    def name(self) -> str:
+        """A name that decodes, such as `qat-w4s-a8a-prune50-T4`."""
+        stages = self.compress.stages()
+        return "-".join(stage.label() for stage in reversed(stages)) if stages else "fp32"
+
+
+class Constraint(Config):
+    """Bounds of a metric; at least one."""
+
+    max: float | None = None
+    min: float | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Constraint:
+        if self.max is None and self.min is None:
+            raise ValueError("must have `max`, `min` or both")
+        return self
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: Any) -> Any:
+    """`90`, `45s`, `30m`, `1h`, `2d`, `1h30m` in seconds."""
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"(\d+(\.\d+)?[smhd])+", value):
+        raise ValueError("must be seconds or a duration such as `30m` or `1h30m`")
+    return sum(float(number) * _UNITS[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([smhd])", value))
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+
+
+class Search(Config):
+    """How the space is searched."""
+
+    sampler: Literal["tpe", "nsga2", "gp", "random", "grid"] = "tpe"
+    """`grid` runs every point of a space without ranges of real numbers; a space no larger than `trials` is
+    run so whatever the sampler."""
+    trials: Annotated[int, Field(ge=1)] = 50
+    """Distinct configs to evaluate, baselines not counted."""
+    timeout: Seconds | None = None
+    """No trial is started after this long; a number of seconds or `30m`, `1h`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Track(Config):
+    """Where MLflow keeps the sweep."""
+
+    uri: str | None = None
+    """None: `MLFLOW_TRACKING_URI` if it is set, else `mlflow.db` (sqlite) beside the spec."""
+    experiment: str | None = None
+    """None: the sweep's name."""
+
+
+class Run(Config):
+    """How trials are executed on this machine."""
+
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes that build artifacts side by side; latency is measured by one alone."""
+    trial_timeout: Seconds = 6 * 3600
+    """A trial that runs longer fails as `TimedOut`."""
+    attempts: Annotated[int, Field(ge=1)] = 2
+    """How often a trial is tried when its worker dies or memory runs out."""
+
+
+class Measure(Config):
+    """How an artifact is measured."""
+
+    parity_samples: Annotated[int, Field(ge=1)] = 1024
+    """Validation samples on which the artifact is compared with its simulation."""
+    parity_top1: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """A trial that agrees with its simulation on a smaller share fails as `ParityFailure`."""
+    latency_pairs: Annotated[int, Field(ge=5)] = 50
+    """Interleaved pairs of calls, artifact and fp32 baseline, after warm-up."""
+    latency_seconds: Annotated[float, Field(gt=0)] = 2.0
+    """Fewer pairs are taken where they would need longer than this, but at least 10."""
+
+
+class Spec(Config):
+    """One sweep: a task, a space of compressed versions, a target, and what is better."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    task: AnyTask
+    compress: Space[Compression]
+    target: Space[Engine]
+    objectives: tuple[str, ...] = ("accuracy", "size_bytes", "latency_ms")
+    """Metrics that span the Pareto front."""
+    constraints: dict[str, Constraint] = {}
+    """Bounds of metrics, used by the sampler and by `qsweep best`; members of the front keep them."""
+    search: Search = Search()
+    measure: Measure = Measure()
+    track: Track = Track()
+    run: Run = Run()
+
+    @field_validator("objectives")
+    @classmethod
+    def _known_objectives(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = Metrics.directions()
+        unknown = [name for name in names if name not in known]
+        if unknown or not names or len(set(names)) < len(names):
+            raise ValueError(f"must be different metrics out of {sorted(known)}")
+        return names
+
+    @field_validator("constraints")
+    @classmethod
+    def _known_constraints(cls, bounds: dict[str, Constraint]) -> dict[str, Constraint]:
+        unknown = [name for name in bounds if name not in Metrics.model_fields]
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` is no metric; there are {sorted(Metrics.model_fields)}")
+        return bounds
+
+
+def load_spec(path: str | Path) -> Spec:
+    """Read and validate a YAML spec. Raises SpecError with the path in the spec, what must hold, what came."""
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError(f"`{path}`: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"`{path}`: cannot be read as text ({error})") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise SpecError(f"`{path}`{line}: must be YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(data, dict):
+        raise SpecError(f"`{path}`: must hold a mapping with `name`, `task`, `compress` (got {type(data).__name__})")
+    try:
+        return Spec.model_validate(data)
+    except ValidationError as error:
+        raise SpecError(f"{path}: {complaint(error)}") from None

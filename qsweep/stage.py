@@ -1,0 +1,48 @@
+"""What every compression stage shares: the context it works in and the shape of its config."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from qsweep.config import Config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qsweep.store import Store
+    from qsweep.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may use beside its own config and the model it is given."""
+
+    task: Task
+    """Model, data, loss and score."""
+    store: Store
+    """Results of stages by content, shared by all trials."""
+    key: str
+    """Identity of the model the stage is given: its key in `store`."""
+    seed: int
+    teacher: Callable[[], nn.Module]
+    """The uncompressed model, in eval mode."""
+    device: torch.device
+    progress: Callable[[str], None] = lambda text: None
+    """Takes a short line of what is going on, for the person who watches."""
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """`loss(inputs, outputs, labels)` of the trainings of this trial; None means the task's own."""
+
+
+class Stage(Config, ABC):
+    """A config that is also a step: fields, docstring, `apply`. One file each."""
+
+    discriminator: ClassVar[str | None] = "method"
+    method: str
+
+    def label(self) -> str:
+        """This stage's part of a trial's name, such as `prune50`."""
+        return self.method

@@ -1,0 +1,13 @@
+"""The `task` family: one file a kind of task."""
+
+from typing import TYPE_CHECKING
+
+from qsweep.config import family
+from qsweep.tasks.base import Samples, SplitName, Task, TaskConfig, Training
+
+if TYPE_CHECKING:
+    AnyTask = TaskConfig
+else:
+    AnyTask = family(TaskConfig, __name__)
+
+__all__ = ["AnyTask", "Samples", "SplitName", "Task", "TaskConfig", "Training"]

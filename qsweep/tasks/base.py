@@ -1,0 +1,79 @@
+"""A task: a model to compress, the data to judge it on, a loss and a score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Protocol
+
+from pydantic import Field
+
+from qsweep.config import Config
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+SplitName = Literal["train", "validation", "test"]
+
+
+class Samples(NamedTuple):
+    """A split in memory: `inputs` (N, ...) as stored (uint8 images, say) and `labels` (N, ...)."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+class Task(Protocol):
+    """What a sweep needs of its user. All tensors are on the CPU unless the model's device says otherwise."""
+
+    def model(self) -> nn.Module:
+        """A new model, with trained weights where there are any."""
+
+    def samples(self, split: SplitName) -> Samples:
+        """One of three disjoint splits. Calibration and training see `train`, the search `validation`."""
+
+    def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
+        """Stored inputs (B, ...) as the model takes them, float32. With a `generator`: augmented by it."""
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Scalar to train on."""
+
+    def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """(B,) values in [0, 1], one a sample; their mean is the accuracy."""
+
+
+class Training(Config):
+    """Settings of a training run from scratch, or of fine-tuning."""
+
+    epochs: Annotated[int, Field(ge=1)] = 20
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    """Peak of a one-cycle schedule."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    batch_size: Annotated[int, Field(ge=2)] = 128
+
+
+class TaskConfig(Config, ABC):
+    """The part of a spec that says what is compressed. `open` makes it real."""
+
+    discriminator: ClassVar[str | None] = "method"
+    method: str
+    training: Training = Training()
+    """How the baseline is trained when it has no checkpoint (once; the result is kept), and the batch size,
+    momentum and weight decay of every later training."""
+
+    @abstractmethod
+    def open(self, root: Path) -> Task:
+        """Load what the config names; relative paths start at `root`, the folder of the spec.
+
+        Raises DataError where a file is missing, damaged or does not fit, TaskFailure for the user's code.
+        """
+
+    @property
+    @abstractmethod
+    def pretrained(self) -> bool:
+        """Whether `Task.model` comes with trained weights."""
+
+    @abstractmethod
+    def fingerprint(self, root: Path) -> str:
+        """SHA-256 over the content the results depend on: data files, checkpoint, the user's code."""

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qsweep.engines.base import EngineConfig, Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qsweep.hub.form import QuantizedModel
+    from qsweep.spec import Compression
+
+
+class Inductor(EngineConfig):
+    """`torch.compile` with freezing: oneDNN int8 kernels (VNNI, AMX) on x86 CPUs."""
+
+    engine: Literal["inductor"] = "inductor"
+
+    def available(self) -> str | None:
+        import shutil
+
+        if not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
+            return "`torch.compile` needs a C++ compiler (g++ or clang++) on the PATH"
+        return None
+
+    def refuses(self, config: Compression) -> str | None:
+        return None
+
+    def lower(self, model: QuantizedModel, folder: Path) -> None:
+        from qsweep.hub.save import save
+
+        save(model, folder)
+
+    def load(self, folder: Path) -> Runner:
+        from qsweep.engines._torch import runner
+
+        return runner(folder, self, compile=True)
+
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
+        from qsweep.engines._torch import integer_macs
+
+        return integer_macs(folder, runner, inputs)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qsweep.engines.base import EngineConfig, Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qsweep.hub.form import QuantizedModel
+    from qsweep.spec import Compression
+
+
+class OnnxRuntime(EngineConfig):
+    """ONNX Runtime on the CPU, explicit quantize/dequantize (QDQ) with uint8 activations and int8 weights."""
+
+    engine: Literal["onnxruntime"] = "onnxruntime"
+
+    def refuses(self, config: Compression) -> str | None:
+        if config.quantize is not None and config.quantize.method == "cast":
+            return "ONNX Runtime's CPU kernels do not compute in bf16; use `float`"
+        return None
+
+    def lower(self, model: QuantizedModel, folder: Path) -> None:
+        from qsweep.engines._onnx import lower
+
+        lower(model, folder)
+
+    def load(self, folder: Path) -> Runner:
+        from qsweep.engines._onnx import runner
+
+        return runner(folder, self)
+
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
+        from qsweep.engines._onnx import integer_macs
+
+        return integer_macs(folder, self, inputs)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qsweep.engines.base import EngineConfig, Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qsweep.hub.form import QuantizedModel
+    from qsweep.spec import Compression
+
+
+class Reference(EngineConfig):
+    """The integer contract, computed exactly and slowly: the oracle every other engine is held against."""
+
+    engine: Literal["reference"] = "reference"
+
+    def refuses(self, config: Compression) -> str | None:
+        if config.quantize is None or config.quantize.method == "cast":
+            return "the reference computes in integers; give `quantize` a method with integer grids"
+        return None
+
+    def lower(self, model: QuantizedModel, folder: Path) -> None:
+        from qsweep.hub.save import save
+
+        save(model, folder)
+
+    def load(self, folder: Path) -> Runner:
+        from qsweep.engines._integer import Integers
+        from qsweep.hub.save import load
+
+        return Integers(load(folder).graph)
+
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
+        from qsweep.engines._integer import integer_macs
+
+        return integer_macs(runner, inputs)

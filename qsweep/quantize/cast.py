@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from qsweep.quantize.base import Quantization
+from qsweep.stage import Context
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qsweep.hub.form import QuantizedModel
+
+
+class Cast(Quantization):
+    """Weights and arithmetic in a shorter floating-point type; no calibration."""
+
+    method: Literal["cast"] = "cast"
+    dtype: Literal["bf16"] = "bf16"
+
+    def label(self) -> str:
+        return self.dtype
+
+    def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
+        from qsweep.hub.export import float_graph
+
+        return float_graph(model, context).cast_to(self.dtype)

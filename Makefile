@@ -1,0 +1,36 @@
+PYTHON ?= python3
+SPEC ?= experiments/digits.yaml
+
+# Tests and experiments that want more than the bundled digits find it here; without it they skip.
+ifneq ($(wildcard ../shared/data),)
+export QSWEEP_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: demo test check venv venv-test clean
+
+demo: venv  ## run the demo sweep, print its front and where to look
+	.venv/bin/qsweep run $(SPEC)
+
+test: venv-test  ## run the test suite
+	.venv/bin/python -m pytest
+
+check: venv-test  ## lint, format, types, layers, import weight
+	scripts/check
+
+venv: .venv/.installed
+venv-test: .venv/.installed-test
+
+# torch first: what follows is then content with the version that is there
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qsweep needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:  ## forget the environment and the results of sweeps
+	rm -rf .venv experiments/sweeps

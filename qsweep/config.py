@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import pkgutil
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, model_serializer
@@ -19,7 +21,7 @@ from pydantic.functional_serializers import SerializerFunctionWrapHandler
 class Config(BaseModel):
     """Base of every model that a spec can hold: immutable, strict about names, hashable by content."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     version: ClassVar[int] = 1
     """Raise it when the same fields come to mean other numerics: identities change with it."""
@@ -50,12 +52,19 @@ C = TypeVar("C", bound=Config)
 
 
 def members(base: type[C], package: str) -> tuple[type[C], ...]:
-    """Import every module of `package`; return the concrete subclasses of `base`, sorted by name."""
+    """Import every module of `package`; return the concrete classes under `base` there, sorted by name."""
     folder = importlib.import_module(package)
     for module in pkgutil.iter_modules(folder.__path__):
         if not module.name.startswith("_"):
             importlib.import_module(f"{package}.{module.name}")
-    return tuple(sorted(base.__subclasses__(), key=lambda cls: cls.__name__))
+    found = {cls for cls in _descendants(base) if not inspect.isabstract(cls) and cls.__module__.startswith(package)}
+    return tuple(sorted(found, key=lambda cls: cls.__name__))
+
+
+def _descendants(base: type[C]) -> Iterator[type[C]]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _descendants(cls)
 
 
 def family(base: type[Config], package: str) -> Any:

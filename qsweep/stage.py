@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, ClassVar
 
 from qsweep.config import Config
+from qsweep.store import Store
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from qsweep.store import Store
-    from qsweep.tasks.base import Task
+    from qsweep.tasks.base import Task, Training
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Context:
     seed: int
     teacher: Callable[[], nn.Module]
     """The uncompressed model, in eval mode."""
+    training: Training
+    """Batch size, momentum and weight decay of every training; a stage brings its own epochs and learning rate."""
     device: torch.device
     progress: Callable[[str], None] = lambda text: None
     """Takes a short line of what is going on, for the person who watches."""
@@ -41,8 +44,21 @@ class Stage(Config, ABC):
     """A config that is also a step: fields, docstring, `apply`. One file each."""
 
     discriminator: ClassVar[str | None] = "method"
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
+    """Packages whose version may change the result: part of its identity."""
     method: str
 
     def label(self) -> str:
         """This stage's part of a trial's name, such as `prune50`."""
         return self.method
+
+
+def stage_key(stage: Stage, context: Context) -> str:
+    """Identity of what `stage.apply(model, context)` returns: its key in the store, `context.key` of the next stage.
+
+    It hashes the stage's config and version, the key of the model it is given, the settings and the version of the
+    training loop, seed, device and library versions.
+    """
+    libraries = {name: metadata.version(name) for name in stage.libraries}
+    parents = (context.key, context.training.uid(), context.seed, context.device.type)
+    return Store.key(type(stage).__qualname__, stage.uid(), *parents, libraries)

@@ -1,0 +1,274 @@
+"""The one training loop, what goes with it (evaluation, masks of pruned weights), and the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsweep.errors import DataError, NotFinite
+from qsweep.store import Store
+from qsweep.tasks.base import SplitName, Task, TaskConfig, Training
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`loss(inputs, outputs, labels)`: scalar; `inputs` is the batch that the model was given, augmentation included."""
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    training: Training,
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    device: torch.device,
+    loss: Loss | None = None,
+    keep_zeros: bool = False,
+    progress: Callable[[str], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """Train `model` in place on the train split; leaves it on `device`, in eval mode and contiguous layout.
+
+    SGD with Nesterov momentum under a one-cycle schedule with peak `learning_rate` (Smith 2018, arXiv:1803.09820); no
+    weight decay on parameters of fewer than two dimensions. The same arguments give the same weights, bit for bit, on
+    one machine with one number of threads. Takes eager models and graphs from `torch.export`, prepared ones too.
+
+    `keep_zeros`: weights of convolutions and linears that are zero now stay zero. `after_step(step)` is called after
+    each optimizer step with the number of steps done, counted from 1. Raises NotFinite when the loss or a parameter is
+    not finite, DataError with fewer than two training samples.
+    """
+    samples = task.samples("train")
+    count = len(samples.inputs)
+    if count < 2:
+        raise DataError(f"the train split must have at least 2 samples (got {count})")
+    kept = masks(model.to(device)) if keep_zeros else {}
+    layout = _layout(task.transform(samples.inputs[:2]))
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    steps = epochs * len(_batches(torch.arange(count), training.batch_size))
+    optimizer, schedule = _optimizer(model, training, learning_rate, steps)
+    step = 0
+    with _seeded(seed, device) as generator:
+        _set_mode(model, training=True)
+        for epoch in range(epochs):
+            total = 0.0
+            for indices in _batches(torch.randperm(count, generator=generator), training.batch_size):
+                inputs = task.transform(samples.inputs[indices], generator).to(device, memory_format=layout)
+                labels = samples.labels[indices].to(device)
+                outputs = model(inputs)
+                value = task.loss(outputs, labels) if loss is None else loss(inputs, outputs, labels)
+                if not torch.isfinite(value):
+                    raise NotFinite(f"the training loss must stay finite (got {value.item()} in step {step + 1})")
+                optimizer.zero_grad()
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                apply_masks(model, kept)
+                total += value.item() * len(indices)
+                step += 1
+                if after_step is not None:
+                    after_step(step)
+            if progress is not None:
+                progress(f"epoch {epoch + 1}/{epochs}, loss {total / count:.4f}")
+    optimizer.zero_grad()
+    _settle(model)
+    check_finite(model)
+
+
+def _settle(model: nn.Module) -> None:
+    """Eval mode and contiguous layout: a later stage picks its kernels, and so its last bits, by the strides."""
+    _set_mode(model, training=False)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+def _batches(order: Tensor, size: int) -> list[Tensor]:
+    """`order` (N,) in parts of `size`; a single sample, on which batch norm cannot train, joins the part before it."""
+    parts = list(torch.split(order, size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def _layout(inputs: Tensor) -> torch.memory_format:
+    return torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
+
+
+def _optimizer(
+    model: nn.Module, training: Training, learning_rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=training.momentum, nesterov=training.momentum > 0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(  # one step more than there are, so that the last one moves weights
+        optimizer, max_lr=learning_rate, total_steps=steps + 1, cycle_momentum=False
+    )
+    return optimizer, schedule
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
+    """A generator for shuffling and augmentation; torch's own (dropout's) is seeded too, and put back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield torch.Generator().manual_seed(seed)
+
+
+def _set_mode(model: nn.Module, training: bool) -> None:
+    nn.Module.train(model, training)  # unbound: graphs prepared by torchao refuse `model.train()`
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises NotFinite naming the first parameter or buffer that holds NaN or infinity."""
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and not torch.isfinite(value).all():
+            raise NotFinite(f"`{name}` must hold finite numbers (it holds NaN or infinity)")
+
+
+def weight_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that are weights of convolutions or linears; those of embeddings are not.
+
+    In a graph from `torch.export`, where the modules are gone: the parameters of two or more dimensions that reach the
+    weight argument of a convolution or linear, through fake quantization or folded batch norm if there is any.
+    """
+    if isinstance(model, torch.fx.GraphModule):
+        found = _graph_weights(model)
+    else:
+        layers = (nn.modules.conv._ConvNd, nn.Linear)
+        found = {f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, layers)}
+    return [name for name, parameter in model.named_parameters() if name in found and parameter.dim() >= 2]
+
+
+def _graph_weights(model: torch.fx.GraphModule) -> set[str]:
+    found: set[str] = set()
+    for node in model.graph.nodes:
+        if node.op == "call_function" and any(word in str(node.target) for word in ("aten.conv", "aten.linear")):
+            reached = [argument for argument in node.args[1:2] if isinstance(argument, torch.fx.Node)]
+            while reached:
+                source = reached.pop()
+                found |= {str(source.target)} if source.op == "get_attr" else set()
+                reached += source.all_input_nodes
+    return found
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """`name -> keep`, boolean, of every convolution or linear weight that has zeros."""
+    parameters = dict(model.named_parameters())
+    keeps = {name: parameters[name].detach() != 0 for name in weight_names(model)}
+    return {name: keep for name, keep in keeps.items() if not keep.all()}
+
+
+def apply_masks(model: nn.Module, keeps: dict[str, Tensor]) -> None:
+    """Set the weights that `keeps` does not keep to zero, in place."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, keep in keeps.items():
+            parameters[name].mul_(keep)
+
+
+def predict(
+    model: Callable[[Tensor], Tensor],
+    task: Task,
+    inputs: Tensor,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Outputs (N, ...) on the CPU of `model`, in eval mode, for `inputs` (N, ...) as the task stores them.
+
+    Raises NotFinite when an output is not.
+    """
+    outputs = []
+    with torch.no_grad(), _eval_mode(model):
+        for part in torch.split(inputs, batch_size):
+            batch = task.transform(part)
+            outputs.append(model(batch.to(device, memory_format=_layout(batch))).cpu())
+    joined = torch.cat(outputs)
+    if not torch.isfinite(joined).all():
+        raise NotFinite("the model's outputs must be finite (got NaN or infinity)")
+    return joined
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    task: Task,
+    split: SplitName,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """(N,) float32 scores in [0, 1] of `model` on `split`, one a sample; their mean is the accuracy."""
+    inputs, labels = task.samples(split)
+    return task.score(predict(model, task, inputs, batch_size, device), labels).float()
+
+
+@contextmanager
+def _eval_mode(model: object) -> Iterator[None]:
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    were = [module.training for module in modules]  # one by one: a frozen batch norm stays frozen afterwards
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, were, strict=True):
+            module.training = was
+
+
+def kept(model: nn.Module, store: Store, key: str, compute: Callable[[], None]) -> nn.Module:
+    """`model`, in eval mode, with the weights that `compute()` gives it in place; computed once a key, then loaded."""
+    from safetensors.torch import load_model, save_model
+
+    def fill(folder: Path) -> None:
+        compute()
+        save_model(model, str(folder / "weights.safetensors"))
+
+    load_model(model, store.folder(key, fill) / "weights.safetensors")
+    _set_mode(model, training=False)
+    return model
+
+
+def baseline_key(config: TaskConfig, root: Path, seed: int) -> str:
+    """Identity of the uncompressed model: `context.key` of the first stage."""
+    if config.pretrained:
+        return Store.key("pretrained", config.fingerprint(root))
+    return Store.key("trained", config.fingerprint(root), config.training.uid(), seed, torch.__version__)
+
+
+def baseline(
+    task: Task,
+    config: TaskConfig,
+    *,
+    root: Path,
+    store: Store,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """The uncompressed model in eval mode: the task's own if it is pretrained, else trained once and kept in `store`."""
+    with _seeded(seed, device):
+        model = task.model().to(device)
+    if config.pretrained:
+        _set_mode(model, training=False)
+        check_finite(model)
+        return model
+    training = config.training
+
+    def compute() -> None:
+        fit(
+            model,
+            task,
+            training,
+            epochs=training.epochs,
+            learning_rate=training.learning_rate,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+
+    return kept(model, store, baseline_key(config, root, seed), compute)

@@ -17,6 +17,7 @@ from qsweep.quantize import Quantize
 from qsweep.records import Metrics
 from qsweep.space import Space, complaint
 from qsweep.tasks import AnyTask
+from qsweep.yamlfile import read_mapping
 
 
 class Compression(Config):
@@ -134,6 +135,13 @@ class Spec(Config):
     track: Track = Track()
     run: Run = Run()
 
+    @field_validator("name")
+    @classmethod
+    def _free_name(cls, name: str) -> str:
+        if name == "store":
+            raise ValueError("must not be `store`, the folder of results that sweeps share")
+        return name
+
     @field_validator("objectives")
     @classmethod
     def _known_objectives(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -151,25 +159,22 @@ class Spec(Config):
             raise ValueError(f"`{unknown[0]}` is no metric; there are {sorted(Metrics.model_fields)}")
         return bounds
 
+    @model_validator(mode="after")
+    def _possible(self) -> Spec:
+        """At least one config of the space must be one that its engine takes."""
+        reasons = [engine.refuses(config) for engine in self.target.configs() for config in self.compress.configs()]
+        if all(reasons):
+            raise ValueError(
+                f"no config of `compress` can run on `target`: {'; '.join(sorted(set(map(str, reasons))))}"
+            )
+        return self
+
 
 def load_spec(path: str | Path) -> Spec:
     """Read and validate a YAML spec. Raises SpecError with the path in the spec, what must hold, what came."""
-    import yaml
-
-    path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(f"`{path}`: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"`{path}`: cannot be read as text ({error})") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise SpecError(f"`{path}`{line}: must be YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(data, dict):
-        raise SpecError(f"`{path}`: must hold a mapping with `name`, `task`, `compress` (got {type(data).__name__})")
-    try:
-        return Spec.model_validate(data)
+        return Spec.model_validate(read_mapping(Path(path)))
     except ValidationError as error:
-        raise SpecError(f"{path}: {complaint(error)}") from None
+        raise SpecError(f"`{path}`: {complaint(error)}") from None
+    except RecursionError:
+        raise SpecError(f"`{path}`: must not contain itself (an anchor refers to what holds it)") from None

@@ -1,0 +1,45 @@
+"""YAML as a spec needs it: no key twice, and `1e-3` is a number."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qsweep.errors import SpecError
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """YAML 1.1 as PyYAML reads it, but strict about keys and with the floats of YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                mark = node.value[i][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` must stand once", mark)
+        return dict(super().construct_mapping(node, deep))
+
+
+# PyYAML takes `1e-3` for text, for want of a dot.
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises SpecError with the file, the line, what must hold and what came."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise SpecError(f"`{path}`: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"`{path}`: cannot be read as text ({error})") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise SpecError(f"`{path}`{line}: must be YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(data, dict):
+        raise SpecError(f"`{path}`: must hold a mapping with `name`, `task`, `compress` (got {type(data).__name__})")
+    return data

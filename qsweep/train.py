@@ -250,7 +250,7 @@ def baseline(
     device: torch.device,
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
-    """The uncompressed model in eval mode: the task's own if it is pretrained, else trained once and kept in `store`."""
+    """The uncompressed model in eval mode: the task's own if pretrained, else trained once and kept in `store`."""
     with _seeded(seed, device):
         model = task.model().to(device)
     if config.pretrained:

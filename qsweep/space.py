@@ -114,11 +114,11 @@ class Space(Generic[T]):
 
 
 _WORDS = {
-    "a valid dictionary or object to extract fields from": "a mapping such as {method: …}",
-    "a valid dictionary": "a mapping",
-    "a valid tuple": "a list",
-    "a valid list": "a list",
-    "a valid string": "text",
+    r"^\w+ should\b": "must",
+    r"a valid dictionary or object to extract fields from": "a mapping such as {method: …}",
+    r"a valid dictionary.*": "a mapping",
+    r"a valid (tuple|list)": "a list",
+    r"a valid string": "text",
 }
 
 
@@ -147,9 +147,9 @@ def _discriminator(first: ErrorDetails) -> str:
 
 
 def _must(message: str) -> str:
-    text = re.sub(r"^\w+ should\b", "must", message.removeprefix("Value error, "))
+    text = message.removeprefix("Value error, ")
     for theirs, ours in _WORDS.items():
-        text = text.replace(theirs, ours)
+        text = re.sub(theirs, ours, text)
     return text
 
 

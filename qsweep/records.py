@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from qsweep.config import Config
 
@@ -73,8 +73,10 @@ class Failure(Config):
     message: str
 
 
-class Record(Config):
+class Record(BaseModel):  # no Config: its `uid` is that of the config it was made from
     """One trial: durable as `record.json` in its folder before Optuna or MLflow hear of it."""
+
+    model_config = Config.model_config
 
     number: Annotated[int, Field(ge=0)]
     uid: str

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from qsweep.config import Config
 from qsweep.distill import Distill
@@ -58,6 +59,7 @@ class Constraint(Config):
         return self
 
 
+_DURATION = r"^(\d+(\.\d+)?[smhd])+$"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -65,12 +67,13 @@ def _seconds(value: Any) -> Any:
     """`90`, `45s`, `30m`, `1h`, `2d`, `1h30m` in seconds."""
     if not isinstance(value, str):
         return value
-    if not re.fullmatch(r"(\d+(\.\d+)?[smhd])+", value):
+    if not re.fullmatch(_DURATION, value):
         raise ValueError("must be seconds or a duration such as `30m` or `1h30m`")
     return sum(float(number) * _UNITS[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([smhd])", value))
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+_Written = Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=_DURATION)]
+Seconds = Annotated[float, Field(gt=0), BeforeValidator(_seconds, json_schema_input_type=_Written)]
 
 
 class Search(Config):
@@ -119,6 +122,12 @@ class Measure(Config):
     """Fewer pairs are taken where they would need longer than this, but at least 10."""
 
 
+def _names(known: Iterable[str], where: str) -> Any:
+    """Tell editors the names there are; what is refused, and how it is said, is the validators' affair."""
+    names: dict[str, JsonValue] = {"type": "string", "enum": list[JsonValue](sorted(known))}
+    return Field(json_schema_extra={where: names})
+
+
 class Spec(Config):
     """One sweep: a task, a space of compressed versions, a target, and what is better."""
 
@@ -126,9 +135,13 @@ class Spec(Config):
     task: AnyTask
     compress: Space[Compression]
     target: Space[Engine]
-    objectives: tuple[str, ...] = ("accuracy", "size_bytes", "latency_ms")
+    objectives: Annotated[tuple[str, ...], _names(Metrics.directions(), "items")] = (
+        "accuracy",
+        "size_bytes",
+        "latency_ms",
+    )
     """Metrics that span the Pareto front."""
-    constraints: dict[str, Constraint] = {}
+    constraints: Annotated[dict[str, Constraint], _names(Metrics.model_fields, "propertyNames")] = {}
     """Bounds of metrics, used by the sampler and by `qsweep best`; members of the front keep them."""
     search: Search = Search()
     measure: Measure = Measure()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from qsweep.hub.form import QuantizedModel
     from qsweep.spec import Compression
+    from qsweep.store import Store
 
 Runner = Callable[["Tensor"], "Tensor"]
 """Takes a float32 batch of exactly the target's batch size, gives the model's output."""
@@ -40,9 +41,13 @@ class EngineConfig(Config, ABC):
     def refuses(self, config: Compression) -> str | None:
         """Why this engine cannot run `config`, or None."""
 
+    def baselines(self) -> list[dict[str, Any]]:
+        """Content of `compress` of what stands beside every trial on this engine; the first is the model as it is."""
+        return [{}, {"quantize": {"method": "cast", "dtype": "bf16"}}, {"quantize": {"method": "ptq"}}]
+
     @abstractmethod
-    def lower(self, model: QuantizedModel, folder: Path) -> None:
-        """Write to `folder` every file that `load` needs, and nothing else."""
+    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
+        """Write to `folder` every file that `load` needs, and nothing else; `store` keeps what models share."""
 
     @abstractmethod
     def load(self, folder: Path) -> Runner:

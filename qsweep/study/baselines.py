@@ -1,0 +1,28 @@
+"""What every sweep measures beside its trials, so that each figure has something to stand against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qsweep.engines import EngineConfig
+from qsweep.engines.float import Float
+from qsweep.spec import Spec, TrialConfig
+from qsweep.study.points import targets
+
+
+def baselines(spec: Spec) -> list[TrialConfig]:
+    """fp32 on the first engine option, to which all others are compared; then whatever each engine offers.
+
+    What an engine refuses, `float` runs in its place with the same batch size and threads, so that bf16 stands beside
+    int8 in every table; what that refuses too is left out.
+    """
+    offered = [_on(engine, compress) for engine in targets(spec) for compress in engine.baselines()]
+    return list({config.uid(): config for config in offered if config is not None}.values())
+
+
+def _on(engine: EngineConfig, compress: dict[str, Any]) -> TrialConfig | None:
+    for target in (engine, Float(batch_size=engine.batch_size, threads=engine.threads)):
+        config = TrialConfig.model_validate({"compress": compress, "target": target.model_dump()})
+        if config.target.refuses(config.compress) is None:
+            return config
+    return None

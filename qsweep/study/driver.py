@@ -1,0 +1,261 @@
+"""The driver of a sweep: the one process that asks, tells and writes records. It computes nothing itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qsweep.errors import failure
+from qsweep.executors.local import Local
+from qsweep.records import Record
+from qsweep.spec import Spec, TrialConfig
+from qsweep.study import outcome
+from qsweep.study.baselines import baselines
+from qsweep.study.folder import SweepFolder, disk_full_is_said
+from qsweep.study.front import membership
+from qsweep.study.interrupt import interruptible
+from qsweep.study.pipeline import Evaluation, Pipeline
+from qsweep.study.plan import check
+from qsweep.study.points import Candidate, accepted
+
+if TYPE_CHECKING:
+    import optuna
+
+    from qsweep.study.search import Search
+
+PRELOAD = ("torch", "torchao.quantization.pt2e", "torch._inductor.compile_fx", "onnxruntime", "qsweep.jobs")
+"""What workers of `qsweep.jobs` need and what takes seconds to import."""
+PATIENCE = 100
+"""A sampler that proposes so many known or refused configs in a row has nothing new to offer."""
+
+
+def run(
+    spec: Spec, root: Path, jobs: str = "qsweep.jobs", preload: Sequence[str] = PRELOAD
+) -> Generator[Record, None, bool]:
+    """Run the sweep of `spec`, or go on with it; `root` is the folder that its relative paths start at.
+
+    Yields the records of the sweep: those of earlier runs first, then each as soon as it is final and durable. When
+    the last trial is over, records whose membership of the front or test accuracy has changed come once more: a
+    record replaces an earlier one of the same number. Returns whether the sweep has finished; it has not after
+    SIGINT or SIGTERM, of which the first stops it in order: what runs is killed and is done again by the next run.
+
+    Raises SpecError, SweepError (another driver, another spec), DiskFull, and what `prepare` or the fp32 baseline
+    failed with; a trial that fails is a record.
+    """
+    check(spec)
+    folder = SweepFolder(root, spec.name)
+    with disk_full_is_said(folder.path), folder.lock():
+        known = folder.claim(spec, spec.task.fingerprint(folder.root), baselines(spec))
+        executor = Local(preload, folder.path / "server.log")
+        try:
+            with interruptible() as stopping:
+                return (yield from Driver(spec, folder, executor, jobs, known, stopping).run())
+        finally:
+            executor.shutdown()
+
+
+@dataclass
+class Pending:
+    """A number that has no record yet."""
+
+    number: int
+    candidate: Candidate
+    trial: optuna.Trial | None = None
+    """None: a baseline."""
+
+
+class Driver:
+    """The state of one `run`."""
+
+    search: Search
+
+    def __init__(
+        self,
+        spec: Spec,
+        folder: SweepFolder,
+        executor: Local,
+        jobs: str,
+        known: list[TrialConfig],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.spec, self.folder, self.executor, self.jobs = spec, folder, executor, jobs
+        self.stopping = stopping
+        self.known = known
+        self.pipeline = Pipeline(executor, jobs, spec.run)
+        self.records: dict[int, Record] = {}
+        self.originals: dict[str, Record] = {}
+        """The records that were evaluated, by uid."""
+        self.asked: set[str] = set()
+        """Uids of the trials so far."""
+        self.evaluating: dict[int, Pending] = {}
+        """By the id of their evaluation."""
+        self.waiting: dict[str, list[Pending]] = {}
+        """Trials whose config is just being evaluated for another number, by uid."""
+        self.queue: list[Pending] = []
+        self.idle = 0
+
+    def run(self) -> Generator[Record, None, bool]:
+        for record in self.folder.records():
+            self._remember(record)
+            yield record
+        preparing = self._prepare()
+        from qsweep.study.search import Search  # imports Optuna while the fork server imports torch
+
+        self.search = Search(self.spec, self.folder.path / "optuna.db")
+        outcome.check_numbers(self.folder.path, self.records, len(self.known) + self.search.told)
+        if not self._prepared(preparing):
+            return False
+        yield from self._trials()
+        if self.stopping():
+            return False
+        yield from self._front()
+        return not self.stopping()
+
+    def _remember(self, record: Record) -> Record:
+        self.records[record.number] = record
+        if record.duplicate_of is None:
+            self.originals.setdefault(record.uid, record)
+        if record.kind == "trial":
+            self.asked.add(record.uid)
+        return record
+
+    # -- before the trials
+
+    def _prepare(self) -> Evaluation:
+        folder = self.folder.path / "prepare"
+        outcome.forget_failure(folder, "prepare")
+        evaluation = Evaluation(folder, self._job(accepted(self.known[0]).plain, baseline=None), jobs=("prepare",))
+        self.pipeline.add(evaluation)
+        return evaluation
+
+    def _prepared(self, evaluation: Evaluation) -> bool:
+        while evaluation in self.pipeline.active and not self.stopping():
+            self.pipeline.step(0.2)
+        if evaluation.failure:
+            raise failure(evaluation.failure.kind, evaluation.failure.message)
+        return not self.stopping()
+
+    # -- the trials
+
+    def _trials(self) -> Iterator[Record]:
+        self.ends = time.monotonic() + (self.spec.search.timeout or float("inf"))
+        self.queue = [Pending(i, accepted(config)) for i, config in enumerate(self.known) if i not in self.records]
+        for trial in self.search.orphans():
+            pending = Pending(len(self.known) + trial.number, self.search.candidate(trial), trial)
+            done = self.records.get(pending.number)
+            if done is not None:  # durable, but the driver died before it could tell
+                self.search.tell(trial, done, list(self.records.values()))
+            else:
+                self.queue.append(pending)
+        while not self.stopping():
+            while self.pipeline.free > 0 and (pending_or_none := self._next()) is not None:
+                yield from self._admit(pending_or_none)
+            if not self.pipeline.active:
+                return
+            for evaluation in self.pipeline.step(0.2):
+                yield from self._finish(evaluation)
+
+    def _next(self) -> Pending | None:
+        """What to begin next: a baseline, a trial that an earlier driver began, a new trial."""
+        if 0 not in self.records and self.evaluating:
+            return None  # all others are compared to it
+        if self.queue:
+            return self.queue.pop(0)
+        if not self._may_ask() or (trial := self.search.ask(self.asked)) is None:
+            return None
+        return Pending(len(self.known) + trial.number, self.search.candidate(trial), trial)
+
+    def _may_ask(self) -> bool:
+        done = sum(r.kind == "trial" and r.duplicate_of is None and r.state != "refused" for r in self.records.values())
+        begun = sum(pending.trial is not None for pending in self.evaluating.values())
+        room = done + begun < self.spec.search.trials
+        patient = self.search.points is not None or self.idle < PATIENCE
+        return room and patient and time.monotonic() < self.ends and not self.stopping()
+
+    def _admit(self, pending: Pending) -> Iterator[Record]:
+        """Begin the evaluation of a config that is new and possible; of others the record is known at once."""
+        uid = pending.candidate.uid
+        self.asked |= {uid} if pending.trial else set()
+        self.idle += 1
+        if uid in self.originals:
+            yield self._conclude(pending, outcome.duplicate(self.originals[uid], pending.number))
+        elif pending.candidate.refusal is not None:
+            yield self._conclude(pending, self._record(pending, None))
+        elif any(other.candidate.uid == uid for other in self.evaluating.values()):
+            self.waiting.setdefault(uid, []).append(pending)
+        else:
+            self.idle = 0
+            self._begin(pending)
+
+    def _begin(self, pending: Pending) -> None:
+        folder = self.folder.trial(pending.number)
+        outcome.write_config(folder, pending.candidate)
+        baseline = self.folder.trial(0) if pending.number else None
+        evaluation = Evaluation(folder, self._job(pending.candidate.plain, baseline))
+        self.evaluating[id(evaluation)] = pending
+        self.pipeline.add(evaluation)
+
+    def _finish(self, evaluation: Evaluation) -> Iterator[Record]:
+        pending = self.evaluating.pop(id(evaluation))
+        record = self._record(pending, evaluation)
+        if pending.number == 0 and record.failure:
+            outcome.forget(evaluation.folder, evaluation.jobs)
+            message = f"the {record.name} baseline, to which all is compared, failed: {record.failure.message}"
+            raise failure(record.failure.kind, message)
+        yield self._conclude(pending, record)
+        for follower in self.waiting.pop(record.uid, []):
+            yield self._conclude(follower, outcome.duplicate(record, follower.number))
+
+    def _record(self, pending: Pending, evaluation: Evaluation | None) -> Record:
+        kind = "baseline" if pending.trial is None else "trial"
+        reference = self.records.get(0)
+        return outcome.record(self.spec, pending.number, kind, pending.candidate, evaluation, reference)
+
+    def _conclude(self, pending: Pending, record: Record) -> Record:
+        self.folder.write(record)  # first of all
+        if pending.trial is not None:
+            self.search.tell(pending.trial, record, list(self.records.values()))
+        return self._remember(record)
+
+    def _job(self, plain: dict[str, Any], baseline: Path | None) -> dict[str, Any]:
+        return {
+            "root": str(self.folder.root),
+            "task": self.spec.task.model_dump(mode="json"),
+            "config": plain,
+            "measure": self.spec.measure.model_dump(mode="json"),
+            "seed": self.spec.search.seed,
+            "store": str(self.folder.store),
+            "baseline": str(baseline) if baseline else None,
+        }
+
+    # -- after the trials
+
+    def _front(self) -> Iterator[Record]:
+        records = list(self.records.values())
+        scores = {r.number: s for r in records if (s := outcome.scores(self.folder.trial(r.number))) is not None}
+        members = membership(records, self.spec.objectives, self.spec.constraints, scores, self.spec.search.seed)
+        untested = [number for number in members if self.records[number].metrics.accuracy_test is None]
+        tested = self._test(untested)
+        for record in records:
+            metrics = record.metrics.model_copy(update=tested.get(record.number, {}))
+            after = record.model_copy(update={"front": members.get(record.number), "metrics": metrics})
+            if after != record:
+                self.folder.write(after)
+                yield self._remember(after)
+
+    def _test(self, numbers: list[int]) -> dict[int, dict[str, float]]:
+        """`accuracy_test` of these records. One that fails stays without, and is tried again by the next run."""
+        pipeline = Pipeline(self.executor, self.jobs, self.spec.run, alone=())
+        todo, found = list(numbers), {}
+        while (todo or pipeline.active) and not self.stopping():
+            while todo and pipeline.free > 0:
+                folder = self.folder.trial(todo[0])
+                content = self._job(self.records[todo.pop(0)].config, self.folder.trial(0))
+                outcome.forget_failure(folder, "test")
+                pipeline.add(Evaluation(folder, content, jobs=("test",)))
+            for evaluation in pipeline.step(0.2):
+                found[int(evaluation.folder.name)] = evaluation.merged("metrics")
+        return found

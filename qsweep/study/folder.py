@@ -1,0 +1,162 @@
+"""The folder of one sweep: its paths, its lock, its spec, its records. The layout is in docs/architecture.md."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qsweep.config import content_hash
+from qsweep.errors import DiskFull, SweepError
+from qsweep.executors.local import holder
+from qsweep.records import Record
+from qsweep.spec import Spec, TrialConfig
+
+MAY_CHANGE = ("search.trials", "search.timeout", "run", "track")
+"""What a sweep that goes on may have different from the spec it began with: no result depends on it."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """A worker at work now."""
+
+    number: int
+    job: str
+    progress: str
+
+
+class SweepFolder:
+    """`root/sweeps/<name>/`, where `root` is the folder of the spec."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root = root.resolve()
+        self.path = self.root / "sweeps" / name
+        self.store = self.root / "sweeps" / "store"
+
+    def trial(self, number: int) -> Path:
+        return self.path / "trials" / f"{number:04d}"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the one driver. Raises SweepError, with its process id, if there is another."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "driver.lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however the driver dies
+            except BlockingIOError:
+                file.seek(0)
+                holds = file.read().strip()
+                raise SweepError(f"`{self.path}`: must have one driver at a time (process {holds} drives it)") from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def claim(self, spec: Spec, fingerprint: str, baselines: list[TrialConfig]) -> list[TrialConfig]:
+        """Make the folder that of `spec`, or check that it is; return the baselines it began with.
+
+        Raises SweepError with the difference where the spec, or the content of model and data, is another.
+        """
+        path = self.path / "spec.json"
+        new = json.loads(spec.model_dump_json())
+        if path.exists():
+            kept = json.loads(path.read_text())
+            self._same(kept["spec"], new)
+            if kept["fingerprint"] != fingerprint:
+                raise SweepError(
+                    f"`{self.path}`: model and data of `task` must be those the sweep began with (a file or the code "
+                    "has changed since); give the spec another `name`, or move the folder away"
+                )
+            baselines = [TrialConfig.model_validate(config) for config in kept["baselines"]]
+        plain = [config.model_dump(mode="json") for config in baselines]
+        content = {"hash": content_hash(new), "spec": new, "fingerprint": fingerprint, "baselines": plain}
+        write_durably(path, json.dumps(content, indent=1))
+        return baselines
+
+    def _same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        differences = [
+            f"`{path}` was {before!r} and is {after!r}"
+            for path, before, after in _differences(old, new)
+            if not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
+        ]
+        if differences:
+            raise SweepError(
+                f"`{self.path}`: holds a sweep of the same name and another spec: {'; '.join(differences)}. "
+                "Give the spec another `name`, or move the folder away"
+            )
+
+    def spec(self) -> Spec:
+        """The spec that the sweep was last run with. Raises SweepError where there is none."""
+        try:
+            return Spec.model_validate(json.loads((self.path / "spec.json").read_text())["spec"])
+        except FileNotFoundError:
+            raise SweepError(f"`{self.path}`: there is no sweep here") from None
+
+    def records(self) -> list[Record]:
+        """All records, by number."""
+        paths = sorted(self.path.glob("trials/*/record.json"))
+        return sorted((Record.model_validate_json(path.read_text()) for path in paths), key=lambda r: r.number)
+
+    def write(self, record: Record) -> None:
+        """Keep a record: on disk, complete, when this returns."""
+        folder = self.trial(record.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / "record.json", record.model_dump_json(indent=1))
+
+    def live(self) -> list[Live]:
+        """What the sweep's workers are doing now; from any process."""
+        found = []
+        for folder in sorted(self.path.glob("trials/*")):
+            who = None if (folder / "record.json").exists() else holder(folder)
+            if who is not None:
+                progress = folder / "progress.txt"
+                text = progress.read_text(errors="replace").strip() if progress.exists() else ""
+                found.append(Live(int(folder.name), who[1], text))
+        return found
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(set(old) | set(new)):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new:
+        yield path, old, new
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace `path` by `text`: after a crash at any moment it holds the old text or the new, never half."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def disk_full_is_said(path: Path) -> Iterator[None]:
+    """Turn the many ways of meeting a full disk, sqlite's too, into DiskFull."""
+    try:
+        yield
+    except Exception as error:
+        chain: BaseException | None = error
+        while chain is not None:
+            full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or "database or disk is full" in str(chain):
+                raise DiskFull(
+                    f"`{path}`: no space left on its disk. All finished trials are kept; make room and run the "
+                    "same command again"
+                ) from error
+            chain = chain.__cause__
+        raise

@@ -1,0 +1,115 @@
+"""From what jobs left in a trial's folder to its record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from qsweep.errors import NotFinite, Refused, SweepError, TrialFailure
+from qsweep.records import Failure, Metrics, Record
+from qsweep.space import complaint
+from qsweep.spec import Spec
+from qsweep.study.pipeline import Evaluation
+from qsweep.study.points import Candidate
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+
+def record(
+    spec: Spec,
+    number: int,
+    kind: Literal["baseline", "trial"],
+    candidate: Candidate,
+    evaluation: Evaluation | None,
+    baseline: Record | None,
+) -> Record:
+    """The record of an evaluation that is over; without one, of a candidate that was refused."""
+    known: dict[str, Any] = {
+        "number": number,
+        "uid": candidate.uid,
+        "name": candidate.name,
+        "kind": kind,
+        "config": candidate.plain,
+        "engine": candidate.engine,
+        "folder": f"trials/{number:04d}",
+    }
+    if evaluation is None:
+        return Record(state="refused", failure=_failed(Refused(candidate.refusal)), **known)
+    known["attempts"] = evaluation.attempts
+    known["machine"] = evaluation.results.get("measure", {}).get("machine", "")
+    try:
+        known["seconds"] = evaluation.merged("seconds")
+        if evaluation.failure:
+            return Record(state="failed", failure=evaluation.failure, **known)
+        metrics = _metrics(evaluation, baseline)
+    except ValidationError as error:
+        return Record(state="failed", failure=_failed(NotFinite(complaint(error))), **known | {"seconds": {}})
+    missing = [name for name in (*spec.objectives, *spec.constraints) if getattr(metrics, name) is None]
+    if missing:
+        lacking = TrialFailure(f"`{missing[0]}` is an objective or a constraint and was not measured")
+        return Record(state="failed", failure=_failed(lacking), **known)
+    return Record(state="complete", metrics=metrics, **known)
+
+
+def _metrics(evaluation: Evaluation, baseline: Record | None) -> Metrics:
+    """Raises ValidationError for NaN, infinity or a name that is no metric."""
+    metrics = Metrics.model_validate(evaluation.merged("metrics"))
+    if metrics.accuracy is None or metrics.accuracy_drop_pp is not None:
+        return metrics
+    reference = metrics.accuracy if baseline is None else baseline.metrics.accuracy
+    drop = None if reference is None else 100 * (reference - metrics.accuracy)
+    return metrics.model_copy(update={"accuracy_drop_pp": drop})
+
+
+def duplicate(original: Record, number: int) -> Record:
+    """The record of a trial whose config has been evaluated under another number; its folder is that one's."""
+    return original.model_copy(
+        update={"number": number, "kind": "trial", "duplicate_of": original.number, "front": None}
+    )
+
+
+def write_config(folder: Path, candidate: Candidate) -> None:
+    """`config.yaml`, for people."""
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(candidate.plain, sort_keys=False))
+
+
+def scores(folder: Path) -> ndarray | None:
+    """Scores of each validation sample, (N,), if the trial left them."""
+    import numpy
+
+    path = folder / "scores.npy"
+    return numpy.load(path, allow_pickle=False) if path.exists() else None
+
+
+def forget(folder: Path, jobs: Iterable[str]) -> None:
+    """Remove the results of `jobs` and the count of attempts, so that they run again."""
+    for name in (*jobs, "job"):
+        (folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def forget_failure(folder: Path, job: str) -> None:
+    """Remove the result of `job` if it is a failure: failures are never kept in place of a result."""
+    path = folder / f"{job}.json"
+    if path.exists() and "failure" in json.loads(path.read_text()):
+        forget(folder, [job])
+
+
+def check_numbers(path: Path, records: Mapping[int, Record], told: int) -> None:
+    """Raises SweepError where there are records of trials that Optuna does not know: numbers would be given twice."""
+    if max(records, default=-1) >= told:
+        raise SweepError(
+            f"`{path / 'optuna.db'}`: must know the trials of this sweep (it has {told} numbers, and there is a record "
+            f"of number {max(records)}); bring the file back, or move the sweep's folder away"
+        )
+
+
+def _failed(error: TrialFailure) -> Failure:
+    return Failure(kind=error.kind, message=str(error))

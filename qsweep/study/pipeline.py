@@ -1,0 +1,172 @@
+"""Configs on their way through the jobs: build side by side, measure alone, retry what may help, give up in time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qsweep.errors import Crashed, DiskFull, TimedOut, failure
+from qsweep.executors.local import Local, Worker
+from qsweep.records import Failure
+from qsweep.spec import Run
+from qsweep.study.folder import write_durably
+
+
+@dataclass
+class Evaluation:
+    """Jobs to run in one folder, and how far they are."""
+
+    folder: Path
+    content: dict[str, Any]
+    """What `job.json` tells the jobs."""
+    jobs: tuple[str, ...] = ("build", "measure")
+    attempts: int = 1
+    worker: Worker | None = None
+    failure: Failure | None = None
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _spent: float = 0.0
+    _since: float | None = None
+
+    @property
+    def job(self) -> str | None:
+        """The job that is next or under way; None when all are done."""
+        return next((job for job in self.jobs if job not in self.results), None)
+
+    def seconds(self) -> float:
+        """How long its jobs have run, pauses and waiting left out."""
+        return self._spent + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    def count(self, on: bool) -> None:
+        """Let the clock of `seconds` run, or stop it."""
+        self._spent, self._since = self.seconds(), time.monotonic() if on else None
+
+    def collect(self) -> None:
+        """Read the results that lie in the folder."""
+        for job in self.jobs:
+            path = self.folder / f"{job}.json"
+            if job not in self.results and path.exists():
+                self.results[job] = json.loads(path.read_text())
+
+    def merged(self, key: str) -> dict[str, float]:
+        """`metrics` or `seconds` of all results together."""
+        return {name: value for job in self.jobs for name, value in self.results.get(job, {}).get(key, {}).items()}
+
+
+class Pipeline:
+    """At most `run.workers` evaluations at a time; the jobs named in `alone` with all others paused."""
+
+    def __init__(self, executor: Local, jobs: str, run: Run, alone: Sequence[str] = ("measure",)) -> None:
+        self.executor, self.jobs, self.run, self.alone = executor, jobs, run, alone
+        self.active: list[Evaluation] = []
+
+    @property
+    def free(self) -> int:
+        return self.run.workers - len(self.active)
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Begin, or go on from what an earlier driver left: live workers and finished results are taken over."""
+        evaluation.folder.mkdir(parents=True, exist_ok=True)
+        evaluation.worker = self.executor.adopt(evaluation.folder)
+        with suppress(FileNotFoundError):
+            evaluation.attempts = json.loads((evaluation.folder / "job.json").read_text())["attempt"]
+        if evaluation.worker is not None:
+            evaluation.count(on=True)
+        self.active.append(evaluation)
+        self._start_waiting()
+
+    def step(self, seconds: float) -> list[Evaluation]:
+        """Wait up to `seconds` for a worker to end; return the evaluations that are over. Raises DiskFull."""
+        self.executor.wait(seconds)
+        for evaluation in self.active:
+            self._advance(evaluation)
+        over = [e for e in self.active if e.worker is None and (e.failure or e.job is None)]
+        self.active = [e for e in self.active if e not in over]
+        self._start_waiting()
+        return over
+
+    def _advance(self, evaluation: Evaluation) -> None:
+        worker = evaluation.worker
+        if worker is None:
+            return
+        end = worker.poll()
+        if end is None and evaluation.seconds() > self.run.trial_timeout:
+            worker.kill()
+            end = worker.poll()
+            if end != "done":
+                evaluation.failure = _failed(
+                    TimedOut(f"ran longer than {self.run.trial_timeout:g} s in `{worker.name}`")
+                )
+        if end is None:
+            return
+        evaluation.worker = None
+        evaluation.count(on=False)
+        if end == "done":
+            evaluation.collect()
+        elif evaluation.failure is None:
+            self._retry(
+                evaluation, worker.name, _failed(Crashed(f"the worker of `{worker.name}` {worker.last_words()}"))
+            )
+        self._judge(evaluation)
+
+    def _judge(self, evaluation: Evaluation) -> None:
+        """Look at failures among the results: some are tried again, a full disk stops the sweep."""
+        for job, result in list(evaluation.results.items()):
+            if "failure" not in result:
+                continue
+            failed = Failure.model_validate(result["failure"])
+            if failed.kind == DiskFull.__name__:
+                (evaluation.folder / f"{job}.json").unlink()
+                raise DiskFull(f"`{evaluation.folder}`: {failed.message}. Make room and run the same command again")
+            if failure(failed.kind, failed.message).retry:
+                self._retry(evaluation, job, failed)
+            else:
+                evaluation.failure = failed
+
+    def _retry(self, evaluation: Evaluation, job: str, failed: Failure) -> None:
+        if evaluation.attempts >= self.run.attempts:
+            evaluation.failure = failed
+            return
+        evaluation.attempts += 1
+        evaluation.results.pop(job, None)
+        (evaluation.folder / f"{job}.json").unlink(missing_ok=True)
+
+    def _start_waiting(self) -> None:
+        for evaluation in self.active:
+            if evaluation.worker is None and evaluation.failure is None:
+                evaluation.collect()
+                self._judge(evaluation)
+                self._start(evaluation)
+        self._give_way()
+
+    def _start(self, evaluation: Evaluation) -> None:
+        job = evaluation.job
+        alone = any(e.worker is not None and e.worker.name in self.alone for e in self.active)
+        if job is None or evaluation.failure is not None or (job in self.alone and alone):
+            return
+        content = {**evaluation.content, "attempt": evaluation.attempts}
+        write_durably(evaluation.folder / "job.json", json.dumps(content, indent=1))
+        evaluation.worker = self.executor.start(evaluation.folder, f"{self.jobs}:{job}", job)
+        evaluation.count(on=True)
+
+    def _give_way(self) -> None:
+        """Pause all others while a job that must be alone runs; let them go on after it."""
+        working = [e for e in self.active if e.worker is not None]
+        busy = any(e.worker is not None and e.worker.name in self.alone for e in working)
+        for evaluation in working:
+            worker = evaluation.worker
+            assert worker is not None
+            if busy and worker.name not in self.alone:
+                worker.pause()
+                evaluation.count(on=False)
+            else:
+                worker.resume()
+                evaluation.count(on=True)
+
+
+def _failed(error: Crashed | TimedOut) -> Failure:
+    return Failure(kind=error.kind, message=str(error))

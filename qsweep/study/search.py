@@ -1,0 +1,159 @@
+"""Optuna, and nothing else that talks to it: ask, suggest, constrain, tell, and what a dead driver left."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qsweep.domains import Choice, Domain
+from qsweep.records import Metrics, Record
+from qsweep.spec import Spec
+from qsweep.study.points import Candidate, Point, at, candidate, enumerated, listed
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class Search:
+    """The study of one sweep. One process at a time may hold it."""
+
+    def __init__(self, spec: Spec, path: Path) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA journal_mode=WAL")
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
+        directions = [Metrics.directions()[name] for name in spec.objectives]
+        self.spec = spec
+        self.study = optuna.create_study(
+            storage=storage, study_name=spec.name, directions=directions, load_if_exists=True
+        )
+        self.study.sampler = sampler(spec, self.told)
+        self.points = listed(spec) if enumerated(spec) else None
+
+    @property
+    def told(self) -> int:
+        """How many trials the study has, whatever their state."""
+        return len(self.study.get_trials(deepcopy=False))
+
+    def ask(self, seen: set[str]) -> optuna.Trial | None:
+        """A new trial; None when every point's uid is in `seen`, as far as the points can be listed."""
+        from optuna.trial import TrialState
+
+        if self.points is not None and not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            point = next((p for p in self.points if candidate(self.spec, at(p)).uid not in seen), None)
+            if point is None:
+                return None
+            self.study.enqueue_trial(self._encoded(point))
+        return self.study.ask()
+
+    def orphans(self) -> list[optuna.Trial]:
+        """Trials that a dead driver left RUNNING: there is one driver, so all of them. They keep their numbers."""
+        from optuna import Trial
+        from optuna.trial import TrialState
+
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [Trial(self.study, frozen._trial_id) for frozen in running]
+
+    def candidate(self, trial: optuna.Trial) -> Candidate:
+        """The point that the trial stands for, its values suggested where they were not yet."""
+        return candidate(self.spec, lambda path, domain: suggested(trial, path, domain))
+
+    def tell(self, trial: optuna.Trial, record: Record, others: Sequence[Record]) -> None:
+        """Tell what came of a trial. A config that fails is COMPLETE with the worst values seen and infeasible, so that
+        every sampler learns from it: of a trial told FAIL they learn nothing (measured: 83 % of a budget spent on the
+        broken third of a space, against 12 %)."""
+        complete = record.state == "complete"
+        trial.set_constraint("ok", -1.0 if complete else 1.0)
+        for name, value in violations(self.spec, record.metrics if complete else None).items():
+            trial.set_constraint(name, value)
+        metrics = [record.metrics] if complete else [r.metrics for r in others if r.state == "complete"]
+        self.study.tell(trial, [worst(name, metrics) for name in self.spec.objectives])
+
+    def _encoded(self, point: Point) -> dict[str, Any]:
+        """The point as Optuna's parameters."""
+        encoded: dict[str, Any] = {}
+
+        def follow(path: str, domain: Domain) -> Any:
+            encoded[path] = encode(domain, point[path])
+            return point[path]
+
+        candidate(self.spec, follow)
+        return encoded
+
+
+def sampler(spec: Spec, told: int) -> optuna.samplers.BaseSampler:
+    """The sampler that the spec names. A study that goes on must not draw its first random points again."""
+    import warnings
+
+    import optuna
+
+    seed = spec.search.seed + 1_000_003 * told
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if spec.search.sampler == "tpe":
+            return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
+        if spec.search.sampler == "nsga2":
+            # Several generations must fit the budget: 50, the default, makes most sweeps one random generation.
+            size = min(50, max(8, spec.search.trials // 5))
+            return optuna.samplers.NSGAIISampler(population_size=size, seed=seed)
+        if spec.search.sampler == "gp":
+            return optuna.samplers.GPSampler(seed=seed)  # the one sampler that imports torch
+        return optuna.samplers.RandomSampler(seed=seed)
+
+
+def suggested(trial: optuna.Trial, path: str, domain: Domain) -> Any:
+    """Ask the trial for a value of `domain`, numbers as numbers: 4, 6, 8 bits have an order."""
+    if not isinstance(domain, Choice):
+        if domain.integer:
+            low, high = int(domain.low), int(domain.values[-1] if domain.values else domain.high)
+            return trial.suggest_int(path, low, high, step=int(domain.step or 1), log=domain.log)
+        high = domain.values[-1] if domain.values else domain.high
+        return trial.suggest_float(path, domain.low, high, step=domain.step, log=domain.log)
+    if not domain.ordered:
+        return trial.suggest_categorical(path, domain.labels)
+    labels, step = _ordered(domain)
+    if step:
+        return trial.suggest_int(path, labels[0], labels[-1], step=step)
+    return labels[trial.suggest_int(path, 0, len(labels) - 1)]
+
+
+def encode(domain: Domain, value: Any) -> Any:
+    """The parameter by which `suggested` gives `value`."""
+    if isinstance(domain, Choice) and domain.ordered:
+        labels, step = _ordered(domain)
+        return value if step else labels.index(value)
+    return value
+
+
+def _ordered(domain: Choice) -> tuple[list[Any], int]:
+    """Numeric labels in rising order, and their distance if all are integers at one distance, else 0."""
+    labels: list[Any] = sorted(domain.labels)  # type: ignore[type-var]
+    steps = {b - a for a, b in zip(labels, labels[1:], strict=False)}
+    even = len(steps) == 1 and all(isinstance(label, int) for label in labels)
+    return labels, int(steps.pop()) if even else 0
+
+
+def violations(spec: Spec, metrics: Metrics | None) -> dict[str, float]:
+    """Every bound of the spec as a number that is at most 0 when it is kept; 1 where nothing was measured."""
+    return dict(_violations(spec, metrics))
+
+
+def _violations(spec: Spec, metrics: Metrics | None) -> Iterator[tuple[str, float]]:
+    for name, bound in spec.constraints.items():
+        value = getattr(metrics, name) if metrics is not None else None
+        if bound.max is not None:
+            yield f"{name}.max", 1.0 if value is None else value - bound.max
+        if bound.min is not None:
+            yield f"{name}.min", 1.0 if value is None else bound.min - value
+
+
+def worst(name: str, metrics: Sequence[Metrics]) -> float:
+    """The worst value of an objective among `metrics`; 0 where there is none."""
+    values = [value for m in metrics if (value := getattr(m, name)) is not None]
+    pick = min if Metrics.directions()[name] == "maximize" else max
+    return float(pick(values, default=0.0))

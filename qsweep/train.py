@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsweep.errors import DataError, NotFinite
+from qsweep.errors import DataError, NotFinite, QsweepError, TaskFailure
 from qsweep.store import Store
 from qsweep.tasks.base import SplitName, Task, TaskConfig, Training
 
@@ -42,11 +42,14 @@ def fit(
     each optimizer step with the number of steps done, counted from 1. Raises NotFinite when the loss or a parameter is
     not finite, DataError with fewer than two training samples.
     """
+    model.to(device)
+    if epochs == 0:
+        return _settle(model)
     samples = task.samples("train")
     count = len(samples.inputs)
     if count < 2:
         raise DataError(f"the train split must have at least 2 samples (got {count})")
-    kept = masks(model.to(device)) if keep_zeros else {}
+    kept = masks(model) if keep_zeros else {}
     layout = _layout(task.transform(samples.inputs[:2]))
     model.to(memory_format=layout)  # type: ignore[call-overload]
     steps = epochs * len(_batches(torch.arange(count), training.batch_size))
@@ -205,6 +208,36 @@ def evaluate(
     """(N,) float32 scores in [0, 1] of `model` on `split`, one a sample; their mean is the accuracy."""
     inputs, labels = task.samples(split)
     return task.score(predict(model, task, inputs, batch_size, device), labels).float()
+
+
+def check(task: Task, model: nn.Module, device: str | torch.device = "cpu") -> None:
+    """Ask `task` for everything that a sweep will, on a few samples of each split, before anything is spent on it.
+
+    Raises DataError and TaskFailure as the task's parts do, TaskFailure for a model that raises or whose output has
+    another batch size, NotFinite for outputs or losses that are not.
+    """
+    splits: tuple[SplitName, ...] = ("train", "validation", "test")
+    for split in splits:
+        inputs, labels = (part[:4] for part in task.samples(split))
+        shape = task.transform(inputs).shape
+        augmented = task.transform(inputs, torch.Generator().manual_seed(0)).shape
+        if augmented != shape:
+            raise TaskFailure(f"`transform` must keep shape {tuple(shape)} when it augments (got {tuple(augmented)})")
+        outputs = _outputs(model, task, inputs, device)
+        if len(outputs) != len(inputs):
+            raise TaskFailure(f"the model must give {len(inputs)} outputs for as many inputs (got {len(outputs)})")
+        if not torch.isfinite(task.loss(outputs, labels)):
+            raise NotFinite(f"the loss of the first samples of `{split}` must be finite")
+        task.score(outputs, labels)
+
+
+def _outputs(model: nn.Module, task: Task, inputs: Tensor, device: str | torch.device) -> Tensor:
+    try:
+        return predict(model, task, inputs, device=device)
+    except (QsweepError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model may be the user's, and raises what it likes
+        raise TaskFailure(f"the model raised {type(error).__name__}: {error}") from error
 
 
 @contextmanager

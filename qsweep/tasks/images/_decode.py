@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ VERSION = 1
 HELD_OUT = 0.1
 
 Rows = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,11 @@ def _collect(source: Source, path: Path) -> Samples:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for rows, encoded, group_labels in _groups(source, path):
             labels += _checked_labels(source, rows, group_labels)
-            images += pool.map(lambda item: _image(source, *item), zip(rows, encoded, strict=True))
-            for row, image in zip(rows, images[-len(rows) :], strict=True):
-                if image.shape != images[0].shape:
-                    sizes = [" x ".join(str(side) for side in each.shape[1:]) for each in (images[0], image)]
-                    raise DataError(f"`{source.file}`, row {row}: the image must be {sizes[0]} (got {sizes[1]})")
-    return Samples(torch.stack(images), torch.tensor(labels))
+            parts = [slice(start, start + 100) for start in range(0, len(rows), 100)]
+            for part, batch in zip(parts, pool.map(partial(_images, source, rows, encoded), parts), strict=True):
+                images.append(batch)
+                _check_size(source, rows[part.start], batch.shape[2:], images[0].shape[2:])
+    return Samples(torch.cat(images), torch.tensor(labels))
 
 
 def _groups(source: Source, path: Path) -> Iterator[tuple[list[int], list[bytes | None], list[int | None]]]:
@@ -136,11 +137,28 @@ def _checked_labels(source: Source, rows: list[int], labels: list[int | None]) -
         yield label
 
 
-def _image(source: Source, row: int, encoded: bytes | None) -> torch.Tensor:
-    """uint8 (C, H, W)."""
+def _images(source: Source, rows: list[int], encoded: list[bytes | None], part: slice) -> torch.Tensor:
+    """uint8 (B, C, H, W) of one part of a row group, large enough that handing it to a thread costs nothing."""
+    rows, encoded = rows[part], encoded[part]
+    images = [_image(source, row, content) for row, content in zip(rows, encoded, strict=True)]
+    for row, image in zip(rows, images, strict=True):
+        _check_size(source, row, image.shape[:2], images[0].shape[:2])
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _image(source: Source, row: int, encoded: bytes | None) -> Pixels:
+    """uint8 (H, W, C)."""
     try:
         with Image.open(io.BytesIO(encoded or b"")) as image:
-            pixels = np.array(image.convert(source.mode))
+            pixels = np.asarray(image.convert(source.mode))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises on bad bytes
         raise DataError(f"`{source.file}`, row {row}: the image must be readable ({error})") from None
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _check_size(source: Source, row: int, size: tuple[int, ...], first: tuple[int, ...]) -> None:
+    if size != first:
+        sizes = [f"{height} x {width}" for height, width in (first, size)]
+        raise DataError(
+            f"`{source.file}`, row {row}: the image must be {sizes[0]} pixels like the first (got {sizes[1]})"
+        )

@@ -1,0 +1,40 @@
+"""The arithmetic of distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qsweep.errors import TaskFailure
+
+
+def with_teacher(
+    teacher: nn.Module, task_loss: Callable[[Tensor, Tensor], Tensor], temperature: float, alpha: float
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`loss(inputs, outputs, labels)`; the teacher, in eval mode, is asked for `inputs` and gets no gradient."""
+
+    def loss(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            targets = teacher(inputs)
+        soft = temperature**2 * divergence(outputs, targets, temperature)
+        return alpha * soft + (1 - alpha) * task_loss(outputs, labels)
+
+    teacher.eval()
+    return loss
+
+
+def divergence(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(targets / T) || softmax(outputs / T)) of logits (B, classes, ...), mean over all but the classes.
+
+    Raises TaskFailure for outputs that cannot be logits, or whose shapes differ.
+    """
+    if outputs.dim() < 2 or outputs.shape != targets.shape:
+        shapes = f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
+        raise TaskFailure(
+            f"distillation needs logits (batch, classes, ...) alike from student and teacher (got {shapes})"
+        )
+    wanted, found = F.log_softmax(targets / temperature, 1), F.log_softmax(outputs / temperature, 1)
+    return F.kl_div(found, wanted, reduction="none", log_target=True).sum(1).mean()

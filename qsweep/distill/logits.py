@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from qsweep.distill.base import Distillation
+from qsweep.stage import Context, stage_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+
+class Logits(Distillation):
+    """Fine-tune on the uncompressed model's softened outputs.
+
+    loss = alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * the task's loss. The teacher
+    sees the very batch that the student sees, augmentation included (Beyer et al. 2021).
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2.
+    """
+
+    method: Literal["logits"] = "logits"
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    """T: a higher one shows the student more of how the teacher ranks the wrong classes."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Weight of the teacher; the labels have the rest."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """Peak of a one-cycle schedule."""
+
+    def label(self) -> str:
+        return f"T{self.temperature:.0f}" if self.temperature.is_integer() else f"T{self.temperature:.1f}"
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        from qsweep.train import fit, kept
+
+        def compute() -> None:
+            fit(
+                model,
+                context.task,
+                context.training,
+                epochs=self.epochs,
+                learning_rate=self.learning_rate,
+                seed=context.seed,
+                device=context.device,
+                loss=self.loss(context),
+                keep_zeros=True,
+                progress=context.progress,
+            )
+
+        return kept(model, context.store, stage_key(self, context), compute)
+
+    def loss(self, context: Context) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        from qsweep.distill._loss import with_teacher
+
+        return with_teacher(context.teacher().to(context.device), context.task.loss, self.temperature, self.alpha)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from qsweep.prune.base import Pruning
+from qsweep.stage import Context, stage_key
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Magnitude(Pruning):
+    """Zero the weights of smallest magnitude, ranked over the whole network, then fine-tune the others.
+
+    All weights of convolutions and linears take part, the first and the last layer's too; biases, batch norm and
+    embeddings do not. The file gets smaller under compression; no engine skips single zeros, so latency stays.
+    Fine-tuning uses the task's own loss even where the trial distils, so that trials share its result.
+
+    Source: Han et al., "Learning both Weights and Connections" (2015), section 3, with one global threshold; Zhu &
+    Gupta, "To prune, or not to prune" (2017).
+    """
+
+    method: Literal["magnitude"] = "magnitude"
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the weights that are set to zero."""
+    epochs: Annotated[int, Field(ge=0)] = 1
+    """Fine-tuning with the zeros kept."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """Peak of a one-cycle schedule."""
+
+    def label(self) -> str:
+        return f"prune{100 * self.sparsity:.3g}"
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        from qsweep.prune._global import zero_smallest
+        from qsweep.train import fit, kept
+
+        def compute() -> None:
+            zero_smallest(model, self.sparsity)
+            fit(
+                model,
+                context.task,
+                context.training,
+                epochs=self.epochs,
+                learning_rate=self.learning_rate,
+                seed=context.seed,
+                device=context.device,
+                keep_zeros=True,
+                progress=context.progress,
+            )
+
+        return kept(model, context.store, stage_key(self, context), compute)

@@ -1,0 +1,184 @@
+"""A bundle: the folder that ships. Everything to run one trial's artifact and to trust it, and nothing that executes.
+
+    config.yaml      the TrialConfig
+    metrics.json     what was measured, on which machine
+    artifact/        the engine's files
+    manifest.json    SHA-256 and size of each of these, the engine, the input, the task, versions; format number
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from qsweep.config import Config
+from qsweep.errors import BundleError
+from qsweep.records import Record
+from qsweep.space import complaint
+from qsweep.track.environment import versions
+
+MANIFEST = "manifest.json"
+
+
+class File(Config):
+    """One file of a bundle."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class Manifest(Config):
+    """What a bundle says of itself. Keys of `files` are paths in it, with `/`."""
+
+    format: Literal[1] = 1
+    name: str
+    trial: str
+    """The record's uid: identity of the config."""
+    sweep: str
+    number: int
+    engine: dict[str, Any]
+    """The target of the TrialConfig: which engine loads `artifact/`, and how."""
+    input: dict[str, Any] = {}
+    """`shape` of one sample and `dtype`, as the model takes them: after the task's preprocessing."""
+    task: dict[str, Any] = {}
+    """The task's config, and what it says of its classes and its preprocessing."""
+    versions: dict[str, str] = {}
+    files: dict[str, File]
+
+
+def bundle(record: Record, sweep: Path, out: Path) -> Path:
+    """Write the bundle of `record` (of the sweep in folder `sweep`) to `out`, which must not exist; returns `out`.
+
+    Raises BundleError where the trial left no artifact, `out` is taken, or the artifact holds a pickle.
+    """
+    artifact = sweep / record.folder / "artifact"
+    if record.state != "complete" or not artifact.is_dir():
+        raise BundleError(f"`{record.name}` ({record.folder}): must have an artifact to be shipped (it is {record.state})")
+    if out.exists():
+        raise BundleError(f"`{out}`: must not exist yet")
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        shutil.copytree(artifact, unfinished / "artifact")
+        _describe(record, sweep, unfinished)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise BundleError(f"`{out}`: cannot be written ({error})") from error
+    pickled = list(pickles(unfinished))
+    if pickled:
+        shutil.rmtree(unfinished)
+        raise BundleError(f"`{artifact}`: must hold no pickle, which executes code when it is loaded (got `{pickled[0]}`)")
+    os.replace(unfinished, out)
+    return out
+
+
+def _describe(record: Record, sweep: Path, folder: Path) -> None:
+    import yaml
+
+    (folder / "config.yaml").write_text(yaml.safe_dump(record.config, sort_keys=False), encoding="utf-8")
+    measured = record.metrics.model_dump(exclude_none=True)
+    about = {"metrics": measured, "seconds": record.seconds, "machine": record.machine, "front": record.front}
+    (folder / "metrics.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    spec = read_json(sweep / "spec.json")
+    manifest = Manifest(
+        name=record.name,
+        trial=record.uid,
+        sweep=sweep.name,
+        number=record.number,
+        engine=record.config["target"],
+        input=_input(folder / "artifact"),
+        task=spec.get("spec", spec).get("task", {}),
+        versions=versions(),
+        files={name: _file(path) for name, path in _walk(folder)},
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def verify(folder: Path) -> Manifest:
+    """Hold every file of a bundle against its manifest. Raises BundleError that names the first that differs."""
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise BundleError(f"`{folder / MANIFEST}`: must be there to load a bundle ({error.strerror})") from None
+    except ValidationError as error:
+        raise BundleError(f"`{folder / MANIFEST}`: {complaint(error)}") from None
+    for name in manifest.files:
+        if not _inside(name):
+            raise BundleError(f"`{folder / MANIFEST}`: `{name}` must be a path inside of the bundle")
+    there = dict(_walk(folder))
+    for name in sorted(manifest.files.keys() - there.keys()):
+        raise BundleError(f"`{folder / name}`: is in the manifest and missing")
+    for name in sorted(there.keys() - manifest.files.keys() - {MANIFEST}):
+        raise BundleError(f"`{folder / name}`: is not in the manifest")
+    for name, wanted in manifest.files.items():
+        found = _file(there[name])
+        if found != wanted:
+            what = f"{wanted.bytes} bytes" if found.bytes != wanted.bytes else f"SHA-256 {wanted.sha256[:12]}…"
+            got = f"{found.bytes} bytes" if found.bytes != wanted.bytes else f"{found.sha256[:12]}…"
+            raise BundleError(f"`{folder / name}`: was changed: must have {what} (got {got})")
+    return manifest
+
+
+def pickles(folder: Path) -> Iterator[str]:
+    """Files under `folder`, also inside of zip archives, that are pickles."""
+    for name, path in _walk(folder):
+        yield from _pickles_in(path.read_bytes(), name)
+
+
+def _pickles_in(content: bytes, name: str) -> Iterator[str]:
+    if content[:1] == b"\x80" and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and content.rstrip()[-1:] == b".":
+        yield name
+    elif content[:4] == b"PK\x03\x04":
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for member in archive.namelist():
+                yield from _pickles_in(archive.read(member), f"{name}!{member}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(path in the bundle, file) in a fixed order. A link is refused: it could lead anywhere."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise BundleError(f"`{path}`: must be a file, not a link")
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path
+
+
+def _inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in name
+
+
+def _file(path: Path) -> File:
+    with path.open("rb") as file:
+        return File(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=path.stat().st_size)
+
+
+def _input(artifact: Path) -> dict[str, Any]:
+    """Shape of one sample, as the artifact's own files tell it."""
+    example = read_json(artifact / "graph.json").get("example")
+    if isinstance(example, list):
+        return {"shape": example[1:], "dtype": "float32"}
+    for path in artifact.glob("*.onnx"):
+        import onnx
+
+        tensor = onnx.load(path, load_external_data=False).graph.input[0].type.tensor_type
+        return {"shape": [dim.dim_value for dim in tensor.shape.dim][1:], "dtype": "float32"}
+    return {}

@@ -1,0 +1,134 @@
+"""The scatters of the report, with plotly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qsweep.records import Record
+from qsweep.track.table import TITLES
+
+COLOURS = {"none": "#8a94a0", "cast": "#8250df", "ptq": "#1f6feb", "qat": "#d9580d"}
+_MORE = ("#1a7f37", "#bf3989", "#0a7ea4", "#9a6700", "#6e40c9", "#57606a")
+_SYMBOLS = {(False, False): "circle", (True, False): "square", (False, True): "diamond", (True, True): "cross"}
+_EXTRAS = {(False, False): "", (True, False): " + prune", (False, True): " + distill", (True, True): " + prune + distill"}
+_SCALES = {"accuracy": 100.0, "size_bytes": 1 / 1024}
+_INK, _GRID = "#1c2530", "#e7eaee"
+
+
+def scatter(records: Sequence[Record], members: set[int], x: str, y: str, low: float | None) -> str:
+    """One chart as an HTML fragment: metric `x` against `y`; `low` is the lower end of the view, in units of `y`."""
+    import plotly.graph_objects as go
+
+    shown = [r for r in records if getattr(r.metrics, x) is not None and getattr(r.metrics, y) is not None]
+    figure = go.Figure(layout=_layout(x, y))
+    figure.add_traces([go.Scatter(**trace) for trace in [*_trials(shown, x, y), *_rings(shown, members, x, y)]])
+    figure.add_trace(go.Scatter(**_baselines(shown, x, y)))
+    xs = _values(shown, x)
+    if xs and min(xs) > 0 and max(xs) > 3 * min(xs):  # else fp32 alone stretches the axis
+        ticks = [mantissa * 10**power for power in range(-6, 12) for mantissa in (1, 1.5, 2, 3, 5, 7)]
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
+    if low is not None and shown:
+        high = max(getattr(r.metrics, y) for r in shown)
+        figure.update_yaxes(range=[_SCALES.get(y, 1) * (low - 0.05 * (high - low)), _SCALES.get(y, 1) * (high + 0.08 * (high - low))])
+    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"{x}-{y}", config=config))
+
+
+def _trials(records: Sequence[Record], x: str, y: str) -> list[dict[str, Any]]:
+    """A trace for every combination of methods: colour says how it is quantized, shape what else was done."""
+    groups: dict[tuple[str, tuple[bool, bool]], list[Record]] = {}
+    for record in records:
+        if record.kind == "trial":
+            groups.setdefault(_methods(record), []).append(record)
+    colours = dict(COLOURS)
+    for method, _ in sorted(groups):
+        colours.setdefault(method, _MORE[(len(colours) - len(COLOURS)) % len(_MORE)])
+    return [
+        _points(group, x, y)
+        | {
+            "mode": "markers",
+            "name": ("float" if method == "none" else method) + _EXTRAS[extras],
+            "marker": {"size": 9, "color": colours[method], "symbol": _SYMBOLS[extras], "opacity": 0.85,
+                       "line": {"width": 1, "color": "white"}},
+        }
+        for (method, extras), group in sorted(groups.items())
+    ]  # fmt: skip
+
+
+def _rings(records: Sequence[Record], members: set[int], x: str, y: str) -> list[dict[str, Any]]:
+    sure = [r for r in records if r.number in members and r.front != "probable"]
+    maybe = [r for r in records if r.number in members and r.front == "probable"]
+    rings = [("front, certain" if any(r.front for r in sure) else "front so far", sure, 2.4), ("front, probable", maybe, 1.0)]
+    return [
+        {
+            "x": _values(group, x), "y": _values(group, y), "name": name, "mode": "markers", "hoverinfo": "skip",
+            "marker": {"size": 17, "symbol": "circle-open", "color": _INK, "line": {"width": width}},
+        }
+        for name, group, width in rings if group
+    ]  # fmt: skip
+
+
+def _baselines(records: Sequence[Record], x: str, y: str) -> dict[str, Any]:
+    group = [record for record in records if record.kind == "baseline"]
+    return _points(group, x, y) | {
+        "mode": "markers+text",
+        "name": "baseline",
+        "text": [f"<b>{record.name}</b>" for record in group],
+        "textposition": "top center",
+        "textfont": {"size": 11, "color": _INK},
+        "marker": {"size": 13, "symbol": "star", "color": _INK},
+    }
+
+
+def _points(group: Sequence[Record], x: str, y: str) -> dict[str, Any]:
+    points: dict[str, Any] = {"x": _values(group, x), "y": _values(group, y)}
+    points |= {"customdata": [hover(record) for record in group], "hovertemplate": "%{customdata}<extra></extra>"}
+    low, high = ([getattr(r.metrics, f"latency_{end}_ms") for r in group] for end in ("low", "high"))
+    if x == "latency_ms" and group and all(v is not None for v in (*low, *high)):
+        points["error_x"] = {
+            "type": "data", "symmetric": False, "thickness": 1, "width": 0, "color": "rgba(92,107,122,.45)",
+            "array": [top - value for top, value in zip(high, points["x"], strict=True)],
+            "arrayminus": [value - bottom for bottom, value in zip(low, points["x"], strict=True)],
+        }  # fmt: skip
+    return points
+
+
+def hover(record: Record) -> str:
+    """Name, number and config of a record, for its point."""
+    from html import escape
+
+    lines = [f"<b>{escape(record.name)}</b>  #{record.number}  {escape(record.engine)}"]
+    for stage, config in (record.config.get("compress") or {}).items():
+        if config:
+            lines.append(f"{stage}: " + escape(", ".join(f"{key}={value}" for key, value in config.items())))
+    metrics = record.metrics
+    lines += [f"accuracy {100 * metrics.accuracy:.2f} %"] if metrics.accuracy is not None else []
+    lines += [f"{metrics.size_bytes / 1024:,.1f} KiB"] if metrics.size_bytes is not None else []
+    lines += [f"{metrics.latency_ms:.3g} ms"] if metrics.latency_ms is not None else []
+    return "<br>".join(lines)
+
+
+def _methods(record: Record) -> tuple[str, tuple[bool, bool]]:
+    compress = record.config.get("compress") or {}
+    return (compress.get("quantize") or {}).get("method", "none"), (bool(compress.get("prune")), bool(compress.get("distill")))
+
+
+def _values(group: Sequence[Record], metric: str) -> list[float]:
+    return [_SCALES.get(metric, 1.0) * getattr(record.metrics, metric) for record in group]
+
+
+def _layout(x: str, y: str) -> dict[str, Any]:
+    axis = {"gridcolor": _GRID, "linecolor": "#c5ccd4", "zeroline": False, "ticks": "outside", "tickcolor": "#c5ccd4"}
+    return {
+        "title": {"text": f"{y.partition('_')[0]} × {x.partition('_')[0]}", "font": {"size": 15}, "x": 0.02},
+        "height": 470,
+        "margin": {"l": 60, "r": 20, "t": 48, "b": 50},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "font": {"family": "system-ui, Segoe UI, Helvetica, Arial, sans-serif", "color": _INK, "size": 12},
+        "legend": {"orientation": "h", "y": -0.2, "font": {"size": 11}},
+        "xaxis": axis | {"title": {"text": TITLES.get(x, x)}},
+        "yaxis": axis | {"title": {"text": TITLES.get(y, y)}},
+        "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"size": 12}},
+    }

@@ -1,0 +1,117 @@
+"""The one place that knows where MLflow is and how to talk to it without noise."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from qsweep.errors import SpecError, TrackError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+def tracking_uri(uri: str | None, root: Path) -> str:
+    """Where MLflow keeps its runs: `uri`, else `MLFLOW_TRACKING_URI`, else `mlflow.db` in `root`; always absolute.
+
+    Raises SpecError for a URI that MLflow cannot write to.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme = urlsplit(uri).scheme.split("+")[0]
+    if scheme not in SCHEMES:
+        raise SpecError(f"`track.uri`: must start with one of {', '.join(SCHEMES)}, like `sqlite:///mlflow.db` (got `{uri}`)")
+    if scheme != "sqlite":
+        return uri
+    head, _, path = uri.partition(":///")
+    return f"{head}:///{(root / path).resolve()}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of an absolute sqlite URI, None for any other."""
+    return Path(uri.partition(":///")[2]) if uri.startswith("sqlite") else None
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Let MLflow give up on a server that does not answer within seconds: a sweep must not wait minutes for it."""
+    before = {name: os.environ.get(name) for name in _PATIENCE}
+    os.environ.update({name: value for name, value in _PATIENCE.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name in [name for name, value in before.items() if value is None]:
+            os.environ.pop(name, None)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of `uri` (absolute), its database made and migrated. Raises TrackError where nothing answers.
+
+    Only this client is used, never the fluent API: its stack of runs belongs to one thread.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    with answering(uri), impatient(), _alone(uri):
+        from mlflow import MlflowClient
+
+        for name in ("alembic", "mlflow"):  # a new database tells of every migration
+            logging.getLogger(name).setLevel(logging.ERROR)
+        client = MlflowClient(uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+        return client
+
+
+@contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """Turn what MLflow, its database and its network raise into TrackError."""
+    try:
+        yield
+    except Exception as error:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not isinstance(error, MlflowException | SQLAlchemyError | OSError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrackError(f"MLflow at `{uri}` must answer ({reason[:300]})") from error
+
+
+def experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The id of the experiment `name`, made if there is none. Artifacts of a sqlite store lie beside it."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = sqlite_path(uri)
+        where = (database.parent / "mlartifacts" / name).as_uri() if database else None
+        return client.create_experiment(name, where, {"mlflow.experimentKind": "custom_model_development"})
+    if found.lifecycle_stage != "active":
+        raise TrackError(
+            f"experiment `{name}` at `{uri}` must not be deleted: restore it with "
+            f"`mlflow experiments restore -x {found.experiment_id}`, or set `track.experiment`"
+        )
+    return str(found.experiment_id)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time makes and migrates a sqlite database: of six at once, five crashed."""
+    database = sqlite_path(uri)
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(database.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(sqlite3.Error):  # write-ahead logging halves the time of a trial; some file systems have none
+            connection = sqlite3.connect(database, timeout=10)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.close()
+        yield

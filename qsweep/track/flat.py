@@ -1,0 +1,62 @@
+"""A record as MLflow takes it: flat params, metrics, tags. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from qsweep.records import Record
+from qsweep.spec import Compression
+
+FLOAT_BITS = {"bf16": 16, "fp16": 16}
+
+
+def params(record: Record) -> dict[str, str]:
+    """The config's values by their path, such as `compress.quantize.weight_bits`.
+
+    A stage that was left out reads `compress.prune.method = none`, and every trial has `weight_bits` and
+    `activation_bits` (32 for fp32): charts drop a run that lacks an axis.
+    """
+    compress = dict(record.config.get("compress", {}))
+    stages = {name: compress.get(name) or {"method": "none"} for name in Compression.model_fields}
+    quantize = stages["quantize"]
+    width = FLOAT_BITS.get(str(quantize.get("dtype")), 32)
+    bits = {name: quantize.get(name, width) for name in ("weight_bits", "activation_bits")}
+    return {key: str(value) for key, value in leaves(record.config | {"compress": compress | stages})} | {
+        name: str(value) for name, value in bits.items()
+    }
+
+
+def metrics(record: Record) -> dict[str, float]:
+    """Every metric that was measured, under its own name, and `seconds_<stage>`."""
+    found = {name: value for name, value in record.metrics.model_dump().items() if value is not None}
+    found |= {f"seconds_{stage}": seconds for stage, seconds in record.seconds.items()}
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+
+def tags(record: Record) -> dict[str, str]:
+    """What a run is found by. `qsweep.front` is `no`, `probable` or `certain`."""
+    failure = f"{record.failure.kind}: {record.failure.message}"[:5000] if record.failure else ""
+    found = {
+        "qsweep.kind": record.kind,
+        "qsweep.number": str(record.number),
+        "qsweep.uid": record.uid,
+        "qsweep.state": record.state,
+        "qsweep.engine": record.engine,
+        "qsweep.front": record.front or "no",
+        "qsweep.machine": record.machine,
+        "qsweep.attempts": str(record.attempts),
+        "qsweep.failure": failure,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list | tuple):
+        yield path, ",".join(str(item) for item in node)
+    else:
+        yield path, node

@@ -1,0 +1,77 @@
+"""`published.json`: which run of MLflow holds which record, and with what content."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from qsweep.config import content_hash
+from qsweep.records import Record
+
+
+class Ledger:
+    """Lies in the sweep's folder. What a kill keeps from it is found again in MLflow by the tag `qsweep.sweep_id`."""
+
+    def __init__(self, path: Path, uri: str) -> None:
+        """Read `path`, or begin anew where there is none, it is damaged, or it is about another server."""
+        self.path, self.uri, self.content = path, uri, self.read(path)
+        if self.content.get("uri") != uri:
+            self.reset()
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        """What the file holds; nothing where it is missing or damaged."""
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def reset(self) -> None:
+        """Forget all runs. Durable before the first run is made, so that the tag of that run is never lost."""
+        self.content = {"uri": self.uri, "sweep_id": uuid.uuid4().hex, "parent": None, "steps": 0, "runs": {}}
+        self.save(durable=True)
+
+    def save(self, *, durable: bool = False) -> None:
+        """Replace the file in one step."""
+        unfinished = self.path.with_suffix(".unfinished")
+        with unfinished.open("w", encoding="utf-8") as file:
+            json.dump(self.content, file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, self.path)
+
+    @property
+    def sweep_id(self) -> str:
+        return str(self.content["sweep_id"])
+
+    @property
+    def order(self) -> list[int]:
+        """Numbers of the published records, in the order they were published."""
+        return [int(number) for number in self.content["runs"]]
+
+    def entry(self, number: int) -> dict[str, Any]:
+        """What is known of a record's run: `run_id`, `content` (hash of the record), `bundle`; empty if nothing."""
+        return dict(self.content["runs"].get(str(number), {}))
+
+    def note(self, record: Record, run_id: str) -> None:
+        """Remember that `run_id` holds `record` as it is now."""
+        self.content["runs"][str(record.number)] = self.entry(record.number) | {"run_id": run_id, "content": digest(record)}
+        self.save()
+
+    def note_bundle(self, number: int) -> None:
+        """Remember that the run of `number` has its bundle."""
+        self.content["runs"][str(number)]["bundle"] = True
+        self.save()
+
+    def has(self, record: Record) -> bool:
+        """Whether the record was published as it is now."""
+        return self.entry(record.number).get("content") == digest(record)
+
+
+def digest(record: Record) -> str:
+    """Hash of everything in a record."""
+    return content_hash(record.model_dump(mode="json"))

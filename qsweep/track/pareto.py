@@ -1,0 +1,98 @@
+"""The front of what has been measured so far, and the volume it dominates. Pure arithmetic on records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from qsweep.records import Metrics, Record
+from qsweep.spec import Spec
+
+Point = tuple[float, ...]
+
+
+def baseline(records: Iterable[Record], name: str = "fp32") -> Record | None:
+    """The baseline row called `name`, if it has finished."""
+    return next((r for r in records if r.kind == "baseline" and r.name == name and r.state == "complete"), None)
+
+
+def gains(metrics: Metrics, objectives: Sequence[str]) -> Point | None:
+    """The objectives' values with their signs set so that more is better; None where one was not measured."""
+    directions = Metrics.directions()
+    values = [getattr(metrics, name) for name in objectives]
+    if any(value is None for value in values):
+        return None
+    return tuple(v if directions[name] == "maximize" else -v for name, v in zip(objectives, values, strict=True))
+
+
+def feasible(record: Record, spec: Spec) -> bool:
+    """Whether a record has every objective and keeps every constraint of the spec."""
+    if record.state != "complete" or gains(record.metrics, spec.objectives) is None:
+        return False
+    for name, bound in spec.constraints.items():
+        value = getattr(record.metrics, name)
+        if value is None or (bound.max is not None and value > bound.max) or (bound.min is not None and value < bound.min):
+            return False
+    return True
+
+
+def front(records: Sequence[Record], spec: Spec) -> list[Record]:
+    """Members of the front: those the driver named where it has, else what nothing measured so far dominates."""
+    named = [record for record in records if record.front]
+    if named:
+        return sorted(named, key=lambda record: record.number)
+    able = {r.number: r for r in records if r.duplicate_of is None and feasible(r, spec)}
+    points = {number: gains(r.metrics, spec.objectives) or () for number, r in able.items()}
+    return [record for number, record in sorted(able.items()) if not _dominated(points[number], points.values())]
+
+
+def hypervolume(records: Sequence[Record], spec: Spec) -> float | None:
+    """Volume dominated by the records, 0 (nothing beats fp32) to about 1, None without an fp32 baseline.
+
+    Each objective is a gain over a reference: 10 percentage points below the accuracy of fp32 is 0 and its accuracy
+    is 1; fp32's own size and latency are 0 and none at all is 1. What is worse than the reference adds nothing.
+    """
+    base = baseline(records)
+    if base is None:
+        return None
+    points = {_scaled(r.metrics, base.metrics, spec.objectives) for r in records if feasible(r, spec)}
+    inside = [point for point in points if point is not None and min(point) > 0]
+    return volume([point for point in inside if not _dominated(point, inside)])
+
+
+def volume(points: Sequence[Point]) -> float:
+    """Volume of the union of the boxes from the origin to `points` (all coordinates above 0), by slicing."""
+    if not points:
+        return 0.0
+    if len(points[0]) == 1:
+        return max(point[0] for point in points)
+    levels = sorted({point[-1] for point in points}, reverse=True)
+    depths = [high - low for high, low in zip(levels, [*levels[1:], 0.0], strict=True)]
+    total, slices = 0.0, sorted(points, key=lambda point: -point[-1])
+    inside: list[Point] = []
+    for level, depth in zip(levels, depths, strict=True):
+        while slices and slices[0][-1] >= level:
+            inside.append(slices.pop(0)[:-1])
+        inside = [point for point in set(inside) if not _dominated(point, inside)]
+        total += depth * volume(inside)
+    return total
+
+
+def _dominated(point: Point, others: Iterable[Point]) -> bool:
+    return any(other != point and all(o >= p for o, p in zip(other, point, strict=True)) for other in others)
+
+
+def _scaled(metrics: Metrics, base: Metrics, objectives: Sequence[str]) -> Point | None:
+    point = []
+    for name in objectives:
+        value, reference = getattr(metrics, name), getattr(base, name)
+        if value is None or reference is None:
+            return None
+        if name == "accuracy":
+            point.append((value - reference + 0.1) / 0.1)
+        elif name == "accuracy_drop_pp":
+            point.append((10 - value) / 10)
+        elif Metrics.directions()[name] == "maximize":
+            point.append(value)
+        else:
+            point.append(1 - value / reference if reference else 0.0)
+    return tuple(point)

@@ -1,0 +1,108 @@
+"""The report of a sweep: one HTML page that needs nothing but a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qsweep.records import Metrics, Record
+from qsweep.spec import Spec
+from qsweep.track.charts import scatter
+from qsweep.track.pareto import baseline, front
+from qsweep.track.table import TITLES, Column, membership
+from qsweep.track.view import DASHBOARDS
+
+_COLUMNS = (
+    "number", "name", "engine", "front", "accuracy", "accuracy_test", "accuracy_drop_pp", "size_bytes", "size_zstd_bytes",
+    "latency_ms", "latency_ratio", "int8_mac_fraction", "sparsity", "parity_top1",
+)  # fmt: skip
+_VIEW_PP = 12.0
+
+
+def pareto_html(records: Sequence[Record], spec: Spec) -> str:
+    """The page: accuracy against size and latency, all trials, what failed and why; plotly is inside of it."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    members = {record.number for record in front(records, spec)}
+    done = [record for record in records if record.state == "complete" and record.duplicate_of is None]
+    low, below = _view(done, members)
+    template = jinja2.Environment(autoescape=True).from_string((DASHBOARDS / "report.html").read_text(encoding="utf-8"))
+    return template.render(
+        name=spec.name,
+        lead=_lead(records, spec),
+        tiles=_tiles(records, spec),
+        plotly=get_plotlyjs(),
+        charts=[scatter(done, members, x, "accuracy", low) for x in ("size_bytes", "latency_ms")],
+        below=below,
+        failures=[
+            {"number": r.number, "name": r.name, "engine": r.engine, "kind": r.failure.kind, "message": r.failure.message}
+            for r in records if r.failure
+        ],
+        **_trials(done, members),
+    )  # fmt: skip
+
+
+def _lead(records: Sequence[Record], spec: Spec) -> str:
+    """One sentence: what was searched, for what, how far it got."""
+    trials = sum(r.kind == "trial" and r.state == "complete" for r in records)
+    engines = sorted({r.engine for r in records if r.kind == "trial"})
+    bounds = [
+        f"{name} {sign} {value:g}"
+        for name, bound in spec.constraints.items()
+        for sign, value in (("≤", bound.max), ("≥", bound.min)) if value is not None
+    ]  # fmt: skip
+    told = [f"{trials} trials measured", f"on {', '.join(engines)}" if engines else "", f"for {', '.join(spec.objectives)}"]
+    return ", ".join(part for part in [*told, f"with {' and '.join(bounds)}" if bounds else ""] if part)
+
+
+def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
+    """What a person looks for first: the baseline, and the best of the front by each objective."""
+    members, base = front(records, spec), baseline(records)
+    tiles = []
+    if base is not None and base.metrics.accuracy is not None:
+        size, latency = Column("size_bytes", "").text(base.metrics.size_bytes), Column("latency_ms", "").text(base.metrics.latency_ms)
+        tiles.append({"what": "fp32 baseline", "value": f"{100 * base.metrics.accuracy:.2f} %", "which": f"{size} KiB, {latency} ms"})
+    for name in spec.objectives if members else ():
+        better = max if Metrics.directions()[name] == "maximize" else min
+        best = better(members, key=lambda record: (getattr(record.metrics, name) or 0.0))
+        title = TITLES.get(name, name.replace("_", " "))
+        unit = title.rpartition(" ")[2] if " " in title else ""
+        value = f"{Column(name, title).text(getattr(best.metrics, name))} {unit}".strip()
+        tiles.append({"what": f"front: best {name.partition('_')[0]}", "value": value, "which": best.name})
+    return [*tiles, {"what": "on the front", "value": str(len(members)), "which": f"of {len(records)} rows"}]
+
+
+def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]:
+    """Lower end of the accuracy axis where some trials lie so low that the rest would shrink to a line."""
+    accuracies = [r.metrics.accuracy for r in done if r.metrics.accuracy is not None]
+    if not accuracies:
+        return None, ""
+    on_front = [r.metrics.accuracy for r in done if r.metrics.accuracy is not None and r.number in members]
+    floor = min([max(accuracies) - _VIEW_PP / 100, *on_front])
+    hidden = sum(accuracy < floor for accuracy in accuracies)
+    if not hidden:
+        return None, ""
+    return min(a for a in accuracies if a >= floor), f"{hidden} trial{'s lie' if hidden > 1 else ' lies'}"
+
+
+def _trials(done: Sequence[Record], members: set[int]) -> dict[str, Any]:
+    shown = [c for c in _COLUMNS if c not in Metrics.model_fields or any(getattr(r.metrics, c) is not None for r in done)]
+    columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key))) for key in shown]
+    rows = sorted(done, key=lambda r: (r.number not in members, r.kind != "baseline", -(r.metrics.accuracy or 0)))
+    return {"columns": columns, "rows": [_row(record, columns, members) for record in rows]}
+
+
+def _row(record: Record, columns: Sequence[Column], members: set[int]) -> dict[str, Any]:
+    cells = []
+    for column in columns:
+        raw = membership(record, members) if column.key == "front" else getattr(
+            record.metrics if column.key in Metrics.model_fields else record, column.key
+        )  # fmt: skip
+        cells.append(
+            {"text": column.text(raw), "raw": "" if raw is None else raw, "numeric": column.numeric, "badge": column.key == "front"}
+        )
+    mark = "on-front" if record.number in members else "baseline" if record.kind == "baseline" else ""
+    return {"mark": mark, "cells": cells, "config": str(record.config.get("compress", ""))}
+
+

@@ -1,0 +1,135 @@
+"""The table of a sweep, made in one place: the CLI prints it, MLflow shows it as a note, the CSV holds it whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qsweep.records import Metrics, Record
+from qsweep.spec import Spec
+from qsweep.track.pareto import front
+
+Value = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: the metric (or field of the record) it shows, and its title, which holds the unit."""
+
+    key: str
+    title: str
+
+    def text(self, value: Value) -> str:
+        """A value as a person reads it, without its unit."""
+        if value is None:
+            return "–"
+        if isinstance(value, str) or self.key == "number":
+            return str(value)
+        if self.key in _SHARES:
+            return f"{100 * value:.{_SHARES[self.key]}f}"
+        if self.key.endswith("_bytes"):
+            return f"{value / 1024:,.1f}"
+        if self.key in ("accuracy_drop_pp", "latency_ratio"):
+            return f"{value:.2f}"
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.{3 if abs(value) < 10 else 1}f}"
+
+    @property
+    def numeric(self) -> bool:
+        """Whether the column is set flush right."""
+        return self.key == "number" or self.key in Metrics.model_fields
+
+
+_SHARES = {
+    "accuracy": 2,
+    "accuracy_test": 2,
+    "accuracy_simulated": 2,
+    "parity_top1": 2,
+    "sparsity": 1,
+    "int8_mac_fraction": 1,
+}
+"""Metrics from 0 to 1 that are shown in per cent, and with how many decimals."""
+TITLES = {
+    "accuracy": "accuracy %",
+    "accuracy_test": "test %",
+    "accuracy_drop_pp": "drop pp",
+    "size_bytes": "size KiB",
+    "size_zstd_bytes": "zstd KiB",
+    "size_theoretical_bytes": "theoretical KiB",
+    "latency_ms": "latency ms",
+    "latency_p95_ms": "p95 ms",
+    "latency_ratio": "× fp32",
+    "int8_mac_fraction": "int8 MACs %",
+    "parity_top1": "parity %",
+    "sparsity": "sparsity %",
+    "peak_memory_bytes": "memory KiB",
+    "bit_operations": "bit operations",
+}
+_SHOWN = ("accuracy", "accuracy_test", "accuracy_drop_pp", "size_bytes", "latency_ms", "latency_ratio", "int8_mac_fraction", "parity_top1")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of plain values, best accuracy first."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Value, ...], ...]
+
+    def texts(self) -> list[list[str]]:
+        """The rows as a person reads them."""
+        return [[column.text(value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    def markdown(self, limit: int | None = None) -> str:
+        """A Markdown table of the first `limit` rows."""
+        lines = [[column.title for column in self.columns], ["--:" if c.numeric else ":--" for c in self.columns]]
+        cells = lines + [[cell.replace("|", "\\|") for cell in row] for row in self.texts()[:limit]]
+        return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+    def csv(self) -> str:
+        """Comma-separated, full precision, the header by key; an empty cell where nothing was measured."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow([column.key for column in self.columns])
+        writer.writerows(["" if value is None else value for value in row] for row in self.rows)
+        return out.getvalue()
+
+
+def front_table(records: Sequence[Record], spec: Spec) -> Table:
+    """The front and the baselines, with the metrics that decide; other objectives and constraints of the spec too."""
+    members = front(records, spec)
+    chosen = {r.number: r for r in members} | {r.number: r for r in records if r.kind == "baseline" and r.state == "complete"}
+    extra = [name for name in (*spec.objectives, *spec.constraints) if name not in _SHOWN]
+    keys = [key for key in (*_SHOWN, *extra) if any(getattr(r.metrics, key) is not None for r in chosen.values())]
+    return _table(list(chosen.values()), ("number", "name", "engine", "front"), keys, {r.number for r in members})
+
+
+def full_table(records: Sequence[Record], spec: Spec) -> Table:
+    """Every record with every metric, and why it failed."""
+    fields = ("number", "name", "kind", "engine", "state", "front", "uid", "failure")
+    return _table(records, fields, list(Metrics.model_fields), {r.number for r in front(records, spec)})
+
+
+def _table(records: Sequence[Record], fields: Sequence[str], metrics: Sequence[str], members: set[int]) -> Table:
+    columns = [Column(key, {"number": "#"}.get(key, key)) for key in fields]
+    columns += [Column(key, TITLES.get(key, key.replace("_", " "))) for key in metrics]
+    rows = sorted(records, key=lambda r: (r.metrics.accuracy is None, -(r.metrics.accuracy or 0), r.number))
+    return Table(tuple(columns), tuple(tuple(_value(r, column.key, members) for column in columns) for r in rows))
+
+
+def _value(record: Record, key: str, members: set[int]) -> Value:
+    if key == "front":
+        return membership(record, members)
+    if key == "failure":
+        return f"{record.failure.kind}: {record.failure.message}" if record.failure else None
+    value: Value = getattr(record.metrics, key) if key in Metrics.model_fields else getattr(record, key)
+    return value
+
+
+def membership(record: Record, members: set[int]) -> str:
+    """What the tables say of a record's place: `certain`, `probable`, `so far` while searching, or `baseline`."""
+    if record.front:
+        return record.front
+    if record.number in members:
+        return "so far"
+    return "baseline" if record.kind == "baseline" else ""

@@ -1,4 +1,4 @@
-"""The one training loop, what goes with it (evaluation, masks of pruned weights), and the baseline."""
+"""The one training loop, evaluation, and the baseline."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qsweep.errors import DataError, NotFinite, QsweepError, TaskFailure
 from qsweep.store import Store
 from qsweep.tasks.base import SplitName, Task, TaskConfig, Training
+from qsweep.weights import apply_masks, check_finite, masks
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`loss(inputs, outputs, labels)`: scalar; `inputs` is the batch that the model was given, augmentation included."""
@@ -126,54 +127,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
 
 def _set_mode(model: nn.Module, training: bool) -> None:
     nn.Module.train(model, training)  # unbound: graphs prepared by torchao refuse `model.train()`
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raises NotFinite naming the first parameter or buffer that holds NaN or infinity."""
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and not torch.isfinite(value).all():
-            raise NotFinite(f"`{name}` must hold finite numbers (it holds NaN or infinity)")
-
-
-def weight_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that are weights of convolutions or linears; those of embeddings are not.
-
-    In a graph from `torch.export`, where the modules are gone: the parameters of two or more dimensions that reach the
-    weight argument of a convolution or linear, through fake quantization or folded batch norm if there is any.
-    """
-    if isinstance(model, torch.fx.GraphModule):
-        found = _graph_weights(model)
-    else:
-        layers = (nn.modules.conv._ConvNd, nn.Linear)
-        found = {f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, layers)}
-    return [name for name, parameter in model.named_parameters() if name in found and parameter.dim() >= 2]
-
-
-def _graph_weights(model: torch.fx.GraphModule) -> set[str]:
-    found: set[str] = set()
-    for node in model.graph.nodes:
-        if node.op == "call_function" and any(word in str(node.target) for word in ("aten.conv", "aten.linear")):
-            reached = [argument for argument in node.args[1:2] if isinstance(argument, torch.fx.Node)]
-            while reached:
-                source = reached.pop()
-                found |= {str(source.target)} if source.op == "get_attr" else set()
-                reached += source.all_input_nodes
-    return found
-
-
-def masks(model: nn.Module) -> dict[str, Tensor]:
-    """`name -> keep`, boolean, of every convolution or linear weight that has zeros."""
-    parameters = dict(model.named_parameters())
-    keeps = {name: parameters[name].detach() != 0 for name in weight_names(model)}
-    return {name: keep for name, keep in keeps.items() if not keep.all()}
-
-
-def apply_masks(model: nn.Module, keeps: dict[str, Tensor]) -> None:
-    """Set the weights that `keeps` does not keep to zero, in place."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, keep in keeps.items():
-            parameters[name].mul_(keep)
 
 
 def predict(

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from qsweep.errors import TaskFailure
-from qsweep.train import apply_masks, check_finite, weight_names
+from qsweep.weights import apply_masks, check_finite, weight_names
 
 
 def zero_smallest(model: nn.Module, sparsity: float) -> None:
     """Set `round(sparsity * count)` of the convolution and linear weights to zero, in place: the smallest magnitudes.
 
-    Of equal magnitudes the first in the model go first. Raises NotFinite for weights that are not, TaskFailure for a model
-    without such weights.
+    Of equal magnitudes the first in the model go first. Raises NotFinite for weights that are not, TaskFailure for a
+    model without such weights.
     """
     check_finite(model)
     parameters = dict(model.named_parameters())

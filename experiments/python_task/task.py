@@ -1,0 +1,54 @@
+"""A task of one's own: tell malignant from benign tumours by 30 measurements of cell nuclei.
+
+Data: Breast Cancer Wisconsin (Diagnostic), 569 rows, bundled with scikit-learn. qsweep needs four methods of a task,
+`model`, `samples`, `loss` and `score`, and takes `transform` where inputs need more than a cast to float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_breast_cancer
+from sklearn.model_selection import train_test_split
+from torch import Generator, Tensor, nn
+
+
+class BreastCancer:
+    """`hidden` is an argument of the spec (`task.arguments`)."""
+
+    def __init__(self, hidden: int = 64) -> None:
+        self.hidden = hidden
+        table = load_breast_cancer()
+        self.inputs = torch.from_numpy(table.data).float()
+        self.labels = torch.from_numpy(table.target)
+        rest, test = train_test_split(range(len(self.labels)), test_size=120, stratify=self.labels, random_state=0)
+        train, validation = train_test_split(rest, test_size=120, stratify=self.labels[rest], random_state=0)
+        self.rows = {"train": train, "validation": validation, "test": test}
+        self.mean, self.std = self.inputs[train].mean(0), self.inputs[train].std(0)
+
+    def model(self) -> nn.Module:
+        """A new network; qsweep trains it once, since the spec does not say that it is trained."""
+        return nn.Sequential(
+            nn.Linear(30, self.hidden),
+            nn.ReLU(),
+            nn.Linear(self.hidden, self.hidden),
+            nn.ReLU(),
+            nn.Linear(self.hidden, 2),
+        )
+
+    def samples(self, split: str) -> tuple[Tensor, Tensor]:
+        """Inputs (N, 30) as stored and labels (N,): 0 malignant, 1 benign."""
+        rows = self.rows[split]
+        return self.inputs[rows], self.labels[rows]
+
+    def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
+        """Standardise; while training (`generator` is given) add a little noise."""
+        scaled = (inputs - self.mean) / self.std
+        return scaled if generator is None else scaled + 0.05 * torch.randn(scaled.shape, generator=generator)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels)
+
+    def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """1 where the class is right: its mean is the accuracy."""
+        return (outputs.argmax(1) == labels).float()

@@ -35,7 +35,7 @@ class Store:
         path = self.root / key[:2] / key
         if path.exists():
             return path
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
                 unfinished = path.with_suffix(".unfinished")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from qsweep.hub.form import QuantizedModel
     from qsweep.spec import Compression
+    from qsweep.store import Store
 
 
 class Float(EngineConfig):
@@ -24,7 +25,7 @@ class Float(EngineConfig):
             return None
         return "the float engine has no integer kernels; use `inductor`, `onnxruntime` or `reference`"
 
-    def lower(self, model: QuantizedModel, folder: Path) -> None:
+    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.hub.save import save
 
         save(model, folder)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from qsweep.hub.form import QuantizedModel
     from qsweep.spec import Compression
+    from qsweep.store import Store
 
 
 class Inductor(EngineConfig):
@@ -27,7 +28,7 @@ class Inductor(EngineConfig):
     def refuses(self, config: Compression) -> str | None:
         return None
 
-    def lower(self, model: QuantizedModel, folder: Path) -> None:
+    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.hub.save import save
 
         save(model, folder)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from qsweep.hub.form import QuantizedModel
     from qsweep.spec import Compression
+    from qsweep.store import Store
 
 
 class OnnxRuntime(EngineConfig):
@@ -22,10 +23,10 @@ class OnnxRuntime(EngineConfig):
             return "ONNX Runtime's CPU kernels do not compute in bf16; use `float`"
         return None
 
-    def lower(self, model: QuantizedModel, folder: Path) -> None:
+    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.engines._onnx import lower
 
-        lower(model, folder)
+        lower(model, folder, store)
 
     def load(self, folder: Path) -> Runner:
         from qsweep.engines._onnx import runner

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from qsweep.hub.form import QuantizedModel
     from qsweep.spec import Compression
+    from qsweep.store import Store
 
 
 class Reference(EngineConfig):
@@ -22,16 +23,16 @@ class Reference(EngineConfig):
             return "the reference computes in integers; give `quantize` a method with integer grids"
         return None
 
-    def lower(self, model: QuantizedModel, folder: Path) -> None:
+    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.hub.save import save
 
         save(model, folder)
 
     def load(self, folder: Path) -> Runner:
-        from qsweep.engines._integer import Integers
+        from qsweep.engines._integer import IntegerInterpreter
         from qsweep.hub.save import load
 
-        return Integers(load(folder).graph)
+        return IntegerInterpreter(load(folder).graph)
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
         from qsweep.engines._integer import integer_macs

@@ -1,22 +1,141 @@
 """The hub form: what every quantization method leaves and every engine reads.
 
-An ATen graph of the model in inference form with batch norm folded, in which
-`quantized_decomposed.quantize_per_tensor` / `dequantize_per_tensor` (int8 container, `quant_min`, `quant_max` of the bit
-width) stand on activations and `dequantize_per_channel` on constant int8 weights.
+An ATen graph of the model in inference form, batch norm folded, in which `quantized_decomposed.quantize_per_tensor` and
+`dequantize_per_tensor` (int8 container, `quant_min` and `quant_max` of the bit width) stand on activations and
+`dequantize_per_channel` on constant int8 weights. Biases are float32 multiples of their accumulator's step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor
-from torch.fx import GraphModule
+import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
+from torch import Tensor, fx
+from torch.fx.passes.shape_prop import ShapeProp
+
+aten = torch.ops.aten
+quantized = torch.ops.quantized_decomposed
+
+QUANTIZE = quantized.quantize_per_tensor.default
+DEQUANTIZE = quantized.dequantize_per_tensor.default
+DEQUANTIZE_WEIGHT = quantized.dequantize_per_channel.default
+
+CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default}
+LINEARS = {aten.linear.default}
+COMPUTE = CONVOLUTIONS | LINEARS
+"""Ops that multiply activations (argument 0) by a weight (argument 1) and add a bias (argument 2)."""
+BINARY = {aten.add.Tensor, aten.add_.Tensor}
+POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default}
+SAME_GRID = {
+    aten.max_pool2d.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.slice.Tensor,
+    aten.pad.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.dropout.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.cat.default,
+}
+"""Ops that only move or select values: their output stays on the grid of their input."""
+RECTIFIERS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear of the graph."""
+
+    node: fx.Node
+    name: str
+    """Name of its weight, such as `layer1.0.conv1.weight`."""
+    macs: int
+    """Multiply-accumulates of one sample."""
+    weight: Tensor
+    """As stored: int8 when quantized."""
+    weight_bits: int
+    activation_bits: int
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
     """The hub form of one model. A model that was not quantized has no quantize ops in its graph."""
 
-    graph: GraphModule
+    graph: fx.GraphModule
+    """Takes and gives one tensor; the batch dimension is dynamic."""
     example: Tensor
-    """Two samples as the model takes them, float32; the batch dimension of `graph` is dynamic."""
+    """Two samples as the model takes them, float32."""
+    dtype: torch.dtype = torch.float32
+    """Of the arithmetic that is not integer; inputs and outputs of the artifact are float32 all the same."""
+
+    def cast_to(self, dtype: str) -> QuantizedModel:
+        """The same model with weights and arithmetic in another floating-point type."""
+        return replace(self, dtype={"bf16": torch.bfloat16}[dtype])
+
+    def layers(self) -> list[Layer]:
+        """Its convolutions and linears, in order of execution."""
+        with torch.no_grad():
+            ShapeProp(self.graph).propagate(self.example)
+        nodes = [node for node in self.graph.graph.nodes if node.target in COMPUTE]
+        return [self._layer(node, node.meta["tensor_meta"].shape) for node in nodes]
+
+    def _layer(self, node: fx.Node, shape: torch.Size) -> Layer:
+        weight, source = constant(self.graph, node.args[1]), node.args[1]
+        float_bits = 8 * self.dtype.itemsize
+        weight_bits, input_bits = float_bits, float_bits
+        if isinstance(source, fx.Node) and source.target is DEQUANTIZE_WEIGHT:
+            weight_bits = (int(source.args[5]) + 1).bit_length()  # type: ignore[arg-type]
+            source = source.args[0]
+        given = node.args[0]
+        if isinstance(given, fx.Node) and given.target is DEQUANTIZE:
+            input_bits = (int(given.args[4]) - int(given.args[3])).bit_length()  # type: ignore[arg-type]
+        assert weight is not None and isinstance(source, fx.Node)
+        macs = shape.numel() // shape[0] * weight[0].numel()
+        return Layer(node, str(source.target), macs, weight, weight_bits, input_bits)
+
+
+def constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
+    """The constant behind `node`: that of a get_attr, or the integers behind a weight's dequantize; else None."""
+    if isinstance(node, fx.Node) and node.target is DEQUANTIZE_WEIGHT:
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value: Any = graph
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, Tensor) else None
+
+
+def set_constant(root: torch.nn.Module, name: str, value: Tensor, *, trainable: bool = False) -> None:
+    """Put `value` at the dotted `name`, replacing what is there."""
+    *path, last = name.split(".")
+    module = root
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    if hasattr(module, last):
+        delattr(module, last)
+    if trainable:
+        module.register_parameter(last, torch.nn.Parameter(value))
+    else:
+        module.register_buffer(last, value)
+
+
+def attributes(graph: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
+    """The constants that the graph reads, by name, each once."""
+    seen = set()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.target not in seen:
+            seen.add(node.target)
+            value = constant(graph, node)
+            if value is not None:
+                yield str(node.target), value
+

@@ -1,0 +1,153 @@
+"""The hub form on disk: `graph.json` and `weights.safetensors`, no pickle. Weights under 8 bits are packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from qsweep.errors import BundleError
+from qsweep.hub.form import DEQUANTIZE_WEIGHT, QuantizedModel, attributes, set_constant
+from qsweep.hub.packing import pack, unpack
+
+GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
+_FORMAT = 1
+_PREFIXES = ("aten.", "quantized_decomposed.")
+"""Namespaces of ops that a saved graph may call: nothing else is looked up when one is loaded."""
+
+
+def save(model: QuantizedModel, folder: Path) -> None:
+    """Write `graph.json` and `weights.safetensors` to `folder`."""
+    names = {node: f"n{i}" for i, node in enumerate(model.graph.graph.nodes)}
+    content = {
+        "format": _FORMAT,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "example": list(model.example.shape),
+        "packed": {},
+        "nodes": [_node(node, names) for node in model.graph.graph.nodes],
+    }
+    content["packed"] = save_weights(model, folder)
+    (folder / GRAPH).write_text(json.dumps(content, separators=(",", ":")))
+
+
+def structure(model: QuantizedModel) -> str:
+    """The graph without its grids: equal for models that differ in scales, zero points and bits alone."""
+    names = {node: f"n{i}" for i, node in enumerate(model.graph.graph.nodes)}
+    rows = [_node(node, names) for node in model.graph.graph.nodes]
+    for row in rows:
+        if row[1].startswith("quantized_decomposed."):
+            row[2] = [argument for argument in row[2] if isinstance(argument, dict)]
+    shapes = {name: [list(value.shape), str(value.dtype)] for name, value in attributes(model.graph)}
+    return json.dumps([rows, shapes, list(model.example.shape)])
+
+
+def save_weights(model: QuantizedModel, folder: Path) -> dict[str, Any]:
+    """Write `weights.safetensors`; returns {name: [bits, shape]} of the tensors that were packed."""
+    bits = _bits(model.graph)
+    tensors, packed = {}, {}
+    for name, value in attributes(model.graph):
+        if name in bits and bits[name] < 8:
+            packed[name] = [bits[name], list(value.shape)]
+            value = pack(value, bits[name])
+        elif value.is_floating_point() and model.dtype != torch.float32:
+            value = value.to(model.dtype)
+        if not name.endswith("_zero_point"):  # weights are symmetric: always 0
+            tensors[name] = value.detach().clone().contiguous()
+    save_file(tensors, folder / WEIGHTS)
+    return packed
+
+
+def load(folder: Path) -> QuantizedModel:
+    """Read what `save` wrote; raises BundleError where the files are damaged or of another format."""
+    try:
+        content = json.loads((folder / GRAPH).read_text())
+        if content["format"] != _FORMAT:
+            raise BundleError(f"`{folder / GRAPH}`: format must be {_FORMAT} (got {content['format']})")
+        graph = fx.GraphModule(_constants(folder, content["packed"]), _graph(content["nodes"]))
+        example = torch.rand(content["example"], generator=torch.Generator().manual_seed(0))
+        return QuantizedModel(graph, example, getattr(torch, content["dtype"]))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BundleError(f"`{folder}`: the saved graph cannot be read ({type(error).__name__}: {error})") from error
+
+
+def load_weights(folder: Path, packed: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of `weights.safetensors`, unpacked, and the zero points that were left out."""
+    tensors = load_file(folder / WEIGHTS)
+    for name, (bits, shape) in packed.items():
+        tensors[name] = unpack(tensors[name], bits, tuple(shape))
+    scales = {name.removesuffix("_scale"): value for name, value in tensors.items() if name.endswith("_scale")}
+    return tensors | {f"{name}_zero_point": torch.zeros(len(scale), dtype=torch.int64) for name, scale in scales.items()}
+
+
+def _constants(folder: Path, packed: dict[str, Any]) -> torch.nn.Module:
+    root = torch.nn.Module()
+    for name, value in load_weights(folder, packed).items():
+        set_constant(root, name, value)
+    return root
+
+
+def _bits(graph: fx.GraphModule) -> dict[str, int]:
+    """Bit width of the integer weights, by name."""
+    found = {}
+    for node in graph.graph.nodes:
+        if node.target is DEQUANTIZE_WEIGHT:
+            found[str(node.args[0].target)] = (int(node.args[5]) + 1).bit_length()
+    return found
+
+
+def _node(node: fx.Node, names: dict[fx.Node, str]) -> list[Any]:
+    """[op, target, args, kwargs]; a reference to the i-th node is {"n": i}."""
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return {"n": int(names[value][1:])}
+        if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format):
+            return {"t": str(value)}
+        if isinstance(value, list | tuple):
+            return [encode(item) for item in value]
+        return value
+
+    arguments = [encode(argument) for argument in node.args]
+    content: list[Any] = [node.op, str(node.target), arguments]
+    return [*content, {key: encode(value) for key, value in node.kwargs.items()}] if node.kwargs else content
+
+
+def _graph(rows: list[list[Any]]) -> fx.Graph:
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, dict):
+            return nodes[value["n"]] if "n" in value else _torch_name(value["t"])
+        return [decode(item) for item in value] if isinstance(value, list) else value
+
+    for op, target, arguments, *rest in rows:
+        kwargs = {key: decode(value) for key, value in (rest[0] if rest else {}).items()}
+        if op == "call_function":
+            nodes.append(graph.call_function(_op(target), tuple(decode(arguments)), kwargs))
+        elif op == "output":
+            nodes.append(graph.output(decode(arguments[0])))
+        elif op in ("placeholder", "get_attr"):
+            nodes.append(graph.create_node(op, target, name=target.replace(".", "_")))
+        else:
+            raise ValueError(f"node kind `{op}` is not known")
+    return graph
+
+
+def _op(target: str) -> Any:
+    if not target.startswith(_PREFIXES):
+        raise ValueError(f"op `{target}` is not one that a graph may call")
+    value: Any = torch.ops
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _torch_name(text: str) -> Any:
+    if text.startswith("torch."):
+        return getattr(torch, text.removeprefix("torch."))
+    return torch.device(text)

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from toy_task import Toy
+
+from qsweep.errors import DataError, NotFinite, TaskFailure
+from qsweep.store import Store
+from qsweep.tasks.base import Samples, SplitName, Training
+from qsweep.tasks.image_classification import ImageClassification
+from qsweep.train import _batches, baseline, baseline_key, check, evaluate, fit, kept, predict
+from qsweep.weights import masks, weight_names
+
+CPU = torch.device("cpu")
+TRAINING = Training(batch_size=16)
+
+
+def trained(task: Toy, seed: int = 0, model: nn.Module | None = None, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = model or task.model()
+    settings: dict[str, Any] = {"epochs": 3, "learning_rate": 0.1} | options
+    fit(model, task, TRAINING, seed=seed, device=CPU, **settings)
+    return model
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
+    assert same(trained(Toy(dropout=0.5)), trained(Toy(dropout=0.5)))
+
+
+def test_another_seed_gives_other_weights() -> None:
+    assert not same(trained(Toy()), trained(Toy(), seed=1))
+
+
+def test_training_raises_the_accuracy() -> None:
+    task = Toy(count=256)
+    model = task.model()
+    before = evaluate(model, task, "validation").mean().item()
+    fit(model, task, TRAINING, epochs=10, learning_rate=0.1, seed=0, device=CPU)
+    assert evaluate(model, task, "validation").mean().item() > max(0.85, before)
+
+
+def test_training_leaves_the_random_numbers_of_the_process_alone() -> None:
+    task, model = Toy(), Toy(dropout=0.5).model()
+    before = torch.get_rng_state()
+    fit(model, task, TRAINING, epochs=1, learning_rate=0.1, seed=3, device=CPU)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_trained_model_is_contiguous_in_eval_mode_and_without_gradients() -> None:
+    model = trained(Toy())
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+
+
+@given(count=st.integers(2, 200), size=st.integers(2, 50))
+def test_every_sample_is_in_one_batch_and_none_is_alone(count: int, size: int) -> None:
+    batches = _batches(torch.arange(count), size)
+    assert torch.equal(torch.cat(batches), torch.arange(count))
+    assert all(2 <= len(batch) <= size + 1 for batch in batches)
+
+
+def test_weight_decay_spares_biases_and_batch_norm() -> None:
+    task, model = Toy(), Toy().model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    fit(
+        model,
+        task,
+        TRAINING,
+        epochs=1,
+        learning_rate=0.1,
+        seed=0,
+        device=CPU,
+        loss=lambda x, outputs, y: 0 * outputs.sum(),
+    )
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (parameter.dim() < 2), name
+
+
+def test_a_diverging_training_raises_not_finite() -> None:
+    with pytest.raises(NotFinite, match="training loss"):
+        trained(Toy(), learning_rate=1e20, epochs=10)
+
+
+def test_one_training_sample_is_refused() -> None:
+    with pytest.raises(DataError, match="at least 2 samples"):
+        trained(Toy(count=1))
+
+
+def test_no_epochs_change_nothing() -> None:
+    model = trained(Toy(), epochs=0)
+    torch.manual_seed(0)
+    assert same(model, Toy().model())
+
+
+def test_after_each_step_its_number_is_told() -> None:
+    steps: list[int] = []
+    trained(Toy(count=65), epochs=2, after_step=steps.append)
+    assert steps == list(range(1, 9))
+
+
+def test_the_loss_sees_the_batch_that_the_model_saw() -> None:
+    task, model = Toy(), Toy().model()
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+
+    def loss(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
+        assert inputs is seen[-1]
+        return task.loss(outputs, labels)
+
+    trained(task, model=model, loss=loss)
+    assert seen
+
+
+def with_zeros(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.get_parameter("0.weight")[:2] = 0
+        model.get_parameter("5.weight")[:, ::2] = 0
+    return model
+
+
+def exported(model: nn.Module) -> torch.fx.GraphModule:
+    batch = {0: torch.export.Dim("batch", min=2)}
+    graph = torch.export.export(model.train(), (torch.randn(2, 1, 4, 4),), dynamic_shapes=(batch,)).module()
+    assert isinstance(graph, torch.fx.GraphModule)
+    return graph
+
+
+@pytest.mark.parametrize("form", [with_zeros, lambda model: exported(with_zeros(model))])
+def test_kept_zeros_stay_zero_and_the_others_train(form: Any) -> None:
+    model = form(Toy().model())
+    keep, before = masks(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained(Toy(), model=model, keep_zeros=True)
+    assert keep.keys() == {"0.weight", "5.weight"}
+    for name, parameter in model.named_parameters():
+        if name in keep:
+            assert torch.equal(parameter != 0, keep[name])
+            assert not torch.equal(parameter, before[name])
+
+
+def test_zeros_move_unless_they_are_to_be_kept() -> None:
+    model = trained(Toy(), model=with_zeros(Toy().model()))
+    assert (model.get_parameter("5.weight")[:, 32:] != 0).all()  # those of live channels
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+        self.position = nn.Parameter(torch.zeros(1, 3, 4))
+        self.layers = nn.ModuleList([nn.Conv1d(4, 4, 1), nn.Linear(4, 2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0]((self.table(x) + self.position).transpose(1, 2)).transpose(1, 2)
+        found: Tensor = self.layers[1](x.mean(1))
+        return found
+
+
+def test_the_weights_of_a_graph_are_those_of_its_model_without_embeddings() -> None:
+    model, names = Tokens(), ["layers.0.weight", "layers.1.weight"]
+    graph = torch.export.export(model, (torch.zeros(2, 3, dtype=torch.long),)).module()
+    assert weight_names(model) == names
+    assert sorted(weight_names(graph)) == names
+
+
+def test_prediction_is_in_eval_mode_and_puts_every_mode_back() -> None:
+    model = Toy(dropout=0.9).model().train()
+    model.get_submodule("1").eval()
+    modes = [module.training for module in model.modules()]
+    inputs = Toy().samples("test").inputs
+    assert torch.equal(predict(model, Toy(), inputs), predict(model, Toy(), inputs))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_evaluation_scores_every_sample_whatever_the_batch_size() -> None:
+    task, model = Toy(), Toy().model()
+    scores = evaluate(model, task, "test", batch_size=10)
+    assert scores.shape == (65,)
+    assert torch.equal(scores, evaluate(model, task, "test", batch_size=1000))
+
+
+def test_outputs_that_are_not_finite_raise() -> None:
+    with pytest.raises(NotFinite, match="outputs must be finite"):
+        evaluate(lambda inputs: inputs.flatten(1) / 0, Toy(), "test")
+
+
+def test_a_result_is_computed_once_and_a_failure_is_not_kept(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def compute_on(model: nn.Module, fail: bool) -> None:
+        calls.append(1)
+        nn.init.ones_(model.get_parameter("5.weight"))
+        if fail:
+            raise NotFinite("no")
+
+    for fail in (True, False, True):
+        model = Toy().model()
+        try:
+            kept(model, Store(tmp_path), "ab" * 32, lambda model=model, fail=fail: compute_on(model, fail))  # type: ignore[misc]
+        except NotFinite:
+            assert fail
+    assert len(calls) == 2
+    assert (model.get_parameter("5.weight") == 1).all()
+
+
+DIGITS = {"model": {"arch": "digits_cnn"}, "data": {"method": "digits"}, "training": {"epochs": 8}}
+
+
+def test_the_baseline_is_trained_once_and_the_same_for_all_who_ask(tmp_path: Path) -> None:
+    config = ImageClassification.model_validate(DIGITS)
+    task, store = config.open(tmp_path), Store(tmp_path / "sweeps" / "store")
+    lines: list[str] = []
+    models = [
+        baseline(task, config, root=tmp_path, store=store, seed=0, device=CPU, progress=lines.append) for _ in range(2)
+    ]
+    assert same(*models)
+    assert len(lines) == 8
+    assert evaluate(models[0], task, "validation").mean() >= 0.95
+
+
+def test_the_identity_of_a_baseline_holds_its_training_and_seed(tmp_path: Path) -> None:
+    config = ImageClassification.model_validate(DIGITS)
+    other = config.model_copy(update={"training": Training(epochs=9)})
+    keys = {baseline_key(config, tmp_path, 0), baseline_key(config, tmp_path, 1), baseline_key(other, tmp_path, 0)}
+    assert len(keys) == 3
+
+
+class Broken(Toy):
+    """A task with one thing wrong."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def samples(self, split: SplitName) -> Samples:
+        if self.wrong == split:
+            raise DataError(f"no {split}")
+        return super().samples(split)
+
+    def transform(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        transformed = super().transform(inputs, generator)
+        return transformed[:, :, 1:] if self.wrong == "augmentation" and generator else transformed
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(outputs, labels) * (torch.nan if self.wrong == "loss" else 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "complaint"),
+    [
+        ("test", DataError, "no test"),
+        ("augmentation", TaskFailure, r"must keep shape \(4, 1, 4, 4\)"),
+        ("loss", NotFinite, "loss of the first samples of `train`"),
+    ],
+)
+def test_a_check_finds_what_is_wrong_before_any_trial(wrong: str, error: type[Exception], complaint: str) -> None:
+    with pytest.raises(error, match=complaint):
+        check(Broken(wrong), Toy().model())
+
+
+def test_a_check_names_what_a_model_raises_or_returns_wrongly() -> None:
+    with pytest.raises(TaskFailure, match="the model raised RuntimeError"):
+        check(Toy(), nn.Conv2d(3, 1, 1))
+    with pytest.raises(TaskFailure, match="must give 4 outputs"):
+        check(Toy(), nn.Flatten(0))
+
+
+def test_a_sound_task_passes_the_check() -> None:
+    check(Toy(), Toy().model())

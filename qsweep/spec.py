@@ -56,6 +56,8 @@ class Constraint(Config):
     def _bounded(self) -> Constraint:
         if self.max is None and self.min is None:
             raise ValueError("must have `max`, `min` or both")
+        if self.max is not None and self.min is not None and self.min > self.max:
+            raise ValueError("`min` must not be above `max`")
         return self
 
 
@@ -167,9 +169,8 @@ class Spec(Config):
     @field_validator("constraints")
     @classmethod
     def _known_constraints(cls, bounds: dict[str, Constraint]) -> dict[str, Constraint]:
-        unknown = [name for name in bounds if name not in Metrics.model_fields]
-        if unknown:
-            raise ValueError(f"`{unknown[0]}` is no metric; there are {sorted(Metrics.model_fields)}")
+        if set(bounds) - set(Metrics.model_fields):
+            raise ValueError(f"must name metrics out of {sorted(Metrics.model_fields)}")
         return bounds
 
     @model_validator(mode="after")

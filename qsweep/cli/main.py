@@ -1,0 +1,38 @@
+"""`qsweep`: the commands. Each lives in a file of its own or beside its like, and imports what it needs when called."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from qsweep.cli import doctor, results, run, specs, ui
+from qsweep.errors import QsweepError
+
+app = typer.Typer(
+    help="Find the compressed version of a PyTorch model to ship.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    run.run,
+    specs.validate,
+    specs.plan,
+    specs.schema,
+    results.front,
+    doctor.doctor,
+    ui.ui,
+):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line. What qsweep raises on purpose becomes one line and exit code 1."""
+    try:
+        app()
+    except QsweepError as error:
+        from qsweep.cli.console import say_error
+
+        say_error(str(error))
+        sys.exit(1)

@@ -1,0 +1,123 @@
+"""`qsweep run`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from qsweep.cli.specs import SpecPath
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+    from qsweep.records import Record
+    from qsweep.spec import Spec
+    from qsweep.study.folder import SweepFolder
+
+SHOWN = {
+    "accuracy": "{:.2%}",
+    "size_bytes": "{:,.0f} bytes",
+    "latency_ms": "{:.3g} ms",
+    "latency_ratio": "{:.2f} of fp32",
+}
+"""What the line of a finished trial tells."""
+
+
+def run(spec: SpecPath) -> None:
+    """Run the sweep of a spec, or go on with one that was stopped. Ctrl-C stops it in order."""
+    from qsweep.spec import load_spec
+    from qsweep.study.folder import SweepFolder
+    from qsweep.sweep import run as sweep
+
+    asked = load_spec(spec)
+    watch = Watch(asked, SweepFolder(spec.parent, asked.name), spec)
+    finished = watch.follow(sweep(spec))
+    watch.conclude(finished)
+    if not finished:
+        raise typer.Exit(130)
+
+
+class Watch:
+    """What the person sees of a sweep that runs: live where there is a terminal, else a line a record."""
+
+    def __init__(self, spec: Spec, folder: SweepFolder, path: Path) -> None:
+        self.spec, self.folder, self.path = spec, folder, path
+        self.records = {record.number: record for record in folder.records()}
+        self.before = len(self.records)
+
+    def follow(self, records: Generator[Record, None, bool]) -> bool:
+        """Show the records as they come; whether the sweep has finished."""
+        from qsweep.cli.console import say
+
+        if self.before:
+            say(f"going on with `{self.folder.path}`: {self.before} records are there")
+        with self._live():
+            while True:
+                try:
+                    record = next(records)
+                except StopIteration as end:
+                    return bool(end.value)
+                if record.number not in self.records and not sys.stdout.isatty():
+                    say(line(record))
+                self.records[record.number] = record
+
+    def _live(self) -> AbstractContextManager[Live | None]:
+        if not sys.stdout.isatty():
+            return nullcontext()
+        from rich.live import Live
+
+        return Live(get_renderable=self._now, refresh_per_second=2, transient=True)
+
+    def _now(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        from qsweep.cli.console import grid
+        from qsweep.track import front_table
+
+        records = list(self.records.values())
+        trials = sum(record.kind == "trial" for record in records)
+        lines = [Text(f"{trials} of {self.spec.search.trials} trials", style="bold")]
+        lines += [Text(f"  #{live.number} {live.job}: {live.progress}") for live in self.folder.live()]
+        return Group(*lines, grid(front_table(records, self.spec)))
+
+    def conclude(self, finished: bool) -> None:
+        """The front, what failed, and where to look next."""
+        from qsweep.cli.console import console, grid, say
+        from qsweep.track import front_table
+
+        records = [record for _, record in sorted(self.records.items())]
+        console().print(grid(front_table(records, self.spec)))
+        say(*(line(record) for record in records if record.state != "complete"))
+        if not finished:
+            say(f"stopped; `qsweep run {self.path}` goes on")
+            return
+        say("What next:", *self._next())
+
+    def _next(self) -> list[str]:
+        from qsweep.track import pareto_url
+
+        at_home = pareto_url(self.folder.path, "http://127.0.0.1:5000")
+        served = pareto_url(self.folder.path)
+        return [
+            f"  qsweep best {self.path} --max accuracy_drop_pp=1 --by latency_ms",
+            f"  qsweep promote {self.path} --max accuracy_drop_pp=1 --by latency_ms --name {self.spec.name}",
+            f"  MLflow: {served}" if served else f"  qsweep ui {self.path}      then {at_home or 'the page it prints'}",
+        ]
+
+
+def line(record: Record) -> str:
+    """A record in one line."""
+    metrics, head = record.metrics, f"#{record.number:<3} {record.name} on {record.engine}"
+    if record.failure:
+        return f"{head}: {record.state}, {record.failure.kind}: {record.failure.message}"
+    if record.duplicate_of is not None:
+        return f"{head}: as #{record.duplicate_of}"
+    texts = [form.format(value) for name, form in SHOWN.items() if (value := getattr(metrics, name)) is not None]
+    return f"{head}: {', '.join([*texts, f'{sum(record.seconds.values()):.1f} s'])}"

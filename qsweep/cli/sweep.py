@@ -1,0 +1,32 @@
+"""A sweep as commands name it: the path of its spec, or its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from qsweep.spec import Spec
+    from qsweep.study.folder import SweepFolder
+
+Sweep = Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep: the path of its spec, or its folder.")]
+Maxima = Annotated[
+    list[str] | None, typer.Option("--max", metavar="METRIC=VALUE", help="Upper bound of a metric; repeat for more.")
+]
+Minima = Annotated[
+    list[str] | None, typer.Option("--min", metavar="METRIC=VALUE", help="Lower bound of a metric; repeat for more.")
+]
+By = Annotated[str | None, typer.Option("--by", metavar="METRIC", help="The metric that decides, best first.")]
+
+
+def find(path: Path) -> tuple[Spec, SweepFolder]:
+    """The spec that the sweep at `path` was run with, and its folder. Raises SweepError where there is none."""
+    from qsweep.spec import load_spec
+    from qsweep.study.folder import SweepFolder
+
+    folder = SweepFolder(path.resolve().parent.parent, path.resolve().name) if path.is_dir() else None
+    if folder is None:
+        folder = SweepFolder(path.parent, load_spec(path).name)
+    return folder.spec(), folder

@@ -1,0 +1,30 @@
+"""`qsweep ui`: MLflow's pages of a sweep, on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qsweep.cli.sweep import Sweep
+
+
+def ui(sweep: Sweep, port: Annotated[int, typer.Option(help="On loopback; 0 takes a free one.")] = 5000) -> None:
+    """Serve MLflow's UI and print the address of the sweep's Pareto page; Ctrl-C ends it. Where the sweep tracks to a
+    server, its address is printed."""
+    import signal
+    from contextlib import suppress
+
+    from qsweep.cli.console import say
+    from qsweep.cli.sweep import find
+    from qsweep.track import pareto_url, tracking_uri
+    from qsweep.track import ui as serve
+
+    spec, folder = find(sweep)
+    uri = tracking_uri(spec.track.uri, folder.root)
+    with serve(uri, port) as address:
+        say(pareto_url(folder.path, address) or address)
+        if address != uri:
+            say("Ctrl-C ends it.")
+            with suppress(KeyboardInterrupt):
+                signal.pause()

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qsweep.errors import SpecError
+from qsweep.records import Metrics
+from qsweep.spec import Compression, Spec, TrialConfig, load_spec
+
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+SPEC: dict[str, Any] = {
+    "name": "small",
+    "task": {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": {"method": "digits"}},
+    "compress": {"quantize": {"method": "ptq", "weight_bits": {"choice": [4, 8]}}},
+    "target": {"engine": "onnxruntime"},
+}
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(SPEC | changes), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(SpecError) as caught:
+        load_spec(path)
+    return str(caught.value).removeprefix(f"`{path}`: ")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_validates(path: Path) -> None:
+    assert load_spec(path).name == path.stem
+
+
+def test_a_spec_survives_json(tmp_path: Path) -> None:
+    spec = load_spec(written(tmp_path, constraints={"accuracy_drop_pp": {"max": 1}}))
+    assert Spec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("45s", 45), ("30m", 1800), ("1h", 3600), ("1h30m", 5400), ("1.5d", 129600)]
+)
+def test_durations_are_seconds(tmp_path: Path, text: str, seconds: float) -> None:
+    path = written(tmp_path, search={"timeout": yaml.safe_load(text)})
+    assert load_spec(path).search.timeout == seconds
+
+
+@pytest.mark.parametrize("method", ["ptq", "qat"])
+def test_a_trial_has_a_name_that_decodes(method: str) -> None:
+    compress = {
+        "prune": {"method": "magnitude", "sparsity": 0.5},
+        "distill": {"method": "logits", "temperature": 4.0},
+        "quantize": {"method": method, "weight_bits": 4, "activation_bits": 8, "activation_scheme": "asymmetric"},
+    }
+    config = TrialConfig.model_validate({"compress": compress, "target": {"engine": "inductor"}})
+    assert config.name == f"{method}-w4s-a8a-T4-prune50"
+    assert TrialConfig.model_validate({"target": {"engine": "inductor"}}).name == "fp32"
+
+
+def test_equal_trials_have_one_identity_and_others_have_others() -> None:
+    def uid(**target: Any) -> str:
+        return TrialConfig.model_validate({"target": {"engine": "inductor"} | target}).uid()
+
+    assert uid() == uid(batch_size=1, threads=1)
+    assert len({uid(), uid(batch_size=2), uid(threads=2), uid(engine="onnxruntime")}) == 4
+
+
+def test_stages_come_in_their_order() -> None:
+    compress = {"quantize": {"method": "qat"}, "distill": {"method": "logits"}, "prune": {"method": "magnitude"}}
+    assert [stage.method for stage in Compression.model_validate(compress).stages()] == ["magnitude", "logits", "qat"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nmae": "x"}, "`nmae`: there is no such key; `qsweep schema` shows the ones there are (got 'x')"),
+        ({"name": "a/b"}, "`name`: must match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$' (got 'a/b')"),
+        ({"name": "store"}, "`name`: must not be `store`, the folder of results that sweeps share (got 'store')"),
+        ({"name": 7}, "`name`: must be text (got 7)"),
+        (
+            {"task": {"method": "juggling"}},
+            "`task.method`: must be one of 'image_classification', 'python' (got 'juggling')",
+        ),
+        (
+            {"compress": {"quantise": None}},
+            "`compress.quantise`: there is no such key; `qsweep schema` shows the ones there are (got None)",
+        ),
+        (
+            {"compress": {"quantize": {"method": "ptq", "weight_bits": 9}}},
+            "`compress.quantize.ptq.weight_bits`: must be less than or equal to 8 (got 9)",
+        ),
+        (
+            {"compress": {"quantize": {"method": "ptq", "weight_bits": {"range": [1, 8]}}}},
+            "`compress.quantize.ptq.weight_bits`: must be greater than or equal to 2 (got 1)",
+        ),
+        (
+            {"compress": {"quantize": {"choice": []}}},
+            "`compress.quantize.choice`: must be a list with at least one option (got [])",
+        ),
+        (
+            {"compress": {"prune": {"method": "magnitude", "sparsity": 2}}},
+            "`compress.prune.sparsity`: must be less than 1 (got 2)",
+        ),
+        (
+            {"target": {"engine": "abacus"}},
+            "`target.engine`: must be one of 'float', 'inductor', 'onnxruntime', 'reference' (got 'abacus')",
+        ),
+        ({"target": {"batch_size": 1}}, "`target.engine`: is required and was not given"),
+        (
+            {"target": {"engine": "inductor", "threads": 0}},
+            "`target.inductor.threads`: must be greater than or equal to 1 (got 0)",
+        ),
+        ({"objectives": []}, f"`objectives`: must be different metrics out of {sorted(Metrics.directions())} (got [])"),
+        ({"objectives": "accuracy"}, "`objectives`: must be a list (got 'accuracy')"),
+        (
+            {"objectives": ["beauty"]},
+            f"`objectives`: must be different metrics out of {sorted(Metrics.directions())} (got ['beauty'])",
+        ),
+        ({"constraints": {"accuracy": {}}}, "`constraints.accuracy`: must have `max`, `min` or both (got {})"),
+        (
+            {"constraints": {"accuracy": {"max": 0.5, "min": 0.9}}},
+            "`constraints.accuracy`: `min` must not be above `max` (got {'max': 0.5, 'min': 0.9})",
+        ),
+        (
+            {"constraints": {"beauty": {"max": 1}}},
+            f"`constraints`: must name metrics out of {sorted(Metrics.model_fields)} (got {{'beauty': {{'max': 1}}}})",
+        ),
+        ({"search": {"trials": 0}}, "`search.trials`: must be greater than or equal to 1 (got 0)"),
+        (
+            {"search": {"timeout": "soon"}},
+            "`search.timeout`: must be seconds or a duration such as `30m` or `1h30m` (got 'soon')",
+        ),
+        ({"search": {"timeout": "0s"}}, "`search.timeout`: must be greater than 0 (got 0.0)"),
+        (
+            {"search": {"sampler": "tarot"}},
+            "`search.sampler`: must be 'tpe', 'nsga2', 'gp', 'random' or 'grid' (got 'tarot')",
+        ),
+        ({"run": 3}, "`run`: must be a mapping (got 3)"),
+    ],
+    ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
+)
+def test_a_wrong_spec_is_refused_with_the_path_what_must_hold_and_what_came(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    assert refusal(written(tmp_path, **changes)) == message
+
+
+@pytest.mark.parametrize("missing", ["name", "task", "compress", "target"])
+def test_what_a_spec_cannot_do_without_is_asked_for(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in SPEC.items() if key != missing}), encoding="utf-8")
+    assert refusal(path) == f"`{missing}`: is required and was not given"
+
+
+def test_a_space_of_which_its_engine_can_run_nothing_is_refused_with_the_reasons(tmp_path: Path) -> None:
+    said = refusal(written(tmp_path, target={"engine": "float"}))
+    assert said.startswith("no config of `compress` can run on `target`: ")
+    assert "integer kernels" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "must be YAML (while parsing a flow node"),
+        ("name: a\nname: b\n", "must be YAML (the key `name` must stand once)"),
+        ("- a\n", "must hold a mapping with `name`, `task`, `compress` (got list)"),
+        ("", "must hold a mapping with `name`, `task`, `compress` (got NoneType)"),
+        ("a: \x07\n", "must be YAML (unacceptable character"),
+    ],
+)
+def test_a_file_that_is_no_mapping_in_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_spec(path)
+    assert str(path) in str(caught.value)
+    assert message.split("(")[0] in str(caught.value)
+    assert message.split("(")[1].rstrip(")") in str(caught.value) or "while parsing" in message
+
+
+def test_a_missing_file_a_folder_and_bytes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    for path, said in (
+        ("none.yaml", "there is no such file"),
+        ("", "cannot be read as text"),
+        ("bytes.yaml", "cannot be"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            load_spec(tmp_path / path)
+
+
+def test_an_anchor_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(SPEC | {"compress": 0}).replace("compress: 0", "compress: &all {quantize: *all}"))
+    assert "must not contain itself" in refusal(path)
+
+
+def test_scientific_notation_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    rate = "{range: [1e-4, 1E-1], log: true}"
+    compress = f"compress: {{quantize: {{method: qat, learning_rate: {rate}}}}}"
+    path.write_text(yaml.safe_dump(SPEC | {"compress": 0}).replace("compress: 0", compress))
+    (low, high) = (config.quantize.learning_rate for config in load_spec(path).compress.configs())  # type: ignore[union-attr]
+    assert (low, high) == (1e-4, 1e-1)

@@ -6,7 +6,7 @@ ifneq ($(wildcard ../shared/data),)
 export QSWEEP_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo test check venv venv-test clean
+.PHONY: demo test check schema venv venv-test clean
 
 demo: venv  ## run the demo sweep, print its front and where to look
 	.venv/bin/qsweep run $(SPEC)
@@ -34,3 +34,6 @@ venv-test: .venv/.installed-test
 
 clean:  ## forget the environment and the results of sweeps
 	rm -rf .venv experiments/sweeps
+
+schema: venv  ## write the JSON schema of a spec, which editors complete from
+	.venv/bin/qsweep schema > docs/spec.schema.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,7 @@ def encode(domain: Domain, value: Any) -> Any:
 def _ordered(domain: Choice) -> tuple[list[Any], int]:
     """Numeric labels in rising order, and their distance if all are integers at one distance, else 0."""
     labels: list[Any] = sorted(domain.labels)  # type: ignore[type-var]
-    steps = {b - a for a, b in zip(labels, labels[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(labels)}
     even = len(steps) == 1 and all(isinstance(label, int) for label in labels)
     return labels, int(steps.pop()) if even else 0
 

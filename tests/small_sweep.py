@@ -1,0 +1,63 @@
+"""A sweep of arithmetic jobs for tests: 6 points, 3 baselines, a few seconds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qsweep.records import Record
+from qsweep.spec import Spec
+from qsweep.study import run
+
+CONTENT = """
+name: small
+task: {method: image_classification, model: {arch: digits_cnn}, data: {method: digits}}
+compress:
+  quantize:
+    method: ptq
+    weight_bits: {choice: [2, 4, 6]}
+    activation_scheme: {choice: [symmetric, asymmetric]}
+target: {engine: onnxruntime}
+search: {trials: 6}
+"""
+REAL = {"method": "ptq", "weight_bits": 4, "calibration_samples": {"range": [1, 100000]}}
+"""A `quantize` with more points than any test runs: the sampler is asked."""
+
+
+def small_spec(quantize: Any = None, **changes: Any) -> Spec:
+    content = yaml.safe_load(CONTENT) | changes
+    if quantize is not None:
+        content["compress"] = {"quantize": quantize}
+    return Spec.model_validate(content)
+
+
+def sweep(root: Path, spec: Spec, **tell: str) -> dict[int, Record]:
+    """Run `spec` to its end; the records by number as they were at the end. `tell`: what jobs are told, with `_` for a
+    space (`build_0003="die"`)."""
+    told(root, **tell)
+    return {record.number: record for record in run(spec, root, jobs="arithmetic_jobs", preload=("numpy",))}
+
+
+def told(root: Path, **tell: str) -> None:
+    (root / "tell.json").write_text(json.dumps({key.replace("_", " "): what for key, what in tell.items()}))
+
+
+def calls(root: Path) -> Counter[str]:
+    """How often each job has run in each folder."""
+    path = root / "calls.txt"
+    return Counter(path.read_text().splitlines() if path.exists() else [])
+
+
+def states(root: Path, name: str = "small") -> Counter[str]:
+    """How many Optuna trials are in each state."""
+    import optuna
+
+    storage = optuna.storages.RDBStorage(f"sqlite:///{root}/sweeps/{name}/optuna.db")
+    study = optuna.load_study(study_name=name, storage=storage)
+    found = Counter(trial.state.name for trial in study.get_trials())
+    storage.engine.dispose()
+    return found

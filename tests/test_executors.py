@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import worker_jobs
+
+from qsweep.executors.local import Local, Worker, holder
+
+JOBS = "worker_jobs"
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Local]:
+    executor = Local((), tmp_path / "server.log")
+    yield executor
+    executor.shutdown()
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def ended(local: Local, worker: Worker) -> str:
+    until(lambda: local.wait(0.1) or worker.poll())
+    return str(worker.poll())
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_job_that_leaves_its_result_is_done(local: Local, tmp_path: Path) -> None:
+    assert ended(local, local.start(tmp_path, f"{JOBS}:good", "good")) == "done"
+    assert holder(tmp_path) is None
+    assert "said to stdout" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("raises", "ended with exit code 1; its log ends with: RuntimeError: as told"),
+        ("dies", "was killed by SIGKILL"),
+        ("forgets", "ended with exit code 0"),
+    ],
+)
+def test_a_job_without_a_result_has_crashed_and_says_how(local: Local, tmp_path: Path, job: str, words: str) -> None:
+    worker = local.start(tmp_path, f"{JOBS}:{job}", job)
+    assert ended(local, worker) == "crashed"
+    assert worker.last_words().startswith(words)
+
+
+def test_a_worker_is_a_session_of_its_own_and_its_children_die_with_it(local: Local, tmp_path: Path) -> None:
+    worker = local.start(tmp_path, f"{JOBS}:parent", "parent")
+    until((tmp_path / "child.pid").exists)
+    child = int((tmp_path / "child.pid").read_text())
+    assert os.getsid(worker.pid) == worker.pid != os.getsid(0)
+    worker.kill()
+    assert worker.poll() == "crashed"
+    until(lambda: not alive(child))
+
+
+def test_children_of_a_worker_that_was_killed_by_others_die_too(local: Local, tmp_path: Path) -> None:
+    worker = local.start(tmp_path, f"{JOBS}:parent", "parent")
+    until((tmp_path / "child.pid").exists)
+    os.kill(worker.pid, 9)
+    assert ended(local, worker) == "crashed"
+    until(lambda: not alive(int((tmp_path / "child.pid").read_text())))
+
+
+def test_a_paused_worker_stands_still_until_it_is_resumed(local: Local, tmp_path: Path) -> None:
+    worker = local.start(tmp_path, f"{JOBS}:counts", "counts")
+    until((tmp_path / "count").exists)
+    worker.pause()
+    until(lambda: "T" in Path(f"/proc/{worker.pid}/stat").read_text().split(")")[1].split()[0])
+    before = (tmp_path / "count").stat().st_size
+    time.sleep(0.1)
+    assert (tmp_path / "count").stat().st_size == before
+    assert worker.poll() is None
+    worker.resume()
+    until(lambda: (tmp_path / "count").stat().st_size > before)
+
+
+def test_a_paused_worker_can_be_killed(local: Local, tmp_path: Path) -> None:
+    worker = local.start(tmp_path, f"{JOBS}:counts", "counts")
+    worker.pause()
+    worker.kill()
+    assert worker.poll() == "crashed"
+
+
+def test_a_worker_outlives_its_driver_and_is_adopted(local: Local, tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from qsweep.executors.local import Local, holder;"
+        f"folder = Path({str(tmp_path)!r}); Local((), folder / 'log').start(folder, '{JOBS}:waits', 'waits')\n"
+        "while not holder(folder): time.sleep(0.01)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    tests = str(Path(worker_jobs.__file__).parent)
+    path = os.pathsep.join((tests, *sys.path))
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=False)
+    worker = local.adopt(tmp_path)
+    assert worker is not None
+    assert worker.name == "waits"
+    assert worker.poll() is None
+    (tmp_path / "go").touch()
+    assert ended(local, worker) == "done"
+    assert local.adopt(tmp_path) is None
+
+
+def test_two_workers_are_never_in_one_folder(local: Local, tmp_path: Path) -> None:
+    first = local.start(tmp_path, f"{JOBS}:waits", "waits")
+    until(lambda: holder(tmp_path))
+    second = local.start(tmp_path, f"{JOBS}:waits", "waits")
+    assert holder(tmp_path) == (first.pid, "waits")
+    (tmp_path / "go").touch()
+    assert [ended(local, first), ended(local, second)] == ["done", "done"]
+    assert (tmp_path / "runs").read_text() == "1"
+
+
+def test_shutdown_leaves_no_process(tmp_path: Path) -> None:
+    local = Local((), tmp_path / "server.log")
+    worker = local.start(tmp_path, f"{JOBS}:parent", "parent")
+    until((tmp_path / "child.pid").exists)
+    child = int((tmp_path / "child.pid").read_text())
+    server = int(Path(f"/proc/{worker.pid}/stat").read_text().split(")")[1].split()[1])
+    local.shutdown()
+    until(lambda: not any(alive(pid) for pid in (worker.pid, child, server)))
+
+
+def test_workers_import_neither_the_main_script_nor_its_noise(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "import time; from pathlib import Path; from qsweep.executors.local import Local\n"
+        f"folder = Path({str(tmp_path)!r}); open(folder / 'imports', 'a').write('x')\n"
+        f"local = Local(('noisy_module',), folder / 'server.log'); w = local.start(folder, '{JOBS}:good', 'good')\n"
+        "while w.poll() is None: time.sleep(0.01)\n"
+        "print(w.poll()); local.shutdown()"
+    )
+    (tmp_path / "noisy_module.py").write_text("import os; os.write(1, b'noise\\n'); os.write(2, b'noise\\n')")
+    path = os.pathsep.join((str(Path(worker_jobs.__file__).parent), str(tmp_path), *sys.path))
+    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert (done.stdout, done.stderr) == (b"done\n", b"")
+    assert (tmp_path / "imports").read_text() == "x"
+    assert (tmp_path / "server.log").read_text().count("noise") == 2

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qsweep.records import Metrics, Record
+from qsweep.spec import Constraint
+from qsweep.study import hypervolumes, membership, pareto
+
+OBJECTIVES = ("accuracy", "size_bytes")
+
+
+def record(number: int, state: str = "complete", **metrics: float) -> Record:
+    content: dict[str, Any] = {"number": number, "uid": str(number), "name": "x", "config": {}, "engine": "e"}
+    return Record(**content, state=state, folder="f", metrics=Metrics(**metrics))  # type: ignore[arg-type]
+
+
+def points(*pairs: tuple[float, float]) -> list[Record]:
+    return [record(i, accuracy=accuracy, size_bytes=size) for i, (accuracy, size) in enumerate(pairs)]
+
+
+grid = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12)
+
+
+@given(grid)
+def test_the_front_is_what_no_other_record_dominates(pairs: list[tuple[int, int]]) -> None:
+    records = points(*pairs)
+    front = {member.number for member in pareto(records, OBJECTIVES)}
+    for i, (accuracy, size) in enumerate(pairs):
+        beaten = any(a >= accuracy and s <= size and (a, s) != (accuracy, size) for a, s in pairs)
+        assert (i in front) == (not beaten)
+
+
+def test_only_feasible_complete_records_that_were_evaluated_themselves_are_on_the_front() -> None:
+    good, small = points((0.9, 10), (0.5, 1))
+    failed = record(2, state="failed", accuracy=1.0, size_bytes=1)
+    copy = good.model_copy(update={"number": 3, "duplicate_of": 0})
+    unmeasured = record(4, accuracy=1.0)
+    everything = [good, small, failed, copy, unmeasured]
+    assert pareto(everything, OBJECTIVES) == [good, small]
+    assert pareto(everything, OBJECTIVES, {"accuracy": Constraint(min=0.6)}) == [good]
+    assert pareto([failed], OBJECTIVES) == []
+    assert membership([failed], OBJECTIVES) == {}
+
+
+def test_a_record_whose_lead_is_noise_is_probable_and_one_whose_lead_is_not_is_certain() -> None:
+    random = np.random.default_rng(0)
+    scores = {
+        0: (random.random(2000) < 0.95).astype(np.uint8),
+        1: (random.random(2000) < 0.90).astype(np.uint8),
+    }
+    scores[2] = scores[1].copy()
+    scores[2][np.flatnonzero(scores[2] == 0)[:2]] = 1  # two samples better than 1, and larger
+    records = [record(i, accuracy=float(scores[i].mean()), size_bytes=size) for i, size in enumerate((30, 10, 20))]
+    assert membership(records, OBJECTIVES, scores=scores) == {0: "certain", 1: "certain", 2: "probable"}
+
+
+def test_accuracies_are_drawn_from_the_same_samples_for_all() -> None:
+    """One is right wherever the other is, and on 20 samples more: it leads in every paired draw."""
+    base = (np.arange(2000) < 1000).astype(np.uint8)
+    scores = {0: base, 1: (np.arange(2000) < 1020).astype(np.uint8)}
+    records = [record(i, accuracy=float(scores[i].mean()), size_bytes=10 + i) for i in (0, 1)]
+    assert membership(records, OBJECTIVES, scores=scores)[1] == "certain"
+
+
+@pytest.mark.parametrize(("half_width", "expected"), [(0.01, "certain"), (3.0, "probable")])
+def test_latency_is_drawn_from_its_interval(half_width: float, expected: str) -> None:
+    records = [
+        record(i, size_bytes=size, latency_ms=ms, latency_low_ms=ms - half_width, latency_high_ms=ms + half_width)
+        for i, (size, ms) in enumerate([(10, 5.0), (20, 4.5)])
+    ]
+    assert membership(records, ("size_bytes", "latency_ms"))[1] == expected
+
+
+def test_a_constraint_that_is_kept_by_a_hair_makes_membership_probable() -> None:
+    scores = {0: (np.arange(1000) < 900).astype(np.uint8)}
+    records = [record(0, accuracy=0.9, size_bytes=1)]
+    assert membership(records, OBJECTIVES, {"accuracy": Constraint(min=0.899)}, scores) == {0: "probable"}
+    assert membership(records, OBJECTIVES, {"accuracy": Constraint(min=0.8)}, scores) == {0: "certain"}
+
+
+@given(grid)
+def test_membership_is_of_the_observed_front_and_exact_figures_are_certain(pairs: list[tuple[int, int]]) -> None:
+    records = points(*pairs)
+    front = {member.number for member in pareto(records, OBJECTIVES)}
+    assert membership(records, OBJECTIVES, resamples=20) == dict.fromkeys(sorted(front), "certain")
+
+
+def test_the_hypervolume_is_the_share_of_the_box_that_is_dominated() -> None:
+    records = points((0.0, 10), (1.0, 5), (0.5, 0))
+    assert hypervolumes(records, OBJECTIVES) == pytest.approx([0.0, 0.5, 0.75])
+
+
+@given(grid, st.sampled_from([("accuracy",), OBJECTIVES]))
+def test_the_hypervolume_never_falls_and_stays_within_the_box(
+    pairs: list[tuple[int, int]], objectives: tuple[str, ...]
+) -> None:
+    values = hypervolumes(points(*pairs), objectives)
+    assert len(values) == len(pairs)
+    assert values == sorted(values)
+    assert all(-1e-9 <= value <= 1 + 1e-9 for value in values)
+
+
+def test_records_that_are_not_feasible_add_no_volume() -> None:
+    records = [*points((0.0, 10)), record(1, state="failed"), *points((1.0, 5))]
+    assert hypervolumes(records, OBJECTIVES) == pytest.approx([0.0, 0.0, 0.5])
+    assert hypervolumes([record(0, state="failed")], OBJECTIVES) == [0.0]

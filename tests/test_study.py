@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import optuna
+import pytest
+from arithmetic_jobs import build
+from small_sweep import REAL, calls, small_spec, states, sweep, told
+
+from qsweep.domains import Choice, Range
+from qsweep.errors import DataError, DiskFull, SpecError, SweepError, TaskFailure, TrialFailure
+from qsweep.study import SweepFolder, baselines, plan, run
+from qsweep.study.search import encode, suggested, violations
+
+BASELINES = 3
+
+
+def numbers_of(root: Path) -> list[tuple[int, bool]]:
+    """Of each record in the order it came: its number, and whether the front was known by then."""
+    records = run(small_spec(), root, jobs="arithmetic_jobs", preload=("numpy",))
+    return [(record.number, record.front is not None) for record in records]
+
+
+def test_every_record_comes_once_and_members_of_the_front_once_more(tmp_path: Path) -> None:
+    came = numbers_of(tmp_path)
+    assert [number for number, front in came if not front] == list(range(BASELINES + 6))
+    assert came[-1][1]
+    assert len({number for number, front in came if front}) == sum(front for _, front in came)
+
+
+def test_a_finished_sweep_runs_nothing_again_and_gives_the_same_records(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec())
+    before = calls(tmp_path)
+    assert [number for number, _ in numbers_of(tmp_path)] == list(range(BASELINES + 6))
+    assert calls(tmp_path) == before
+    assert {record.number: record for record in SweepFolder(tmp_path, "small").records()} == first
+
+
+def test_all_are_compared_to_fp32_which_comes_first(tmp_path: Path) -> None:
+    records = sweep(tmp_path, small_spec(run={"workers": 3}))
+    assert records[0].name == "fp32"
+    assert [records[i].kind for i in range(BASELINES + 1)] == ["baseline"] * BASELINES + ["trial"]
+    fp32 = str(tmp_path / "sweeps/small/trials/0000")
+    for number in records:
+        job = json.loads((tmp_path / f"sweeps/small/trials/{number:04d}/job.json").read_text())
+        assert job["baseline"] == (fp32 if number else None)
+    drops = [record.metrics.accuracy_drop_pp for record in records.values()]
+    assert drops[0] == 0
+    assert max(drops[BASELINES:]) == pytest.approx(24.3)
+
+
+def test_the_points_of_a_small_space_are_all_run_in_their_order(tmp_path: Path) -> None:
+    records = sweep(tmp_path, small_spec())
+    points = [records[number].config["compress"]["quantize"] for number in range(BASELINES, BASELINES + 6)]
+    assert [(p["weight_bits"], p["activation_scheme"]) for p in points] == [
+        (bits, scheme) for bits in (2, 4, 6) for scheme in ("symmetric", "asymmetric")
+    ]
+    assert {record.state for record in records.values()} == {"complete"}
+
+
+def test_a_config_is_evaluated_once_and_its_equals_are_told_the_same(tmp_path: Path) -> None:
+    few = {"method": "ptq", "weight_bits": 8, "calibration_samples": {"range": [510, 515]}}  # 512 is a baseline
+    records = sweep(tmp_path, small_spec(few, search={"trials": 5, "sampler": "random"}))
+    assert max(calls(tmp_path).values()) == 1
+    copies = [record for record in records.values() if record.duplicate_of is not None]
+    assert any(record.duplicate_of == 2 for record in copies)
+    for copy in copies:
+        original = records[copy.duplicate_of]
+        assert (copy.uid, copy.folder, copy.metrics.accuracy) == (
+            original.uid, original.folder, original.metrics.accuracy,
+        )  # fmt: skip
+    evaluated = [r for r in records.values() if r.kind == "trial" and r.duplicate_of is None]
+    assert len(evaluated) == 5
+    assert states(tmp_path) == {"COMPLETE": 5 + len(copies)}
+
+
+def test_what_the_engine_refuses_is_not_run_and_told_as_infeasible(tmp_path: Path) -> None:
+    quantize = {"choice": [{"method": "cast"}, {"method": "ptq", "weight_bits": 4}]}
+    records = sweep(tmp_path, small_spec(quantize, search={"trials": 2}))
+    refused = records[BASELINES]
+    assert (refused.state, refused.failure.kind) == ("refused", "Refused")
+    assert "bf16" in refused.failure.message
+    assert not calls(tmp_path)[f"build {BASELINES:04d}"]
+    study = optuna.load_study(study_name="small", storage=f"sqlite:///{tmp_path}/sweeps/small/optuna.db")
+    trial = study.trials[0]
+    assert trial.state.name == "COMPLETE"
+    assert trial.constraints["ok"] > 0
+    assert trial.values == [0.95, 4000.0, 10.0]
+
+
+@pytest.mark.parametrize("kind", ["NotFinite", "ExportFailure"])
+def test_a_config_that_fails_is_recorded_and_the_sweep_goes_on(tmp_path: Path, kind: str) -> None:
+    records = sweep(tmp_path, small_spec(constraints={"accuracy": {"min": 0.5}}), build_0004=kind)
+    assert (records[4].state, records[4].failure.kind, records[4].attempts) == ("failed", kind, 1)
+    assert [record.state for record in records.values()].count("complete") == BASELINES + 5
+    assert states(tmp_path) == {"COMPLETE": 6}
+
+
+def test_a_metric_that_is_not_a_number_is_a_failure(tmp_path: Path) -> None:
+    records = sweep(tmp_path, small_spec(), measure_0004="nan")
+    assert (records[4].state, records[4].failure.kind) == ("failed", "NotFinite")
+    assert "`accuracy`" in records[4].failure.message
+
+
+def test_an_objective_that_was_not_measured_is_a_failure(tmp_path: Path) -> None:
+    spec = small_spec(objectives=["accuracy", "macs"])
+    with pytest.raises(TrialFailure, match=r"fp32 baseline.*`macs` is an objective"):
+        sweep(tmp_path, spec)
+
+
+def test_a_worker_that_dies_is_tried_again_under_the_same_number(tmp_path: Path) -> None:
+    records = sweep(tmp_path, small_spec(), build_0003="die once", build_0004="memory once", build_0005="die")
+    assert [(records[i].state, records[i].attempts) for i in (3, 4, 5)] == [
+        ("complete", 2), ("complete", 2), ("failed", 2),
+    ]  # fmt: skip
+    assert records[5].failure.kind == "Crashed"
+    assert "killed by SIGKILL" in records[5].failure.message
+    assert [calls(tmp_path)[f"build {i:04d}"] for i in range(3, 7)] == [2, 2, 2, 1]
+
+
+def test_a_trial_past_its_limit_is_killed(tmp_path: Path) -> None:
+    records = sweep(tmp_path, small_spec(run={"trial_timeout": 1.5}, search={"trials": 6}), build_0004="hang")
+    assert (records[4].state, records[4].failure.kind) == ("failed", "TimedOut")
+    assert records[5].state == "complete"
+
+
+def test_nothing_else_of_the_sweep_runs_while_one_is_measured(tmp_path: Path) -> None:
+    spec = small_spec(run={"workers": 3}, search={"trials": 2})
+    records = sweep(tmp_path, spec, build="tick", measure="slow")
+    spans = sorted((record.seconds["began"], record.seconds["ended"]) for record in records.values())
+    for (_, end), (start, _) in pairwise(spans):
+        assert end <= start
+    ticks = [float(t) for path in tmp_path.glob("sweeps/small/trials/*/ticks.txt") for t in path.read_text().split()]
+    assert len(ticks) == 50 * len(records)
+    assert not [tick for tick in ticks for start, end in spans if start + 0.2 < tick < end]
+
+
+def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_path: Path) -> None:
+    sweep(tmp_path, small_spec(search={"trials": 1}))
+    with pytest.raises(SweepError, match=r"`search.seed` was 0 and is 3.*`target.engine` was .onnxruntime."):
+        sweep(tmp_path, small_spec(search={"trials": 1, "seed": 3}, target={"engine": "inductor"}))
+
+
+def test_more_trials_and_workers_may_be_given_to_a_sweep_that_goes_on(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec(REAL, search={"trials": 1}))
+    spec = small_spec(REAL, search={"trials": 3, "timeout": "1h"}, run={"workers": 2}, track={"experiment": "x"})
+    second = sweep(tmp_path, spec)
+    assert len(second) == len(first) + 2
+    assert max(calls(tmp_path).values()) == 1
+    assert SweepFolder(tmp_path, "small").spec() == spec
+
+
+def test_model_or_data_that_changed_since_is_refused(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"one")
+    task = {
+        "method": "image_classification",
+        "model": {"arch": "digits_cnn", "checkpoint": "weights.safetensors"},
+        "data": {"method": "digits"},
+    }
+    spec = small_spec(task=task, search={"trials": 1})
+    sweep(tmp_path, spec)
+    weights.write_bytes(b"other")
+    with pytest.raises(SweepError, match="`task` must be those the sweep began with"):
+        sweep(tmp_path, spec)
+    weights.unlink()
+    with pytest.raises(DataError, match=r"weights\.safetensors"):
+        sweep(tmp_path, spec)
+
+
+def test_a_sweep_has_one_driver(tmp_path: Path) -> None:
+    with SweepFolder(tmp_path, "small").lock(), pytest.raises(SweepError, match=f"process {os.getpid()} drives it"):
+        sweep(tmp_path, small_spec())
+
+
+def test_the_same_seed_asks_for_the_same_configs(tmp_path: Path) -> None:
+    spec = small_spec(REAL, search={"trials": 12, "seed": 7})
+    runs = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        runs.append([record.uid for record in sweep(tmp_path / name, spec).values()])
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == BASELINES + 12
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "gp", "random"])
+def test_every_sampler_searches(tmp_path: Path, sampler: str) -> None:
+    assert len(sweep(tmp_path, small_spec(REAL, search={"trials": 2, "sampler": sampler}))) == BASELINES + 2
+
+
+def test_an_interrupted_sweep_ends_in_order_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    records = run(small_spec(), tmp_path, jobs="arithmetic_jobs", preload=("numpy",))
+    before = signal.getsignal(signal.SIGINT)
+    for record in records:
+        if record.number == 4:
+            told(tmp_path, build="hang")
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not SweepFolder(tmp_path, "small").live()
+    assert len(SweepFolder(tmp_path, "small").records()) < BASELINES + 6
+    assert len(sweep(tmp_path, small_spec())) == BASELINES + 6
+    assert states(tmp_path) == {"COMPLETE": 6}
+
+
+def test_a_full_disk_stops_the_driver_and_loses_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "sweeps/small/trials/0004"
+    folder.mkdir(parents=True)
+    (folder / "record.json.tmp").symlink_to("/dev/full")  # the driver's write there meets a real ENOSPC
+    with pytest.raises(DiskFull, match="make room and run the same command again"):
+        sweep(tmp_path, small_spec())
+    (folder / "record.json.tmp").unlink()
+    assert len(SweepFolder(tmp_path, "small").records()) == 4
+    records = sweep(tmp_path, small_spec())
+    assert len(records) == BASELINES + 6
+    assert calls(tmp_path)["build 0004"] == 1
+    assert states(tmp_path) == {"COMPLETE": 6}
+
+
+def test_a_full_disk_in_a_worker_stops_the_sweep_and_is_not_held_against_the_config(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull, match="as told"):
+        sweep(tmp_path, small_spec(), build_0004="DiskFull")
+    assert sweep(tmp_path, small_spec())[4].state == "complete"
+
+
+def test_a_task_that_cannot_be_prepared_is_an_error_until_it_is_mended(tmp_path: Path) -> None:
+    with pytest.raises(TaskFailure, match="the task raised"):
+        sweep(tmp_path, small_spec(), prepare="fail")
+    assert len(sweep(tmp_path, small_spec(search={"trials": 1}))) == BASELINES + 1
+
+
+def test_an_fp32_baseline_that_fails_is_an_error_until_it_is_mended(tmp_path: Path) -> None:
+    with pytest.raises(TrialFailure, match="fp32 baseline, to which all is compared, failed: the worker"):
+        sweep(tmp_path, small_spec(), build_0000="die")
+    assert sweep(tmp_path, small_spec(), build_0000="die once")[0].attempts == 2
+
+
+def test_a_study_that_lost_its_trials_is_refused(tmp_path: Path) -> None:
+    sweep(tmp_path, small_spec(search={"trials": 1}))
+    for path in tmp_path.glob("sweeps/small/optuna.db*"):
+        path.unlink()
+    with pytest.raises(SweepError, match=r"optuna\.db`: must know the trials"):
+        sweep(tmp_path, small_spec(search={"trials": 1}))
+
+
+def test_the_final_front_alone_is_scored_on_the_test_split(tmp_path: Path) -> None:
+    records = sweep(tmp_path, small_spec())
+    members = {number for number, record in records.items() if record.front}
+    assert members
+    assert {number for number, record in records.items() if record.metrics.accuracy_test is not None} == members
+    assert sum(count for call, count in calls(tmp_path).items() if call.startswith("test")) == len(members)
+
+
+def test_the_driver_does_not_import_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from small_sweep import *;"
+        f"sweep(Path({str(tmp_path)!r}), small_spec(search={{'trials': 1}})); print('torch' in sys.modules)"
+    )
+    path = os.pathsep.join((str(Path(build.__code__.co_filename).parent), *sys.path))
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert done.stdout.split() == [b"False"], done.stderr.decode()
+
+
+def test_numbers_are_suggested_as_numbers() -> None:
+    study = optuna.create_study()
+    trial = study.ask({})
+    uneven, mixed = Choice((8, 2, 16), (8, 2, 16)), Choice((None, 4), (None, 4))
+    even, real = Choice((6, 4, 8), (6, 4, 8)), Range(0.1, 0.9, step=0.2)
+    assert suggested(trial, "even", even) in (4, 6, 8)
+    assert suggested(trial, "uneven", uneven) in (2, 8, 16)
+    assert suggested(trial, "mixed", mixed) in (None, 4)
+    assert 0.1 <= suggested(trial, "real", real) <= 0.9
+    assert trial.distributions["even"] == optuna.distributions.IntDistribution(4, 8, step=2)
+    assert trial.distributions["uneven"] == optuna.distributions.IntDistribution(0, 2)
+    assert trial.distributions["mixed"] == optuna.distributions.CategoricalDistribution((None, 4))
+
+
+@pytest.mark.parametrize("values", [(2, 4, 6), (8, 2, 16), ("a", None, 3), (0.5, 0.1), (True, False)])
+def test_an_enqueued_value_is_the_one_suggested(values: tuple[object, ...]) -> None:
+    domain = Choice(values, values)  # type: ignore[arg-type]
+    study = optuna.create_study()
+    for value in values:
+        study.enqueue_trial({"x": encode(domain, value)})
+        assert suggested(study.ask(), "x", domain) == value
+
+
+def test_constraints_are_at_most_zero_exactly_where_they_are_kept() -> None:
+    spec = small_spec(constraints={"accuracy": {"min": 0.9}, "latency_ms": {"min": 1, "max": 2}})
+    metrics = spec_metrics(accuracy=0.8, latency_ms=2.0)
+    assert violations(spec, metrics) == pytest.approx({"accuracy.min": 0.1, "latency_ms.max": 0, "latency_ms.min": -1})
+    assert violations(spec, None) == {"accuracy.min": 1, "latency_ms.max": 1, "latency_ms.min": 1}
+
+
+def spec_metrics(**values: float):  # type: ignore[no-untyped-def]
+    from qsweep.records import Metrics
+
+    return Metrics(**values)
+
+
+def test_what_an_engine_refuses_as_a_baseline_runs_on_float() -> None:
+    assert [(config.name, config.target.engine) for config in baselines(small_spec())] == [
+        ("fp32", "onnxruntime"), ("bf16", "float"), ("ptq-w8s-a8a", "onnxruntime"),
+    ]  # fmt: skip
+    reference = baselines(small_spec(target={"engine": "reference"}))
+    assert (reference[0].name, reference[0].target.engine) == ("fp32", "float")
+
+
+def test_the_plan_counts_configs_shared_stages_and_refusals() -> None:
+    compress = {
+        "prune": {"choice": [None, {"method": "magnitude"}]},
+        "quantize": {"choice": [{"method": "cast"}, {"method": "ptq", "weight_bits": {"choice": [4, 6]}}]},
+    }
+    told_plan = plan(small_spec(compress=compress))
+    assert (told_plan.configs, told_plan.trials, told_plan.every_point) == (6, 4, True)
+    assert [(s.stage, s.distinct, s.trials) for s in told_plan.shared] == [("prune", 1, 2), ("quantize", 4, 4)]
+    assert [refusal.configs for refusal in told_plan.refused] == [2]
+
+
+def test_the_plan_of_an_infinite_space_says_so() -> None:
+    prune = {"method": "magnitude", "sparsity": {"range": [0.1, 0.9]}}
+    spec = small_spec(compress={"prune": prune})
+    assert (plan(spec).configs, plan(spec).every_point) == (None, False)
+    with pytest.raises(SpecError, match=r"`search\.sampler`"):
+        plan(small_spec(compress={"prune": prune}, search={"sampler": "grid"}))

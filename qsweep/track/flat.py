@@ -15,17 +15,15 @@ FLOAT_BITS = {"bf16": 16, "fp16": 16}
 def params(record: Record) -> dict[str, str]:
     """The config's values by their path, such as `compress.quantize.weight_bits`.
 
-    A stage that was left out reads `compress.prune.method = none`, and every trial has `weight_bits` and
+    Beside them every trial has `quantize`, `prune` and `distill` (the method, or `none`), `weight_bits` and
     `activation_bits` (32 for fp32): charts drop a run that lacks an axis.
     """
     compress = dict(record.config.get("compress", {}))
-    stages = {name: compress.get(name) or {"method": "none"} for name in Compression.model_fields}
-    quantize = stages["quantize"]
-    width = FLOAT_BITS.get(str(quantize.get("dtype")), 32)
-    bits = {name: quantize.get(name, width) for name in ("weight_bits", "activation_bits")}
-    return {key: str(value) for key, value in leaves(record.config | {"compress": compress | stages})} | {
-        name: str(value) for name, value in bits.items()
-    }
+    stages = {name: compress.get(name) or {} for name in Compression.model_fields}
+    width = FLOAT_BITS.get(str(stages["quantize"].get("dtype")), 32)
+    axes = {name: stage.get("method", "none") for name, stage in stages.items()}
+    axes |= {name: stages["quantize"].get(name, width) for name in ("weight_bits", "activation_bits")}
+    return {key: str(value) for key, value in [*leaves(record.config), *axes.items()]}
 
 
 def metrics(record: Record) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
+from qsweep.study.front import feasible, pareto
 
 Point = tuple[float, ...]
 
@@ -15,34 +16,9 @@ def baseline(records: Iterable[Record], name: str = "fp32") -> Record | None:
     return next((r for r in records if r.kind == "baseline" and r.name == name and r.state == "complete"), None)
 
 
-def gains(metrics: Metrics, objectives: Sequence[str]) -> Point | None:
-    """The objectives' values with their signs set so that more is better; None where one was not measured."""
-    directions = Metrics.directions()
-    values = [getattr(metrics, name) for name in objectives]
-    if any(value is None for value in values):
-        return None
-    return tuple(v if directions[name] == "maximize" else -v for name, v in zip(objectives, values, strict=True))
-
-
-def feasible(record: Record, spec: Spec) -> bool:
-    """Whether a record has every objective and keeps every constraint of the spec."""
-    if record.state != "complete" or gains(record.metrics, spec.objectives) is None:
-        return False
-    for name, bound in spec.constraints.items():
-        value = getattr(record.metrics, name)
-        if value is None or (bound.max is not None and value > bound.max) or (bound.min is not None and value < bound.min):
-            return False
-    return True
-
-
 def front(records: Sequence[Record], spec: Spec) -> list[Record]:
-    """Members of the front: those the driver named where it has, else what nothing measured so far dominates."""
-    named = [record for record in records if record.front]
-    if named:
-        return sorted(named, key=lambda record: record.number)
-    able = {r.number: r for r in records if r.duplicate_of is None and feasible(r, spec)}
-    points = {number: gains(r.metrics, spec.objectives) or () for number, r in able.items()}
-    return [record for number, record in sorted(able.items()) if not _dominated(points[number], points.values())]
+    """What nothing measured so far dominates; `Record.front` of these says what is certain, once the sweep is over."""
+    return sorted(pareto(records, spec.objectives, spec.constraints), key=lambda record: record.number)
 
 
 def hypervolume(records: Sequence[Record], spec: Spec) -> float | None:
@@ -54,7 +30,8 @@ def hypervolume(records: Sequence[Record], spec: Spec) -> float | None:
     base = baseline(records)
     if base is None:
         return None
-    points = {_scaled(r.metrics, base.metrics, spec.objectives) for r in records if feasible(r, spec)}
+    able = (record for record in records if feasible(record, spec.objectives, spec.constraints))
+    points = {_scaled(record.metrics, base.metrics, spec.objectives) for record in able}
     inside = [point for point in points if point is not None and min(point) > 0]
     return volume([point for point in inside if not _dominated(point, inside)])
 

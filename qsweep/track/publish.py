@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from threading import Thread
 
@@ -21,28 +21,41 @@ from qsweep.track.runs import Runs, Status
 log = logging.getLogger("qsweep.track")
 
 
-def publish(records: Iterable[Record], spec: Spec, root: Path) -> Iterator[Record]:
+def publish(
+    records: Generator[Record, None, bool], spec: Spec, root: Path
+) -> Generator[Record, None, bool]:
     """Hand every record on as it comes, and publish it; at the end set every run's status, front and bundles.
 
-    `root` is the folder of the spec. Raises SpecError where `track.uri` cannot be one of MLflow's, before anything is
-    run, and nothing else of its own: a server that is down is a warning.
+    `records` is a driver's generator, and what it returns (whether the sweep has finished) is returned; `root` is the
+    folder of the spec. Raises SpecError where `track.uri` cannot be one of MLflow's, before anything is run, and nothing
+    else of its own: a server that is down is a warning.
     """
     publisher = Publisher(spec, root)
     warm_up = Thread(target=publisher.warm_up, daemon=True)
     warm_up.start()
     try:
-        for record in records:
-            warm_up.join()
-            publisher.take(record)
-            yield record
+        finished = yield from _published(records, publisher, warm_up)
     except BaseException as error:
-        if isinstance(records, Generator):
-            records.close()  # the driver stops first: what it leaves on disk is what gets published
+        records.close()  # the driver stops first: what it leaves on disk is what gets published
         stopped = isinstance(error, GeneratorExit | KeyboardInterrupt)
         publisher.close("KILLED" if stopped else "FAILED")
         raise
     warm_up.join()
-    publisher.close("FINISHED")
+    publisher.close("FINISHED" if finished else "KILLED")
+    return finished
+
+
+def _published(
+    records: Generator[Record, None, bool], publisher: Publisher, warm_up: Thread
+) -> Generator[Record, None, bool]:
+    while True:
+        try:
+            record = next(records)
+        except StopIteration as end:
+            return end.value is not False
+        warm_up.join()
+        publisher.take(record)
+        yield record
 
 
 class Publisher:
@@ -77,7 +90,7 @@ class Publisher:
 
     def close(self, status: Status) -> None:
         """Publish what is owed, the final front and its bundles, and end the parent run; never raises."""
-        if self.runs is None and status != "FINISHED":
+        if self.runs is None and status == "FAILED":
             return  # another driver may hold this sweep, and its runs
         self._remember()
         if self.records:

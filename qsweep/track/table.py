@@ -128,8 +128,6 @@ def _value(record: Record, key: str, members: set[int]) -> Value:
 
 def membership(record: Record, members: set[int]) -> str:
     """What the tables say of a record's place: `certain`, `probable`, `so far` while searching, or `baseline`."""
-    if record.front:
-        return record.front
     if record.number in members:
-        return "so far"
+        return record.front or "so far"
     return "baseline" if record.kind == "baseline" else ""

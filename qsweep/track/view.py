@@ -69,7 +69,7 @@ def view_state(definition: dict[str, Any], sweep: str) -> dict[str, Any]:
         "selectedColumns": [f"{_KINDS[kind]}.`{name}`" for column in definition["columns"] for kind, name in column.items()],
         "compareRunSections": [
             {"uuid": section, "name": definition["section"], "display": True, "isReordered": True, "deleted": False,
-             "isGenerated": False}
+             "isGenerated": False, "columns": 2, "cardHeight": 360}
         ],
         "compareRunCharts": [common | _chart(chart) for chart in definition["charts"]],
     }  # fmt: skip

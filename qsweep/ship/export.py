@@ -1,0 +1,32 @@
+"""What other tools take: the files of an artifact without qsweep."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from qsweep.errors import BundleError
+from qsweep.records import Record
+from qsweep.ship.model import engine_of
+from qsweep.track.bundle import bundle, verify
+
+
+def export(record: Record, sweep: Path, out: Path) -> Path:
+    """Write the record's artifact to the new folder `out` as its runtime takes it alone; returns `out`.
+
+    For `onnxruntime` that is one complete `model.onnx`. Raises BundleError where there is no artifact or `out` exists.
+    """
+    if out.exists():
+        raise BundleError(f"`{out}`: must not exist yet")
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        made = bundle(record, sweep, unfinished / "bundle")
+        engine_of(verify(made), made).export(made / "artifact", unfinished)
+        shutil.rmtree(made)
+        os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return out

@@ -1,0 +1,91 @@
+"""A bundle made ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from qsweep.engines import Engine, EngineConfig, Runner
+from qsweep.errors import BundleError, DataError
+from qsweep.space import complaint
+from qsweep.track.bundle import Manifest, verify
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from torch import Tensor
+
+Batch = TypeVar("Batch", "Tensor", "ndarray")
+
+
+class LoadedModel:
+    """The deployed model: call it on a float32 tensor or array (N, ...), preprocessed as the task does.
+
+    Any N: the engine runs at the batch size it was measured at, the last batch is filled up.
+    """
+
+    def __init__(self, folder: Path, place: TemporaryDirectory[str] | None = None) -> None:
+        """Load the bundle in `folder`; `place` is what holds it until the model goes: runtimes may map its files."""
+        self.manifest = verify(folder)
+        engine = engine_of(self.manifest, folder)
+        self._runner: Runner = engine.load(folder / "artifact")
+        self._batch_size, self._place = engine.batch_size, place
+
+    def __call__(self, inputs: Batch) -> Batch:
+        """The model's outputs, of the kind that came in. Raises DataError where shape or type do not fit."""
+        import torch
+
+        if isinstance(inputs, torch.Tensor):
+            return cast("Batch", self._run(inputs))
+        return cast("Batch", self._run(torch.as_tensor(inputs)).numpy())
+
+    def _run(self, inputs: Tensor) -> Tensor:
+        import torch
+
+        self._check(inputs)
+        size, count = self._batch_size, len(inputs)
+        filler = inputs[-1:] if count else torch.zeros(1, *inputs.shape[1:])
+        missing = -count % size if count else size
+        padded = torch.cat([inputs, filler.expand(missing, *inputs.shape[1:])]).to(torch.float32).contiguous()
+        with torch.inference_mode():
+            outputs = [self._runner(batch) for batch in padded.split(size)]
+        return torch.cat(outputs)[:count].clone()
+
+    def _check(self, inputs: Tensor) -> None:
+        shape, wanted = list(inputs.shape), self.manifest.input.get("shape")
+        if wanted is not None and shape[1:] != wanted:
+            raise DataError(f"inputs must have the shape {['N', *wanted]} (got {shape})")
+        if not inputs.is_floating_point():
+            raise DataError(f"inputs must be float32, preprocessed as the task does (got {inputs.dtype})")
+
+    def __repr__(self) -> str:
+        return f"LoadedModel({self.manifest.name} on {self.manifest.engine.get('engine')})"
+
+
+def load(source: str | Path, uri: str | None = None) -> LoadedModel:
+    """A bundle's model, verified and ready: a folder, or `models:/NAME@ALIAS`, `models:/NAME/VERSION`.
+
+    `uri` is MLflow's, for the latter: by default `MLFLOW_TRACKING_URI`, else `mlflow.db` in the working directory.
+    Raises BundleError where the bundle is incomplete or changed, TrackError where the registry has none.
+    """
+    if str(source).startswith("models:/"):
+        from qsweep.ship.registry import fetch
+
+        place = TemporaryDirectory(prefix="qsweep-")
+        return LoadedModel(fetch(str(source), Path(place.name), uri), place)
+    return LoadedModel(Path(source))
+
+
+def engine_of(manifest: Manifest, folder: Path) -> EngineConfig:
+    """The engine that a bundle names. Raises BundleError where it is unknown, or does not work on this machine."""
+    adapter: TypeAdapter[EngineConfig] = TypeAdapter(Engine)
+    try:
+        engine = adapter.validate_python(manifest.engine)
+    except ValidationError as error:
+        raise BundleError(f"`{folder / 'manifest.json'}`: {complaint(error, 'engine')}") from None
+    reason = engine.available()
+    if reason is not None:
+        raise BundleError(f"`{folder}`: its engine `{engine.engine}` must work on this machine: {reason}")
+    return engine

@@ -1,0 +1,142 @@
+"""MLflow's model registry: a chosen trial becomes a version of a model, and comes back by its alias."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import qsweep
+from qsweep.errors import SpecError, TrackError
+from qsweep.records import Record
+from qsweep.ship.select import Selector, best
+from qsweep.spec import Spec
+from qsweep.study.folder import SweepFolder
+from qsweep.track.bundle import bundle, verify
+from qsweep.track.client import answering, connect, tracking_uri
+from qsweep.track.ledger import Ledger
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
+
+_NEEDED = ("mlflow", "numpy", "onnx", "onnxruntime", "pydantic", "pyyaml", "safetensors", "torch", "torchao")
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A version of a registered model."""
+
+    record: Record
+    name: str
+    version: str
+    alias: str
+    tracking_uri: str
+
+    @property
+    def uri(self) -> str:
+        """What `qsweep.load` and MLflow call it."""
+        return f"models:/{self.name}@{self.alias}"
+
+
+def promote(sweep: Path, selector: Selector, name: str, alias: str = "champion") -> Promotion:
+    """Register the bundle of the best trial of the sweep in folder `sweep` as a new version of `name`, with `alias`.
+
+    The version links to the trial's run and carries the spec's hash, the trial's uid, its place on the front and its
+    metrics as tags. Raises SweepError where no trial fits, TrackError where MLflow does not have the trial.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]*", name) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]*", alias):
+        raise SpecError(f"`--name`, `--alias`: must be letters, digits, `.`, `_`, `-` (got `{name}`, `{alias}`)")
+    folder = SweepFolder(sweep.resolve().parent.parent, sweep.resolve().name)
+    spec = folder.spec()
+    record = best(folder.records(), selector)
+    uri = tracking_uri(spec.track.uri, folder.root)
+    with TemporaryDirectory() as place:
+        model = _save(bundle(record, folder.path, Path(place) / "bundle"), Path(place) / "model")
+        client = connect(uri)
+        with answering(uri):
+            run_id = _run_of(record, folder.path, uri)
+            client.log_artifacts(run_id, str(model), "model")
+            version = _register(client, name, run_id, record, spec)
+            client.set_registered_model_alias(name, alias, version)
+    return Promotion(record, name, version, alias, uri)
+
+
+def _run_of(record: Record, sweep: Path, uri: str) -> str:
+    ledger = Ledger(sweep / "published.json", uri)
+    run_id = ledger.entry(record.number).get("run_id")
+    if run_id is None:
+        raise TrackError(f"MLflow at `{uri}` must have trial #{record.number} `{record.name}`: `qsweep run` publishes it")
+    return str(run_id)
+
+
+def _register(client: MlflowClient, name: str, run_id: str, record: Record, spec: Spec) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {
+        "qsweep.sweep": spec.name,
+        "qsweep.spec": spec.uid(),
+        "qsweep.number": str(record.number),
+        "qsweep.uid": record.uid,
+        "qsweep.engine": record.engine,
+        "qsweep.front": record.front or "no",
+        **{key: str(value) for key, value in record.metrics.model_dump(exclude_none=True).items()},
+    }
+    made = client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags, description=f"`{record.name}`")
+    return str(made.version)
+
+
+def _save(made: Path, out: Path) -> Path:
+    """The bundle as an MLflow model folder: models-from-code, and qsweep's own code beside it; no pickle."""
+    from mlflow.pyfunc import save_model
+
+    with TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow advises type hints, an input example and other habits
+        code = Path(place) / "qsweep"
+        shutil.copytree(Path(qsweep.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+        save_model(
+            out,
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"bundle": str(made)},
+            code_paths=[str(code)],
+            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _NEEDED],
+            signature=_signature(made),
+        )
+    return out
+
+
+def _signature(made: Path) -> ModelSignature | None:
+    import numpy
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    shape = verify(made).input.get("shape")
+    if shape is None:
+        return None
+    return ModelSignature(inputs=Schema([TensorSpec(numpy.dtype("float32"), (-1, *shape))]))
+
+
+def fetch(source: str, place: Path, uri: str | None = None) -> Path:
+    """The bundle of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, in `place` or where it lies on this machine."""
+    found = re.fullmatch(r"models:/([^@/]+)(?:@(.+)|/(\d+))", source)
+    if found is None:
+        raise SpecError(f"`{source}`: must be `models:/NAME@ALIAS` or `models:/NAME/VERSION`")
+    name, alias, number = found.groups()
+    uri = tracking_uri(uri, Path.cwd())
+    client = connect(uri)
+    with answering(uri):
+        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        model = re.fullmatch(r"runs:/([^/]+)/(.+)", version.source or "")
+        if model is None:
+            raise TrackError(f"`{source}` at `{uri}`: must be a version that `qsweep promote` made (got `{version.source}`)")
+        return Path(client.download_artifacts(model[1], f"{model[2]}/artifacts/bundle", str(place)))

@@ -1,0 +1,110 @@
+"""Which trial ships: bounds on metrics, and the metric that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pydantic import ValidationError, field_validator
+
+from qsweep.config import Config
+from qsweep.errors import SpecError, SweepError
+from qsweep.records import Metrics, Record
+from qsweep.space import complaint
+
+
+class Selector(Config):
+    """The best trial by one metric among those that keep all bounds."""
+
+    max: dict[str, float] = {}
+    """Upper bounds of metrics, such as `accuracy_drop_pp: 1`."""
+    min: dict[str, float] = {}
+    """Lower bounds of metrics."""
+    by: str = "accuracy"
+    """The metric that decides; ties go to the higher accuracy, then the smaller and the faster."""
+
+    @field_validator("max", "min")
+    @classmethod
+    def _metrics(cls, bounds: dict[str, float]) -> dict[str, float]:
+        unknown = [name for name in bounds if name not in Metrics.model_fields]
+        if unknown:
+            raise ValueError(f"must name metrics out of {sorted(Metrics.model_fields)}")
+        return bounds
+
+    @field_validator("by")
+    @classmethod
+    def _directed(cls, name: str) -> str:
+        if name not in Metrics.directions():
+            raise ValueError(f"must be one of {sorted(Metrics.directions())}")
+        return name
+
+    @classmethod
+    def parse(cls, max: Iterable[str] = (), min: Iterable[str] = (), by: str = "accuracy") -> Selector:
+        """From words such as `accuracy_drop_pp=1`. Raises SpecError."""
+        try:
+            return cls(max=_bounds("max", max), min=_bounds("min", min), by=by)
+        except ValidationError as error:
+            raise SpecError(complaint(error)) from None
+
+    def keeps(self, metrics: Metrics) -> bool:
+        """Whether metrics keep all bounds; one that was not measured keeps none."""
+        return all(_within(getattr(metrics, name), upper=bound) for name, bound in self.max.items()) and all(
+            _within(getattr(metrics, name), lower=bound) for name, bound in self.min.items()
+        )
+
+    def __str__(self) -> str:
+        bounds = [f"{name} ≤ {bound:g}" for name, bound in self.max.items()]
+        return " and ".join(bounds + [f"{name} ≥ {bound:g}" for name, bound in self.min.items()])
+
+
+def best(records: Sequence[Record], selector: Selector) -> Record:
+    """The record to ship, baselines included. Raises SweepError, naming the nearest miss, where none keeps the bounds."""
+    done = [r for r in records if r.state == "complete" and r.duplicate_of is None and _measured(r, selector.by)]
+    if not done:
+        raise SweepError(f"there must be a finished trial with `{selector.by}` to choose from (got {len(records)} records)")
+    able = [record for record in done if selector.keeps(record.metrics)]
+    if not able:
+        nearest = min(done, key=lambda record: _excess(record.metrics, selector))
+        names = {**selector.max, **selector.min}
+        got = ", ".join(f"{name} {getattr(nearest.metrics, name)}" for name in names)
+        raise SweepError(f"no trial keeps {selector}; the nearest is #{nearest.number} `{nearest.name}` with {got}")
+    return min(able, key=lambda record: (_loss(record, selector.by), *_ties(record)))
+
+
+def _bounds(option: str, words: Iterable[str]) -> dict[str, float]:
+    bounds = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            bounds[name.strip()] = float(number)
+        except ValueError:
+            raise SpecError(f"`--{option}`: must be METRIC=NUMBER, like `accuracy_drop_pp=1` (got `{word}`)") from None
+    return bounds
+
+
+def _within(value: float | None, upper: float = float("inf"), lower: float = -float("inf")) -> bool:
+    return value is not None and lower <= value <= upper
+
+
+def _measured(record: Record, name: str) -> bool:
+    return getattr(record.metrics, name) is not None
+
+
+def _loss(record: Record, name: str) -> float:
+    value = getattr(record.metrics, name)
+    if value is None:
+        return float("inf")
+    return float(-value if Metrics.directions()[name] == "maximize" else value)
+
+
+def _ties(record: Record) -> tuple[float, ...]:
+    return (*(_loss(record, name) for name in ("accuracy", "size_bytes", "latency_ms")), record.number)
+
+
+def _excess(metrics: Metrics, selector: Selector) -> float:
+    """By how much bounds are missed, each in units of itself."""
+    total = 0.0
+    for sign, bounds in ((1, selector.max), (-1, selector.min)):
+        for name, bound in bounds.items():
+            value = getattr(metrics, name)
+            total += float("inf") if value is None else max(0.0, sign * (value - bound)) / (abs(bound) or 1.0)
+    return total

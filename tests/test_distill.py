@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from test_prune import context, model, zeros
+from torch import Tensor, nn
+from toy_task import Toy
+
+from qsweep.distill._loss import divergence, with_teacher
+from qsweep.distill.logits import Logits
+from qsweep.errors import TaskFailure
+from qsweep.prune._global import zero_smallest
+from qsweep.train import predict
+
+
+def logits(seed: int, *shape: int) -> Tensor:
+    return 5 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(temperature=st.floats(0.5, 20), seed=st.integers(0, 100))
+def test_the_divergence_is_the_sum_of_its_definition(temperature: float, seed: int) -> None:
+    student, teacher = logits(seed, 4, 3), logits(seed + 1, 4, 3)
+    p, q = (F.softmax(each / temperature, 1) for each in (teacher, student))
+    expected = (p * (p / q).log()).sum(1).mean()
+    assert torch.allclose(divergence(student, teacher, temperature), expected, atol=1e-9)
+
+
+def test_the_divergence_from_itself_is_zero() -> None:
+    assert divergence(logits(0, 4, 3), logits(0, 4, 3), 2.0).item() == 0
+
+
+def test_classes_are_the_second_dimension_of_dense_outputs() -> None:
+    student, teacher = logits(0, 2, 3, 4, 4), logits(1, 2, 3, 4, 4)
+    flat = [each.movedim(1, -1).reshape(-1, 3) for each in (student, teacher)]
+    assert torch.allclose(divergence(student, teacher, 2.0), divergence(flat[0], flat[1], 2.0))
+
+
+@pytest.mark.parametrize(("student", "teacher"), [((4,), (4,)), ((4, 3), (4, 2))])
+def test_outputs_that_cannot_be_compared_are_refused(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    with pytest.raises(TaskFailure, match="distillation needs logits"):
+        divergence(torch.zeros(student), torch.zeros(teacher), 1.0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_loss_weighs_teacher_and_labels_by_alpha(alpha: float) -> None:
+    teacher, inputs, outputs, labels = nn.Linear(4, 3), torch.randn(5, 4), torch.randn(5, 3), torch.arange(5) % 3
+    loss = with_teacher(teacher, F.cross_entropy, 4.0, alpha)(inputs, outputs, labels)
+    soft = F.kl_div(F.log_softmax(outputs / 4, 1), F.softmax(teacher(inputs) / 4, 1), reduction="batchmean")
+    assert torch.allclose(loss, alpha * 16 * soft + (1 - alpha) * F.cross_entropy(outputs, labels), atol=1e-6)
+
+
+def test_the_teacher_gets_no_gradient_and_is_in_eval_mode() -> None:
+    teacher = Toy(dropout=0.5).model().train()
+    outputs = torch.randn(6, 2, requires_grad=True)
+    loss = with_teacher(teacher, F.cross_entropy, 2.0, 0.5)
+    loss(torch.randn(6, 1, 4, 4), outputs, torch.zeros(6, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+    assert outputs.grad is not None
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_a_student_that_follows_only_its_teacher_comes_closer_to_it(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    teacher, inputs = Toy().model().eval(), Toy().samples("validation").inputs
+    targets = predict(teacher, Toy(), inputs)
+    before = divergence(predict(model(), Toy(), inputs), targets, 1.0)
+    stage = Logits(temperature=2.0, alpha=1.0, epochs=10, learning_rate=0.1)
+    student = stage.apply(model(), context(tmp_path, teacher=lambda: teacher))
+    assert divergence(predict(student, Toy(), inputs), targets, 1.0) < 0.5 * before
+
+
+def test_zeros_of_a_pruned_student_stay(tmp_path: Path) -> None:
+    student = model()
+    zero_smallest(student, 0.5)
+    count = zeros(student)
+    assert zeros(Logits().apply(student, context(tmp_path))) == count
+
+
+def test_distillation_is_computed_once(tmp_path: Path) -> None:
+    lines: list[str] = []
+    one, other = (Logits(epochs=2).apply(model(), context(tmp_path, progress=lines.append)) for _ in range(2))
+    assert len(lines) == 2
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("temperature", "label"), [(4, "T4"), (2.5, "T2.5"), (10.0, "T10"), (3.14159, "T3.1")])
+def test_the_name_of_a_distillation_tells_its_temperature(temperature: Any, label: str) -> None:
+    assert Logits(temperature=temperature).label() == label

@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from qsweep.errors import DataError, TaskFailure
+from qsweep.tasks import AnyTask, SplitName, Task
+from qsweep.tasks.image_classification import ImageClassification
+from qsweep.tasks.images._task import augment, normalise
+from qsweep.tasks.python import Python
+from qsweep.train import check, evaluate
+
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+PIXELS = np.random.default_rng(0).integers(0, 256, (50, 6, 5, 3), dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path: Path, images: list[Any] | None = None, labels: list[Any] | None = None, **columns: list[Any]) -> Path:
+    """A Parquet file in row groups of 20: by default the 50 images `PIXELS` and labels 0 1 2 0 1 2 ..."""
+    images = [{"bytes": encoded(pixels), "path": None} for pixels in PIXELS] if images is None else images
+    labels = [row % 3 for row in range(len(images))] if labels is None else labels
+    pq.write_table(pa.table(columns or {"image": images, "label": labels}), path, row_group_size=20)
+    return path
+
+
+def images_of(**data: Any) -> ImageClassification:
+    content = {"method": "parquet", "train": "train.parquet", "test": "test.parquet", "classes": 3} | data
+    return ImageClassification.model_validate({"model": {"arch": "resnet20"}, "data": content})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write(tmp_path / "train.parquet")
+    write(tmp_path / "test.parquet")
+    return tmp_path
+
+
+def opened(root: Path, **data: Any) -> Task:
+    return images_of(**data).open(root)
+
+
+def pixels(rows: Any) -> Tensor:
+    return torch.from_numpy(PIXELS[rows]).permute(0, 3, 1, 2)
+
+
+def test_digits_are_split_into_disjoint_parts_with_every_class_alike(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    config = ImageClassification.model_validate({"model": {"arch": "digits_cnn"}, "data": {"method": "digits"}})
+    parts = [config.open(tmp_path).samples(split) for split in SPLITS]
+    assert [len(part.inputs) for part in parts] == [1077, 360, 360]
+    assert all(part.inputs.dtype == torch.uint8 and part.inputs.shape[1:] == (1, 8, 8) for part in parts)
+    assert all(0.09 < share < 0.11 for part in parts for share in (part.labels.bincount() / len(part.labels)).tolist())
+    rows = [tuple(row) for part in parts for row in part.inputs.flatten(1).tolist()]
+    assert sorted(rows) == sorted(tuple(map(int, row)) for row in load_digits().data)
+
+
+def test_another_seed_splits_the_digits_otherwise(tmp_path: Path) -> None:
+    configs = [
+        ImageClassification.model_validate(
+            {"model": {"arch": "digits_cnn"}, "data": {"method": "digits", "seed": seed}}
+        )
+        for seed in (0, 1)
+    ]
+    one, other = (config.open(tmp_path).samples("test").inputs for config in configs)
+    assert not torch.equal(one, other)
+    assert configs[0].fingerprint(tmp_path) != configs[1].fingerprint(tmp_path)
+
+
+def test_only_the_first_process_imports_scikit_learn(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from qsweep.tasks.images.digits import Digits;"
+        "Digits().open(Path(sys.argv[1])).load('train'); print('sklearn' in sys.modules)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True) for _ in range(2)]
+    assert [run.stdout.strip() for run in runs] == ["True", "False"]
+
+
+def test_parquet_images_and_labels_are_those_of_the_file(root: Path) -> None:
+    images, labels = opened(root).samples("test")
+    assert torch.equal(images, pixels(slice(None)))
+    assert labels.tolist() == [row % 3 for row in range(50)]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 50), (0, 1), (15, 41), (20, 40)])
+def test_rows_of_a_file_are_taken_across_its_groups(root: Path, first: int, last: int) -> None:
+    task = opened(root, test={"file": "test.parquet", "rows": [first, last]})
+    assert torch.equal(task.samples("test").inputs, pixels(slice(first, last)))
+
+
+def test_without_a_validation_file_a_tenth_of_train_is_held_out(root: Path) -> None:
+    task = opened(root)
+    train, validation = task.samples("train").inputs, task.samples("validation").inputs
+    assert len(validation) == 5
+    together = torch.cat([train, validation]).flatten(1).tolist()
+    assert sorted(together) == sorted(pixels(slice(None)).flatten(1).tolist())
+
+
+def test_grey_images_have_one_channel(root: Path) -> None:
+    task = opened(root, mean=[0.5], std=[0.5])
+    assert task.samples("test").inputs.shape == (50, 1, 6, 5)
+    assert task.model()(task.transform(task.samples("test").inputs[:2])).shape == (2, 3)
+
+
+def test_columns_may_have_other_names(root: Path) -> None:
+    write(root / "test.parquet", img=[{"bytes": encoded(PIXELS[0])}], fine=[2])
+    task = opened(root, train="train.parquet", image_column="img", label_column="fine")
+    assert task.samples("test").labels.tolist() == [2]
+
+
+def test_images_are_decoded_once(root: Path) -> None:
+    before = opened(root).samples("test").inputs
+    path = root / "test.parquet"
+    status = path.stat()
+    path.write_bytes(b"?" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # looks unchanged, and is not opened
+    assert torch.equal(opened(root).samples("test").inputs, before)
+
+
+def test_a_file_that_was_repaired_is_read_again(root: Path) -> None:
+    path = root / "test.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=r"`test.parquet`: must be a whole Parquet file"):
+        opened(root).samples("test")
+    path.write_bytes(whole)
+    assert len(opened(root).samples("test").inputs) == 50
+
+
+def test_the_fingerprint_is_of_the_content_not_of_its_place(root: Path) -> None:
+    before = images_of().fingerprint(root)
+    (root / "test.parquet").rename(root / "moved.parquet")
+    assert images_of(test="moved.parquet").fingerprint(root) == before
+    write(root / "moved.parquet", labels=[0] * 50)
+    assert images_of(test="moved.parquet").fingerprint(root) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"classes": 4}, {"mean": [0.1] * 3}, {"flip": False}, {"test": {"file": "test.parquet", "rows": [0, 9]}}],
+)
+def test_the_fingerprint_holds_what_the_samples_depend_on(root: Path, change: dict[str, Any]) -> None:
+    assert images_of(**change).fingerprint(root) != images_of().fingerprint(root)
+
+
+IMAGE = {"bytes": encoded(PIXELS[0])}
+
+
+@pytest.mark.parametrize(
+    ("columns", "complaint"),
+    [
+        ({"label": [0]}, "must have a column `image` .it has label."),
+        ({"image": [IMAGE]}, "must have a column `label`"),
+        ({"image": [b"png"], "label": [0]}, "`image`: must be a struct with `bytes` .got binary."),
+        ({"image": [IMAGE], "label": ["cat"]}, "`label`: must be integers .got string."),
+        ({"image": [IMAGE] * 2, "label": [0, 3]}, "row 1: `label` must be from 0 to 2 .got 3."),
+        ({"image": [IMAGE] * 2, "label": [-1, 0]}, "row 0: `label` must be from 0 to 2 .got -1."),
+        ({"image": [IMAGE] * 2, "label": [0, None]}, "row 1: `label` must be from 0 to 2 .got None."),
+        ({"image": [IMAGE, {"bytes": b"not an image"}], "label": [0, 0]}, "row 1: the image must be readable"),
+        ({"image": [IMAGE, {"bytes": IMAGE["bytes"][:60]}], "label": [0, 0]}, "row 1: the image must be readable"),
+        ({"image": [IMAGE, {"bytes": None}], "label": [0, 0]}, "row 1: the image must be readable"),
+        (
+            {"image": [IMAGE] * 130 + [{"bytes": encoded(PIXELS[0][:4])}], "label": [0] * 131},
+            "row 130: the image must be 6 x 5 pixels like the first .got 4 x 5.",
+        ),
+        ({"image": pa.array([], pa.struct([("bytes", pa.binary())])), "label": pa.array([], pa.int64())}, "has 0 rows"),
+    ],
+)
+def test_a_parquet_file_that_does_not_fit_is_refused(root: Path, columns: dict[str, Any], complaint: str) -> None:
+    write(root / "bad.parquet", **columns)
+    with pytest.raises(DataError, match=complaint) as raised:
+        opened(root, test="bad.parquet").samples("test")
+    assert "`bad.parquet`" in str(raised.value)
+
+
+def test_rows_beyond_the_end_are_refused(root: Path) -> None:
+    with pytest.raises(DataError, match=r"`test.parquet`: must have rows 40 to 59 \(it has 50 rows\)"):
+        opened(root, test={"file": "test.parquet", "rows": [40, 60]}).samples("test")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"validation": "test.parquet"}, "share no rows"),
+        ({"test": "train.parquet"}, "share no rows"),
+        (
+            {"validation": {"file": "a", "rows": [0, 20]}, "test": {"file": "a", "rows": [19, 40]}},
+            "share no rows",
+        ),
+        ({"test": {"file": "test.parquet", "rows": [3, 3]}}, "the first one lower"),
+        ({"mean": [0.5]}, "1 value each or 3"),
+        ({"std": [0.2, 0.0, 0.2]}, "greater than 0"),
+        ({"classes": 1}, "greater than or equal to 2"),
+    ],
+)
+def test_impossible_data_is_refused_when_the_spec_is_read(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        images_of(**change)
+
+
+def test_a_missing_file_is_refused_when_the_task_is_opened(root: Path) -> None:
+    with pytest.raises(DataError, match=r"`none.parquet`: there is no file `.*none.parquet`"):
+        opened(root, test="none.parquet")
+
+
+def test_paths_may_hold_variables_which_must_be_set(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSWEEP_TEST_FOLDER", str(root))
+    assert (
+        len(
+            opened(
+                root / "elsewhere", train="$QSWEEP_TEST_FOLDER/train.parquet", test="${QSWEEP_TEST_FOLDER}/test.parquet"
+            )
+            .samples("test")
+            .labels
+        )
+        == 50
+    )
+    monkeypatch.delenv("QSWEEP_TEST_FOLDER")
+    with pytest.raises(DataError, match="the environment variable `QSWEEP_TEST_FOLDER` must be set"):
+        opened(root, test="${QSWEEP_TEST_FOLDER}/test.parquet")
+
+
+def test_a_variable_with_a_relative_path_starts_at_the_working_directory(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QSWEEP_TEST_FOLDER", ".")
+    monkeypatch.chdir(root)
+    train, test = "$QSWEEP_TEST_FOLDER/train.parquet", "$QSWEEP_TEST_FOLDER/test.parquet"
+    assert opened(root / "specs", train=train, test=test).samples("test").labels.tolist()[:3] == [0, 1, 2]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_model(root: Path) -> None:
+    (root / "weights.safetensors").write_bytes(b"no weights")
+    content = images_of().model_dump() | {"model": {"arch": "resnet20", "checkpoint": "weights.safetensors"}}
+    config = ImageClassification.model_validate(content)
+    assert config.pretrained
+    with pytest.raises(DataError, match=r"weights\.safetensors"):
+        config.open(root).model()
+
+
+def test_normalising_subtracts_the_mean_and_divides_by_the_deviation() -> None:
+    images = pixels(slice(8))
+    mean, std = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
+    expected = (images.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    assert torch.equal(normalise(images, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)), expected)
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (1, False), (2, True)])
+def test_an_augmented_image_is_a_crop_of_the_padded_one_mirrored_or_not(padding: int, flip: bool) -> None:
+    images = pixels(slice(40))
+    augmented = augment(images, padding, flip, torch.Generator().manual_seed(0))
+    seen = set()
+    for before, after in zip(images, augmented, strict=True):
+        padded = torch.nn.functional.pad(before, (padding,) * 4)
+        shifts = range(2 * padding + 1)
+        for top, left, mirrored in itertools.product(shifts, shifts, (False, True)[: flip + 1]):
+            crop = padded[:, top : top + 6, left : left + 5]
+            if torch.equal(crop.flip(2) if mirrored else crop, after):
+                seen.add((top, left, mirrored))
+                break
+        else:
+            pytest.fail("no crop of the image")
+    assert len(seen) > 0.5 * (2 * padding + 1) ** 2 * (1 + flip)
+
+
+def test_augmentation_follows_its_generator(root: Path) -> None:
+    task = opened(root)
+    images = task.samples("train").inputs
+    one, again, other = (task.transform(images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, task.transform(images))
+
+
+def test_the_score_is_one_where_the_largest_output_is_the_label(root: Path) -> None:
+    outputs = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    assert opened(root).score(outputs, torch.tensor([1, 2, 2])).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_the_cifar_checkpoint_has_its_accuracy_on_real_images(data: Path, tmp_path: Path) -> None:
+    split = {"file": str(data / "cifar10" / "test_dev.parquet")}
+    config = images_of(
+        train={**split, "rows": [1000, 1010]},
+        validation={**split, "rows": [0, 1000]},
+        test={**split, "rows": [1010, 1020]},
+        classes=10,
+    ).model_dump()
+    config["model"]["checkpoint"] = str(data / "checkpoints" / "resnet20_cifar10_jpeg.safetensors")
+    task = ImageClassification.model_validate(config).open(tmp_path)
+    assert evaluate(task.model(), task, "validation").mean().item() == pytest.approx(0.878, abs=0.015)
+
+
+USER_TASK = """
+import torch
+from torch import nn
+
+class Mine:
+    def __init__(self, size=3):
+        self.size = size
+
+    def model(self):
+        return nn.Linear(self.size, 2)
+
+    def samples(self, split):
+        return torch.ones(6, self.size), torch.zeros(6, dtype=torch.long)
+
+    def loss(self, outputs, labels):
+        return nn.functional.cross_entropy(outputs, labels)
+
+    def score(self, outputs, labels):
+        return (outputs.argmax(1) == labels).float()
+"""
+
+
+def user(root: Path, old: str = "", new: str = "", **fields: Any) -> Task:
+    (root / "mine.py").write_text(USER_TASK.replace(old, new))
+    return Python(file="mine.py:Mine", **fields).open(root)
+
+
+def test_a_task_of_ones_own_needs_four_methods(tmp_path: Path) -> None:
+    task = user(tmp_path, arguments={"size": 5})
+    check(task, task.model())
+    assert task.transform(torch.zeros(2, 5, dtype=torch.uint8)).dtype == torch.float32
+
+
+def test_the_worked_example_is_a_sound_task() -> None:
+    root = Path(__file__).parents[1] / "experiments" / "python_task"
+    task = Python(file="task.py:BreastCancer", arguments={"hidden": 8}).open(root)
+    check(task, task.model())
+
+
+def test_a_task_may_import_modules_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "beside_the_task.py").write_text("SIZE = 4")
+    task = user(tmp_path, "import torch\n", "import torch\nfrom beside_the_task import SIZE\n")
+    assert task.samples("train").inputs.shape == (6, 3)
+
+
+def use(task: Task) -> None:
+    check(task, task.model())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("import torch\n", "import no_such_module\n", "line 2: `import` raised ModuleNotFoundError"),
+        ("class Mine:", "class Mine", "line 5: `import` raised SyntaxError"),
+        ("class Mine:", "class Other:", "must have a class `Mine` .it has Other."),
+        ("def score(", "def scores(", "must have the methods .* .missing: score."),
+        ("self.size = size", "raise ValueError('five')", "line 7: `Mine.* raised ValueError: five"),
+        ("return nn.Linear(self.size, 2)", "raise KeyError('x')", "line 10: `Mine.model` raised KeyError"),
+        ("return nn.Linear(self.size, 2)", "return 1", "`Mine.model` must return a torch.nn.Module .got int."),
+        ("return torch.ones(6, self.size), ", "return ", r"`Mine.samples\('train'\)` must return two tensors"),
+        ("torch.ones(6,", "torch.ones(5,", "must return as many inputs as labels"),
+        ("torch.ones(6, self.size), torch.zeros(6", "torch.ones(0, 3), torch.zeros(0", "at least one"),
+        ("cross_entropy(outputs, labels)", "cross_entropy(outputs, 1)", "line 16: `Mine.loss` raised TypeError"),
+        (
+            "cross_entropy(outputs, labels)",
+            "cross_entropy(outputs, labels) / 0",
+            "`Mine.loss` must be finite .* .got inf",
+        ),
+        (
+            "cross_entropy(outputs, labels)",
+            "cross_entropy(outputs, labels, reduction='none')",
+            "return a scalar tensor",
+        ),
+        (
+            "== labels).float()",
+            "== labels).float() * 0 + 2",
+            "`Mine.score` must return values from 0 to 1 .got 2.0 to 2.0.",
+        ),
+        ("== labels).float()", "== labels).float() * torch.nan", "must return values from 0 to 1 .got nan to nan."),
+        ("== labels).float()", "== labels).float().mean()", r"must return a tensor of shape \(4,\)"),
+        (
+            "    def model(",
+            "    def transform(self, x, generator=None):\n        return x[:1]\n\n    def model(",
+            "`Mine.transform` must return a tensor of 4 samples",
+        ),
+    ],
+)
+def test_a_users_mistake_is_told_with_file_line_and_method(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+    torch.manual_seed(1)
+    with pytest.raises(TaskFailure, match=complaint) as raised:
+        use(user(tmp_path, old, new))
+    assert str(tmp_path / "mine.py") in str(raised.value)
+
+
+def test_a_loss_of_outputs_that_are_not_finite_is_no_mistake_of_the_task(tmp_path: Path) -> None:
+    loss = user(tmp_path).loss(torch.full((2, 2), torch.nan), torch.zeros(2, dtype=torch.long))
+    assert not torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("file", ["none.py:Mine", "folder/mine.py:Mine"])
+def test_a_missing_task_file_is_refused(tmp_path: Path, file: str) -> None:
+    with pytest.raises(DataError, match="there is no file"):
+        Python(file=file).open(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["mine.py", "mine:Mine", "mine.py:1", ":Mine"])
+def test_a_task_file_without_a_class_is_refused_when_the_spec_is_read(file: str) -> None:
+    with pytest.raises(ValidationError, match="file"):
+        Python(file=file)
+
+
+def test_the_fingerprint_of_a_users_task_holds_code_arguments_and_named_files(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("1")
+    user(tmp_path)
+    config = Python(file="mine.py:Mine", depends_on=("data.csv",))
+    prints = [config.fingerprint(tmp_path), config.model_copy(update={"arguments": {"size": 4}}).fingerprint(tmp_path)]
+    (tmp_path / "data.csv").write_text("2")
+    prints.append(config.fingerprint(tmp_path))
+    user(tmp_path, "class Mine", "# changed\nclass Mine")
+    prints.append(config.fingerprint(tmp_path))
+    assert len(set(prints)) == 4
+
+
+def test_the_method_of_a_task_chooses_its_config() -> None:
+    adapter: TypeAdapter[Any] = TypeAdapter(AnyTask)
+    assert type(adapter.validate_python({"method": "python", "file": "a.py:B"})) is Python
+    digits = {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": {"method": "digits"}}
+    assert type(adapter.validate_python(digits)) is ImageClassification

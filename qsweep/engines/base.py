@@ -56,6 +56,12 @@ class EngineConfig(Config, ABC):
         Raises Refused when the runtime cannot take it.
         """
 
+    def export(self, artifact: Path, out: Path) -> None:
+        """Write to the folder `out` what the runtime takes without qsweep; by default the artifact as it is."""
+        import shutil
+
+        shutil.copytree(artifact, out, dirs_exist_ok=True)
+
     @abstractmethod
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
         """Share of the multiply-accumulates of one call that ran on integer kernels, as the runtime tells."""

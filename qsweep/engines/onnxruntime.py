@@ -33,6 +33,13 @@ class OnnxRuntime(EngineConfig):
 
         return runner(folder, self)
 
+    def export(self, artifact: Path, out: Path) -> None:
+        import onnx
+
+        from qsweep.engines._onnx import complete
+
+        onnx.save(complete(artifact), out / "model.onnx")
+
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
         from qsweep.engines._onnx import integer_macs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -38,8 +38,8 @@ class LoadedModel:
         import torch
 
         if isinstance(inputs, torch.Tensor):
-            return cast("Batch", self._run(inputs))
-        return cast("Batch", self._run(torch.as_tensor(inputs)).numpy())
+            return self._run(inputs)
+        return self._run(torch.as_tensor(inputs)).numpy()
 
     def _run(self, inputs: Tensor) -> Tensor:
         import torch
@@ -50,7 +50,7 @@ class LoadedModel:
         missing = -count % size if count else size
         padded = torch.cat([inputs, filler.expand(missing, *inputs.shape[1:])]).to(torch.float32).contiguous()
         with torch.inference_mode():
-            outputs = [self._runner(batch) for batch in padded.split(size)]
+            outputs = [self._runner(batch) for batch in torch.split(padded, size)]
         return torch.cat(outputs)[:count].clone()
 
     def _check(self, inputs: Tensor) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
-class BundleModel(PythonModel):  # type: ignore[misc]  # untyped in MLflow
+class BundleModel(PythonModel):
     """Takes an array (N, ...) or nested lists of that shape, gives an array of the model's outputs."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -16,7 +14,7 @@ class BundleModel(PythonModel):  # type: ignore[misc]  # untyped in MLflow
 
         self.model = load(context.artifacts["bundle"])
 
-    def predict(self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None):  # type: ignore[no-untyped-def]  # a hint would have MLflow convert the input
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow acts on hints
         import numpy
 
         return self.model(numpy.asarray(model_input, dtype=numpy.float32))

@@ -71,7 +71,9 @@ def _run_of(record: Record, sweep: Path, uri: str) -> str:
     ledger = Ledger(sweep / "published.json", uri)
     run_id = ledger.entry(record.number).get("run_id")
     if run_id is None:
-        raise TrackError(f"MLflow at `{uri}` must have trial #{record.number} `{record.name}`: `qsweep run` publishes it")
+        raise TrackError(
+            f"MLflow at `{uri}` must have trial #{record.number} `{record.name}`: `qsweep run` publishes it"
+        )
     return str(run_id)
 
 
@@ -138,5 +140,7 @@ def fetch(source: str, place: Path, uri: str | None = None) -> Path:
         version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
         model = re.fullmatch(r"runs:/([^/]+)/(.+)", version.source or "")
         if model is None:
-            raise TrackError(f"`{source}` at `{uri}`: must be a version that `qsweep promote` made (got `{version.source}`)")
+            raise TrackError(
+                f"`{source}` at `{uri}`: must be a version that `qsweep promote` made (got `{version.source}`)"
+            )
         return Path(client.download_artifacts(model[1], f"{model[2]}/artifacts/bundle", str(place)))

@@ -57,10 +57,12 @@ class Selector(Config):
 
 
 def best(records: Sequence[Record], selector: Selector) -> Record:
-    """The record to ship, baselines included. Raises SweepError, naming the nearest miss, where none keeps the bounds."""
+    """The record to ship, baselines included. Raises SweepError, with the nearest miss, where none keeps the bounds."""
     done = [r for r in records if r.state == "complete" and r.duplicate_of is None and _measured(r, selector.by)]
     if not done:
-        raise SweepError(f"there must be a finished trial with `{selector.by}` to choose from (got {len(records)} records)")
+        raise SweepError(
+            f"there must be a finished trial with `{selector.by}` to choose from (got {len(records)} records)"
+        )
     able = [record for record in done if selector.keeps(record.metrics)]
     if not able:
         nearest = min(done, key=lambda record: _excess(record.metrics, selector))

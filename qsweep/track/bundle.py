@@ -1,5 +1,7 @@
 """A bundle: the folder that ships. Everything to run one trial's artifact and to trust it, and nothing that executes.
 
+Its files:
+
     config.yaml      the TrialConfig
     metrics.json     what was measured, on which machine
     artifact/        the engine's files
@@ -27,6 +29,7 @@ from qsweep.space import complaint
 from qsweep.track.environment import versions
 
 MANIFEST = "manifest.json"
+_PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class File(Config):
@@ -62,7 +65,9 @@ def bundle(record: Record, sweep: Path, out: Path) -> Path:
     """
     artifact = sweep / record.folder / "artifact"
     if record.state != "complete" or not artifact.is_dir():
-        raise BundleError(f"`{record.name}` ({record.folder}): must have an artifact to be shipped (it is {record.state})")
+        raise BundleError(
+            f"`{record.name}` ({record.folder}): must have an artifact to be shipped (it is {record.state})"
+        )
     if out.exists():
         raise BundleError(f"`{out}`: must not exist yet")
     unfinished = out.with_name(out.name + ".unfinished")
@@ -76,7 +81,9 @@ def bundle(record: Record, sweep: Path, out: Path) -> Path:
     pickled = list(pickles(unfinished))
     if pickled:
         shutil.rmtree(unfinished)
-        raise BundleError(f"`{artifact}`: must hold no pickle, which executes code when it is loaded (got `{pickled[0]}`)")
+        raise BundleError(
+            f"`{artifact}`: must hold no pickle, which executes code when it is loaded (got `{pickled[0]}`)"
+        )
     os.replace(unfinished, out)
     return out
 
@@ -135,7 +142,7 @@ def pickles(folder: Path) -> Iterator[str]:
 
 
 def _pickles_in(content: bytes, name: str) -> Iterator[str]:
-    if content[:1] == b"\x80" and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and content.rstrip()[-1:] == b".":
+    if content[:2] in _PICKLED and content.rstrip()[-1:] == b".":
         yield name
     elif content[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -11,7 +11,12 @@ from qsweep.track.table import TITLES
 COLOURS = {"none": "#8a94a0", "cast": "#8250df", "ptq": "#1f6feb", "qat": "#d9580d"}
 _MORE = ("#1a7f37", "#bf3989", "#0a7ea4", "#9a6700", "#6e40c9", "#57606a")
 _SYMBOLS = {(False, False): "circle", (True, False): "square", (False, True): "diamond", (True, True): "cross"}
-_EXTRAS = {(False, False): "", (True, False): " + prune", (False, True): " + distill", (True, True): " + prune + distill"}
+_EXTRAS = {
+    (False, False): "",
+    (True, False): " + prune",
+    (False, True): " + distill",
+    (True, True): " + prune + distill",
+}
 _SCALES = {"accuracy": 100.0, "size_bytes": 1 / 1024}
 _INK, _GRID = "#1c2530", "#e7eaee"
 
@@ -29,8 +34,8 @@ def scatter(records: Sequence[Record], members: set[int], x: str, y: str, low: f
         ticks = [mantissa * 10**power for power in range(-6, 12) for mantissa in (1, 1.5, 2, 3, 5, 7)]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     if low is not None and shown:
-        high = max(getattr(r.metrics, y) for r in shown)
-        figure.update_yaxes(range=[_SCALES.get(y, 1) * (low - 0.05 * (high - low)), _SCALES.get(y, 1) * (high + 0.08 * (high - low))])
+        bottom, top = _SCALES.get(y, 1.0) * low, max(_values(shown, y))
+        figure.update_yaxes(range=[bottom - 0.05 * (top - bottom), top + 0.08 * (top - bottom)])
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
     return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"{x}-{y}", config=config))
 
@@ -59,7 +64,10 @@ def _trials(records: Sequence[Record], x: str, y: str) -> list[dict[str, Any]]:
 def _rings(records: Sequence[Record], members: set[int], x: str, y: str) -> list[dict[str, Any]]:
     sure = [r for r in records if r.number in members and r.front != "probable"]
     maybe = [r for r in records if r.number in members and r.front == "probable"]
-    rings = [("front, certain" if any(r.front for r in sure) else "front so far", sure, 2.4), ("front, probable", maybe, 1.0)]
+    rings = [
+        ("front, certain" if any(r.front for r in sure) else "front so far", sure, 2.4),
+        ("front, probable", maybe, 1.0),
+    ]
     return [
         {
             "x": _values(group, x), "y": _values(group, y), "name": name, "mode": "markers", "hoverinfo": "skip",
@@ -111,7 +119,8 @@ def hover(record: Record) -> str:
 
 def _methods(record: Record) -> tuple[str, tuple[bool, bool]]:
     compress = record.config.get("compress") or {}
-    return (compress.get("quantize") or {}).get("method", "none"), (bool(compress.get("prune")), bool(compress.get("distill")))
+    extras = (bool(compress.get("prune")), bool(compress.get("distill")))
+    return (compress.get("quantize") or {}).get("method", "none"), extras
 
 
 def _values(group: Sequence[Record], metric: str) -> list[float]:

@@ -29,7 +29,9 @@ def tracking_uri(uri: str | None, root: Path) -> str:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme not in SCHEMES:
-        raise SpecError(f"`track.uri`: must start with one of {', '.join(SCHEMES)}, like `sqlite:///mlflow.db` (got `{uri}`)")
+        raise SpecError(
+            f"`track.uri`: must start with one of {', '.join(SCHEMES)}, like `sqlite:///mlflow.db` (got `{uri}`)"
+        )
     if scheme != "sqlite":
         return uri
     head, _, path = uri.partition(":///")

@@ -59,7 +59,8 @@ class Ledger:
 
     def note(self, record: Record, run_id: str) -> None:
         """Remember that `run_id` holds `record` as it is now."""
-        self.content["runs"][str(record.number)] = self.entry(record.number) | {"run_id": run_id, "content": digest(record)}
+        entry = self.entry(record.number) | {"run_id": run_id, "content": digest(record)}
+        self.content["runs"][str(record.number)] = entry
         self.save()
 
     def note_bundle(self, number: int) -> None:

@@ -21,14 +21,12 @@ from qsweep.track.runs import Runs, Status
 log = logging.getLogger("qsweep.track")
 
 
-def publish(
-    records: Generator[Record, None, bool], spec: Spec, root: Path
-) -> Generator[Record, None, bool]:
+def publish(records: Generator[Record, None, bool], spec: Spec, root: Path) -> Generator[Record, None, bool]:
     """Hand every record on as it comes, and publish it; at the end set every run's status, front and bundles.
 
     `records` is a driver's generator, and what it returns (whether the sweep has finished) is returned; `root` is the
-    folder of the spec. Raises SpecError where `track.uri` cannot be one of MLflow's, before anything is run, and nothing
-    else of its own: a server that is down is a warning.
+    folder of the spec. Raises SpecError where `track.uri` cannot be one of MLflow's, before anything is run, and
+    nothing else of its own: a server that is down is a warning.
     """
     publisher = Publisher(spec, root)
     warm_up = Thread(target=publisher.warm_up, daemon=True)

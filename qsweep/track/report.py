@@ -13,8 +13,8 @@ from qsweep.track.table import TITLES, Column, membership
 from qsweep.track.view import DASHBOARDS
 
 _COLUMNS = (
-    "number", "name", "engine", "front", "accuracy", "accuracy_test", "accuracy_drop_pp", "size_bytes", "size_zstd_bytes",
-    "latency_ms", "latency_ratio", "int8_mac_fraction", "sparsity", "parity_top1",
+    "number", "name", "engine", "front", "accuracy", "accuracy_test", "accuracy_drop_pp", "size_bytes",
+    "size_zstd_bytes", "latency_ms", "latency_ratio", "int8_mac_fraction", "sparsity", "parity_top1",
 )  # fmt: skip
 _VIEW_PP = 12.0
 
@@ -36,7 +36,7 @@ def pareto_html(records: Sequence[Record], spec: Spec) -> str:
         charts=[scatter(done, members, x, "accuracy", low) for x in ("size_bytes", "latency_ms")],
         below=below,
         failures=[
-            {"number": r.number, "name": r.name, "engine": r.engine, "kind": r.failure.kind, "message": r.failure.message}
+            {"number": r.number, "name": r.name, "engine": r.engine} | r.failure.model_dump()
             for r in records if r.failure
         ],
         **_trials(done, members),
@@ -52,7 +52,11 @@ def _lead(records: Sequence[Record], spec: Spec) -> str:
         for name, bound in spec.constraints.items()
         for sign, value in (("≤", bound.max), ("≥", bound.min)) if value is not None
     ]  # fmt: skip
-    told = [f"{trials} trials measured", f"on {', '.join(engines)}" if engines else "", f"for {', '.join(spec.objectives)}"]
+    told = [
+        f"{trials} trials measured",
+        f"on {', '.join(engines)}" if engines else "",
+        f"for {', '.join(spec.objectives)}",
+    ]
     return ", ".join(part for part in [*told, f"with {' and '.join(bounds)}" if bounds else ""] if part)
 
 
@@ -61,11 +65,12 @@ def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
     members, base = front(records, spec), baseline(records)
     tiles = []
     if base is not None and base.metrics.accuracy is not None:
-        size, latency = Column("size_bytes", "").text(base.metrics.size_bytes), Column("latency_ms", "").text(base.metrics.latency_ms)
-        tiles.append({"what": "fp32 baseline", "value": f"{100 * base.metrics.accuracy:.2f} %", "which": f"{size} KiB, {latency} ms"})
+        size = Column("size_bytes", "").text(base.metrics.size_bytes)
+        about = f"{size} KiB, {Column('latency_ms', '').text(base.metrics.latency_ms)} ms"
+        tiles.append({"what": "fp32 baseline", "value": f"{100 * base.metrics.accuracy:.2f} %", "which": about})
     for name in spec.objectives if members else ():
         better = max if Metrics.directions()[name] == "maximize" else min
-        best = better(members, key=lambda record: (getattr(record.metrics, name) or 0.0))
+        best = better(members, key=lambda record: getattr(record.metrics, name) or 0.0)
         title = TITLES.get(name, name.replace("_", " "))
         unit = title.rpartition(" ")[2] if " " in title else ""
         value = f"{Column(name, title).text(getattr(best.metrics, name))} {unit}".strip()
@@ -87,7 +92,9 @@ def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]
 
 
 def _trials(done: Sequence[Record], members: set[int]) -> dict[str, Any]:
-    shown = [c for c in _COLUMNS if c not in Metrics.model_fields or any(getattr(r.metrics, c) is not None for r in done)]
+    shown = [
+        c for c in _COLUMNS if c not in Metrics.model_fields or any(getattr(r.metrics, c) is not None for r in done)
+    ]
     columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key))) for key in shown]
     rows = sorted(done, key=lambda r: (r.number not in members, r.kind != "baseline", -(r.metrics.accuracy or 0)))
     return {"columns": columns, "rows": [_row(record, columns, members) for record in rows]}
@@ -96,13 +103,9 @@ def _trials(done: Sequence[Record], members: set[int]) -> dict[str, Any]:
 def _row(record: Record, columns: Sequence[Column], members: set[int]) -> dict[str, Any]:
     cells = []
     for column in columns:
-        raw = membership(record, members) if column.key == "front" else getattr(
-            record.metrics if column.key in Metrics.model_fields else record, column.key
-        )  # fmt: skip
-        cells.append(
-            {"text": column.text(raw), "raw": "" if raw is None else raw, "numeric": column.numeric, "badge": column.key == "front"}
-        )
+        home = record.metrics if column.key in Metrics.model_fields else record
+        raw = membership(record, members) if column.key == "front" else getattr(home, column.key)
+        text, plain = column.text(raw), "" if raw is None else raw
+        cells.append({"text": text, "raw": plain, "numeric": column.numeric, "badge": column.key == "front"})
     mark = "on-front" if record.number in members else "baseline" if record.kind == "baseline" else ""
     return {"mark": mark, "cells": cells, "config": str(record.config.get("compress", ""))}
-
-

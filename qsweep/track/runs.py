@@ -79,7 +79,11 @@ class Runs:
         return list(self.client.search_runs([self.experiment_id], wanted, max_results=50_000))
 
     def _new_parent(self) -> str:
-        tags = self.common | {"qsweep.kind": "sweep", "qsweep.sweep_id": self.ledger.sweep_id, "qsweep.spec": self.spec.uid()}
+        tags = self.common | {
+            "qsweep.kind": "sweep",
+            "qsweep.sweep_id": self.ledger.sweep_id,
+            "qsweep.spec": self.spec.uid(),
+        }
         run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=self.spec.name).info.run_id)
         settings = self.spec.model_dump(mode="json", include={"objectives", "search", "measure", "run"})
         self._log(run_id, params=dict(flat.leaves(settings)))
@@ -160,7 +164,8 @@ class Runs:
 
         known = {record.number: record for record in records}
         order = [known[number] for number in self.ledger.order if number in known]
-        steps = [(step, hypervolume(order[:step], self.spec)) for step in range(self.ledger.content["steps"] + 1, len(order) + 1)]
+        new = range(self.ledger.content["steps"] + 1, len(order) + 1)
+        steps = [(step, hypervolume(order[:step], self.spec)) for step in new]
         series = [Metric("hypervolume", value, _now(), step) for step, value in steps if value is not None]
         with impatient():
             for first in range(0, len(series) or 1, 1000):

@@ -66,7 +66,16 @@ TITLES = {
     "peak_memory_bytes": "memory KiB",
     "bit_operations": "bit operations",
 }
-_SHOWN = ("accuracy", "accuracy_test", "accuracy_drop_pp", "size_bytes", "latency_ms", "latency_ratio", "int8_mac_fraction", "parity_top1")
+_SHOWN = (
+    "accuracy",
+    "accuracy_test",
+    "accuracy_drop_pp",
+    "size_bytes",
+    "latency_ms",
+    "latency_ratio",
+    "int8_mac_fraction",
+    "parity_top1",
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,9 @@ class Table:
 def front_table(records: Sequence[Record], spec: Spec) -> Table:
     """The front and the baselines, with the metrics that decide; other objectives and constraints of the spec too."""
     members = front(records, spec)
-    chosen = {r.number: r for r in members} | {r.number: r for r in records if r.kind == "baseline" and r.state == "complete"}
+    chosen = {r.number: r for r in members} | {
+        r.number: r for r in records if r.kind == "baseline" and r.state == "complete"
+    }
     extra = [name for name in (*spec.objectives, *spec.constraints) if name not in _SHOWN]
     keys = [key for key in (*_SHOWN, *extra) if any(getattr(r.metrics, key) is not None for r in chosen.values())]
     return _table(list(chosen.values()), ("number", "name", "engine", "front"), keys, {r.number for r in members})

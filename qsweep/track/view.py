@@ -52,6 +52,7 @@ def view_state(definition: dict[str, Any], sweep: str) -> dict[str, Any]:
     section = _id(definition["section"])
     common = {"metricSectionId": section, "deleted": False, "isGenerated": False, "runsCountToCompare": 1000}
     order = definition["order_by"]
+    columns = [f"{_KINDS[kind]}.`{name}`" for column in definition["columns"] for kind, name in column.items()]
     return {
         "searchFilter": f"tags.`qsweep.kind` != 'sweep' and tags.`qsweep.sweep` = '{sweep}'",
         "orderByKey": f"metrics.`{order['metric']}`",
@@ -66,7 +67,7 @@ def view_state(definition: dict[str, Any], sweep: str) -> dict[str, Any]:
         "hideEmptyCharts": True,
         "isAccordionReordered": True,
         "autoRefreshEnabled": True,
-        "selectedColumns": [f"{_KINDS[kind]}.`{name}`" for column in definition["columns"] for kind, name in column.items()],
+        "selectedColumns": columns,
         "compareRunSections": [
             {"uuid": section, "name": definition["section"], "display": True, "isReordered": True, "deleted": False,
              "isGenerated": False, "columns": 2, "cardHeight": 360}

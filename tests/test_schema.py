@@ -15,7 +15,7 @@ from qsweep.schema import json_schema
 from qsweep.yamlfile import read_mapping
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted(path for path in ROOT.glob("experiments/**/*.yaml") if "sweeps" not in path.parts)
 SCHEMA = json_schema()
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
@@ -99,7 +99,7 @@ def test_the_schema_uses_only_words_that_the_check_in_this_file_understands() ->
     assert words(SCHEMA) <= KNOWN
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_experiment_fits_the_schema_and_points_to_it(path: Path) -> None:
     assert fits(read_mapping(path), SCHEMA)
     (pointer,) = re.findall(r"^# yaml-language-server: \$schema=(.+)$", path.read_text(encoding="utf-8"), re.M)

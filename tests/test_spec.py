@@ -10,7 +10,8 @@ from qsweep.errors import SpecError
 from qsweep.records import Metrics
 from qsweep.spec import Compression, Spec, TrialConfig, load_spec
 
-EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(path for path in ROOT.glob("experiments/**/*.yaml") if "sweeps" not in path.parts)
 SPEC: dict[str, Any] = {
     "name": "small",
     "task": {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": {"method": "digits"}},
@@ -31,9 +32,14 @@ def refusal(path: Path) -> str:
     return str(caught.value).removeprefix(f"`{path}`: ")
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_experiment_validates(path: Path) -> None:
-    assert load_spec(path).name == path.stem
+    load_spec(path)
+
+
+def test_no_two_experiments_have_one_name() -> None:
+    names = [load_spec(path).name for path in EXPERIMENTS]
+    assert len(set(names)) == len(names)
 
 
 def test_a_spec_survives_json(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from qsweep.cli import doctor, results, run, specs, ui
+from qsweep.cli import doctor, results, run, shipping, specs, ui
 from qsweep.errors import QsweepError
 
 app = typer.Typer(
@@ -21,6 +21,9 @@ for command in (
     specs.plan,
     specs.schema,
     results.front,
+    results.best,
+    shipping.promote,
+    shipping.export,
     doctor.doctor,
     ui.ui,
 ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qsweep.cli.sweep import Sweep
+from qsweep.cli.sweep import By, Maxima, Minima, Sweep
 
 
 def front(sweep: Sweep) -> None:
@@ -13,3 +13,21 @@ def front(sweep: Sweep) -> None:
 
     spec, folder = find(sweep)
     console().print(grid(front_table(folder.records(), spec)))
+
+
+def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "accuracy") -> None:
+    """Print the trial to ship: the best by one metric among those that keep all bounds, with its config."""
+    import yaml
+
+    from qsweep.cli.console import say
+    from qsweep.cli.sweep import choose
+    from qsweep.records import Metrics
+
+    record, folder = choose(sweep, maxima, minima, by)
+    say(f"#{record.number} {record.name} on {record.engine}")
+    for name in Metrics.model_fields:
+        value = getattr(record.metrics, name)
+        if value is not None:
+            say(f"  {name:<22} {value:,.6g}")
+    say(f"  {'artifact':<22} {folder.path / record.folder / 'artifact'}", "")
+    say(yaml.safe_dump(record.config, sort_keys=False).rstrip())

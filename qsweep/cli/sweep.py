@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from qsweep.records import Record
     from qsweep.spec import Spec
     from qsweep.study.folder import SweepFolder
 
@@ -18,7 +19,7 @@ Maxima = Annotated[
 Minima = Annotated[
     list[str] | None, typer.Option("--min", metavar="METRIC=VALUE", help="Lower bound of a metric; repeat for more.")
 ]
-By = Annotated[str | None, typer.Option("--by", metavar="METRIC", help="The metric that decides, best first.")]
+By = Annotated[str, typer.Option("--by", metavar="METRIC", help="The metric that decides, best first.")]
 
 
 def find(path: Path) -> tuple[Spec, SweepFolder]:
@@ -30,3 +31,12 @@ def find(path: Path) -> tuple[Spec, SweepFolder]:
     if folder is None:
         folder = SweepFolder(path.parent, load_spec(path).name)
     return folder.spec(), folder
+
+
+def choose(path: Path, maxima: list[str] | None, minima: list[str] | None, by: str) -> tuple[Record, SweepFolder]:
+    """The trial of the sweep at `path` that the options select. Raises SpecError, SweepError."""
+    from qsweep.ship import Selector, best
+
+    selector = Selector.parse(maxima or (), minima or (), by)
+    _, folder = find(path)
+    return best(folder.records(), selector), folder

@@ -1,0 +1,48 @@
+"""Commands that ship a trial: `promote`, `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qsweep.cli.sweep import By, Maxima, Minima, Sweep
+
+Name = Annotated[str, typer.Option("--name", help="The registered model of MLflow; made where there is none.")]
+Alias = Annotated[
+    str, typer.Option("--alias", help="What the new version is called; it moves from the version before.")
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")]
+
+
+def promote(
+    sweep: Sweep,
+    name: Name,
+    maxima: Maxima = None,
+    minima: Minima = None,
+    by: By = "accuracy",
+    alias: Alias = "champion",
+) -> None:
+    """Register the chosen trial's bundle with MLflow, as a new version of a model."""
+    from qsweep.cli.console import say
+    from qsweep.cli.sweep import find
+    from qsweep.ship import Selector
+    from qsweep.ship import promote as register
+
+    selector = Selector.parse(maxima or (), minima or (), by)
+    _, folder = find(sweep)
+    made = register(folder.path, selector, name, alias)
+    say(f"{made.record.name} is version {made.version} of `{made.name}`, alias `{made.alias}`")
+    say(f"  qsweep.load({made.uri!r}, uri={made.tracking_uri!r})")
+
+
+def export(sweep: Sweep, out: Out, maxima: Maxima = None, minima: Minima = None, by: By = "accuracy") -> None:
+    """Write the chosen trial's artifact as its runtime takes it alone, without qsweep."""
+    from qsweep.cli.console import say
+    from qsweep.cli.sweep import choose
+    from qsweep.ship import export as write
+
+    record, folder = choose(sweep, maxima, minima, by)
+    made = write(record, folder.path, out)
+    say(f"{record.name} on {record.engine}:", *(f"  {path}" for path in sorted(made.rglob("*")) if path.is_file()))

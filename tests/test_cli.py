@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small_sweep import CONTENT, small_spec, sweep, told
+from typer.testing import CliRunner, Result
+
+import qsweep.sweep
+from qsweep.cli.main import app, main
+from qsweep.records import Failure, Metrics, Record
+from qsweep.schema import json_schema
+from qsweep.study.driver import run as drive
+from qsweep.study.folder import SweepFolder
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(CONTENT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that need no model; driver, Optuna and MLflow are the real ones."""
+    jobs = functools.partial(drive, jobs="arithmetic_jobs", preload=("numpy",))
+    monkeypatch.setattr("qsweep.study.driver.run", jobs)
+
+
+def qsweep_(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What a command that ends with exit code 1 says on standard error; nothing else is said."""
+    monkeypatch.setattr(sys, "argv", ["qsweep", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert (end.value.code, said.out) == (1, "")
+    return said.err
+
+
+def test_validate_says_what_a_spec_asks_for(spec: Path) -> None:
+    said = qsweep_("validate", spec).output
+    assert f"{spec}: valid" in said
+    assert "6 points" in said
+    assert "every point" in said
+
+
+def test_validate_counts_no_points_where_there_are_ranges_of_real_numbers(spec: Path) -> None:
+    compress = {"quantize": {"method": "qat", "learning_rate": {"range": [0.001, 0.1]}}}
+    spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | {"compress": compress}), encoding="utf-8")
+    said = qsweep_("validate", spec).output
+    assert "not countable" in said
+    assert "6 trials by tpe" in said
+
+
+def test_plan_says_how_many_configs_what_they_share_and_what_is_refused(spec: Path) -> None:
+    options = [{"method": "ptq", "weight_bits": {"choice": [4, 8]}}, {"method": "cast"}]
+    content = yaml.safe_load(CONTENT) | {"compress": {"quantize": {"choice": options}}}
+    spec.write_text(yaml.safe_dump(content), encoding="utf-8")
+    said = qsweep_("plan", spec).output
+    assert "configs    3" in said
+    assert "trials     2 at most" in said
+    assert "quantize: computed 2 times for 2 configs" in said
+    assert "refused    1 configs: ONNX Runtime" in said
+
+
+def test_schema_prints_the_json_schema() -> None:
+    assert json.loads(qsweep_("schema").output) == json_schema()
+
+
+def test_doctor_says_of_every_engine_whether_it_works() -> None:
+    said = qsweep_("doctor").output
+    for engine in ("float", "inductor", "onnxruntime", "reference"):
+        assert f"engine {engine}" in said
+
+
+def test_run_prints_a_line_a_record_the_front_and_what_comes_next(spec: Path, arithmetic: None) -> None:
+    result = qsweep_("run", spec)
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    numbered = [line for line in lines if line.startswith("#")]
+    assert [int(line[1:4]) for line in numbered] == sorted({int(line[1:4]) for line in numbered})
+    assert len(numbered) == 9  # three baselines, six points
+    assert f"  qsweep best {spec} --max accuracy_drop_pp=1 --by latency_ms" in lines
+    assert any("/#/experiments/" in line for line in lines)
+
+
+def test_run_again_goes_on_and_repeats_nothing(spec: Path, arithmetic: None) -> None:
+    qsweep_("run", spec)
+    said = qsweep_("run", spec).output
+    assert "9 records are there" in said
+    assert not [line for line in said.splitlines() if line.startswith("#")]
+
+
+def test_a_trial_that_fails_is_told_with_its_reason_and_fails_no_sweep(spec: Path, arithmetic: None) -> None:
+    told(spec.parent, build_0004="NotFinite")
+    result = qsweep_("run", spec)
+    assert result.exit_code == 0
+    assert "failed, NotFinite: as told" in result.output
+
+
+@pytest.mark.parametrize("where", ["spec.yaml", "sweeps/small"])
+def test_front_takes_the_spec_or_the_folder_of_the_sweep(spec: Path, where: str) -> None:
+    sweep(spec.parent, small_spec())
+    said = qsweep_("front", spec.parent / where).output
+    assert "ptq-w6s-a8a" in said
+    assert "fp32" in said
+
+
+def test_best_takes_the_best_by_a_metric_of_what_keeps_the_bounds(spec: Path) -> None:
+    sweep(spec.parent, small_spec())
+    assert qsweep_("best", spec).output.startswith("#2 ptq-w8s-a8a on onnxruntime\n")  # as accurate as fp32, smaller
+    assert qsweep_("best", spec, "--by", "size_bytes").output.splitlines()[0].endswith("ptq-w2s-a8a on onnxruntime")
+    bounded = qsweep_(
+        "best", spec, "--max", "accuracy_drop_pp=10", "--min", "accuracy=0.5", "--by", "size_bytes"
+    ).output
+    assert bounded.splitlines()[0].endswith("ptq-w6s-a8a on onnxruntime")
+    assert "weight_bits: 6" in bounded
+
+
+@pytest.mark.parametrize("command", [("best",), ("promote", "--name", "m"), ("export", "--out", "out")])
+def test_commands_that_choose_refuse_bounds_that_are_none_or_that_nothing_keeps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spec: Path, command: tuple[str, ...]
+) -> None:
+    sweep(spec.parent, small_spec())
+    capsys.readouterr()
+    monkeypatch.chdir(spec.parent)
+
+    def said(*options: str) -> str:
+        return failing(monkeypatch, capsys, command[0], spec, *command[1:], *options)
+
+    assert "must be METRIC=NUMBER" in said("--max", "accuracy_drop_pp")
+    assert "must name metrics" in said("--max", "beauty=1")
+    assert "`by`: must be one of" in said("--by", "beauty")
+    assert "no trial keeps accuracy ≥ 2; the nearest is #0" in said("--min", "accuracy=2")
+
+
+def test_a_record_in_one_line_says_what_matters() -> None:
+    from qsweep.cli.run import line
+
+    record = Record(number=7, uid="u", name="ptq-w4s-a8a", state="complete", config={}, engine="inductor", folder="f")
+    metrics = Metrics(accuracy=0.9712, size_bytes=12345, latency_ms=0.5, latency_ratio=0.25)
+    done = record.model_copy(update={"metrics": metrics, "seconds": {"build": 1.0, "measure": 0.5}})
+    assert line(done) == "#7   ptq-w4s-a8a on inductor: 97.12%, 12,345 bytes, 0.5 ms, 0.25 of fp32, 1.5 s"
+    failed = record.model_copy(
+        update={"state": "failed", "failure": Failure(kind="NotFinite", message="NaN in a loss")}
+    )
+    assert line(failed) == "#7   ptq-w4s-a8a on inductor: failed, NotFinite: NaN in a loss"
+    assert line(record.model_copy(update={"duplicate_of": 3})) == "#7   ptq-w4s-a8a on inductor: as #3"
+
+
+def test_an_error_is_one_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    missing = tmp_path / "none.yaml"
+    assert failing(monkeypatch, capsys, "run", missing) == f"error: `{missing}`: there is no such file\n"
+
+
+def test_a_message_of_many_lines_becomes_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("a: \x07\n")
+    assert failing(monkeypatch, capsys, "validate", path).count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["front", "ui"])
+def test_a_sweep_that_never_ran_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spec: Path, command: str
+) -> None:
+    assert "there is no sweep here" in failing(monkeypatch, capsys, command, spec)
+
+
+def test_the_program_itself_ends_without_a_traceback() -> None:
+    code = "from qsweep.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "validate", "none.yaml"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: `none.yaml`: there is no such file\n")
+
+
+def test_python_runs_the_same_generator(spec: Path, arithmetic: None) -> None:
+    records = {record.number: record for record in qsweep.sweep.run(spec)}
+    assert len(records) == 9
+    assert [record.number for record in SweepFolder(spec.parent, "small").records()] == sorted(records)

@@ -73,7 +73,7 @@ def _decode(source: Source, path: Path) -> Samples:
 def _collect(source: Source, path: Path) -> Samples:
     images: list[torch.Tensor] = []
     labels: list[int] = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for rows, encoded, group_labels in _groups(source, path):
             labels += _checked_labels(source, rows, group_labels)
             parts = [slice(start, start + 100) for start in range(0, len(rows), 100)]

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from qsweep.store import Store
 
 MODEL, PACKED = "model.onnx", "packed.json"
-_SHIFT = 128
-"""int8 to uint8: runtimes have fast kernels for uint8 activations only; exact, since scale and levels stay."""
 
 
 def lower(model: QuantizedModel, folder: Path, store: Store) -> None:
@@ -169,7 +167,10 @@ def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
 
 
 def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
-    """Put the real grids where the marks are; shift them to uint8; make rectifiers bounds of the integers."""
+    """Put the real grids where the marks are, as uint8 from 0; make rectifiers bounds of the integers.
+
+    (The runtime has fast kernels for uint8 activations only; scale and levels stay, so the shift is exact.)
+    """
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in content.graph.initializer}
@@ -191,9 +192,9 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
         nodes.append(node)
         if node.op_type == "QuantizeLinear":
             nodes += _bounded(content, node, grids[mark - 1], producers, readers)
-    for i, (scale, zero_point, _, _) in enumerate(grids, 1):
+    for i, (scale, zero_point, low, _) in enumerate(grids, 1):
         _add(content, f"grid{i}.scale", np.float32(scale))
-        _add(content, f"grid{i}.zero_point", np.uint8(zero_point + _SHIFT))
+        _add(content, f"grid{i}.zero_point", np.uint8(zero_point - low))
     ordered = [copy.deepcopy(node) for node in nodes]
     del content.graph.node[:], content.graph.value_info[:]
     content.graph.node.extend(ordered)
@@ -216,7 +217,8 @@ def _bounded(
     """A clip on the integers where the grid, or a rectifier that it then replaces, is narrower than uint8."""
     from onnx import helper, numpy_helper
 
-    scale, zero_point, low, high = grid
+    scale, zero_point, lowest, highest = grid
+    low, high = lowest, highest
     source = producers.get(node.input[0])
     if source is not None and source.op_type in ("Relu", "Clip") and readers[node.input[0]] == 1:
         constants = {tensor.name: tensor for tensor in content.graph.initializer}
@@ -224,7 +226,7 @@ def _bounded(
         node.input[0] = source.input[0]
         low = max(low, zero_point + round(bounds[0] / scale))
         high = min(high, zero_point + round(bounds[1] / scale)) if len(bounds) > 1 else high
-    low, high = low + _SHIFT, high + _SHIFT
+    low, high = low - lowest, high - lowest
     if (low, high) == (0, 255):
         return []
     result, node.output[0] = node.output[0], f"{node.output[0]}_unbounded"

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.errors import Refused
-from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, aten, quantized
+from qsweep.hub.form import DEQUANTIZE, QUANTIZE, aten
 from qsweep.hub.save import load
 from qsweep.hub.simulate import in_dtype
 
 if TYPE_CHECKING:
     from qsweep.engines.base import EngineConfig, Runner
-
-_SHIFT = 128
-"""int8 to uint8: oneDNN's kernels take uint8 activations; exact, since scale and levels stay."""
-
 
 def runner(folder: Path, engine: EngineConfig, *, compile: bool) -> Runner:
     """The artifact in PyTorch, called once so that everything lazy has happened."""
@@ -30,7 +26,7 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool) -> Runner:
     call: Any = _compiled(graph, example) if compile else _eager(graph)
 
     def run(inputs: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():
             return call(_channels_last(inputs))  # type: ignore[no-any-return]
 
     try:
@@ -55,58 +51,51 @@ def _compiled(graph: fx.GraphModule, example: Tensor) -> Any:
     import torch._inductor.config as inductor
 
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-    with inductor.patch(freezing=True, fx_graph_cache=True), torch.inference_mode():
-        compiled = torch.compile(graph, dynamic=False, options={"freezing": True})
+    compiled = torch.compile(graph, dynamic=False)
+    with inductor.patch(freezing=True), torch.no_grad():  # not inference_mode: weight prepacking fails in it
         compiled(_channels_last(example))
     return compiled
 
 
 def unsigned(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with uint8 activations, in place; a grid narrower than 8 bits becomes a clamp of the integers.
+    """The same graph with uint8 activations from 0, which oneDNN's kernels take; in place and exact.
 
-    Inductor's patterns take the full range of uint8 only, and some decompositions forget narrower bounds.
+    A grid narrower than 8 bits gets its upper end from a clamp of the integers: Inductor's patterns know the full range
+    of uint8 only. (Not a two-sided clamp: one on the output of a convolution is mistaken for its activation function.)
     """
     for node in list(graph.graph.nodes):
         if node.target in (QUANTIZE, DEQUANTIZE):
             value, scale, zero_point, low, high, _ = node.args
-            node.args = (value, scale, zero_point + _SHIFT, 0, 255, torch.uint8)
-            if node.target is QUANTIZE and (low, high) != (-_SHIFT, _SHIFT - 1):
+            node.args = (value, scale, zero_point - low, 0, 255, torch.uint8)
+            if node.target is QUANTIZE and high - low < 255:
                 with graph.graph.inserting_after(node):
-                    bounded = graph.graph.call_function(aten.clamp.default, (node, low + _SHIFT, high + _SHIFT))
+                    bounded = graph.graph.call_function(aten.clamp_max.default, (node, high - low))
                 node.replace_all_uses_with(bounded, delete_user_cb=lambda user, keep=bounded: user is not keep)
     graph.recompile()
     return graph
 
 
 def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> float:
-    """1 less the share of multiply-accumulates that PyTorch's profiler shows in floating-point kernels for one call.
+    """Share of integer kernels, from the calls that PyTorch's profiler shows for one batch.
 
-    Integer kernels show no shapes of their packed weights; so the float ones are counted, and the number of integer
-    calls must make up for the layers that are left.
+    Calls and the layers of the graph come in the same order, so each call's multiply-accumulates are its layer's.
     """
     layers = load(folder).layers()
-    total = sum(layer.macs for layer in layers) * len(inputs)
-    with torch.profiler.profile(record_shapes=True) as profile:
+    with torch.profiler.profile() as profile:
         run(inputs)
-    integer, floating = 0, 0
-    for event in profile.events():
-        if event.name in _INTEGER:
-            integer += 1
-        elif event.name in _FLOAT:
-            floating += _macs(event.name, event.input_shapes)
-    return 1 - min(1.0, floating / total) if integer else 0.0
+    calls = [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
+    kernels = [name for name in calls if name in _INTEGER | _FLOAT]
+    if len(kernels) != len(layers):
+        raise Refused(f"the profile shows {len(kernels)} matrix kernels for {len(layers)} layers")
+    integer = sum(layer.macs for layer, name in zip(layers, kernels, strict=True) if name in _INTEGER)
+    return integer / max(1, sum(layer.macs for layer in layers))
 
 
-_INTEGER = {
-    "onednn::qconv_pointwise",
-    "onednn::qconv2d_pointwise",
-    "onednn::qlinear_pointwise",
-}
+_INTEGER = {"onednn::qconv_pointwise", "onednn::qconv2d_pointwise", "onednn::qlinear_pointwise"}
 _FLOAT = {
     "aten::convolution",
-    "aten::mm",
     "aten::addmm",
-    "aten::bmm",
+    "aten::mm",
     "mkldnn::_convolution_pointwise",
     "mkldnn::_linear_pointwise",
     "mkl::_mkl_linear",

@@ -21,6 +21,6 @@ class PTQ(Uniform):
 
     def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
         from qsweep.hub.insert import convert
-        from qsweep.quantize.calibrate import calibrated
+        from qsweep.quantize._calibrate import calibrated
 
         return convert(calibrated(self, model, context))

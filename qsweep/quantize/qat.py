@@ -27,6 +27,6 @@ class QAT(Uniform):
     """Peak of a one-cycle schedule."""
 
     def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
-        from qsweep.quantize.train import trained
+        from qsweep.quantize._training import trained
 
         return trained(self, model, context)

@@ -108,8 +108,10 @@ class Publisher:
         try:
             with answering(self.uri):
                 self.runs = self.runs or Runs.attach(self.spec, self.uri, self.folder)
-                self._publish_owed(self.runs)
+                refused = self._publish_owed(self.runs)
                 then(self.runs)
+            if refused:
+                raise refused
             self.pause = 0.0
         except TrackError as error:
             self.failed_at, self.pause = time.monotonic(), min(60.0, 2 * self.pause + 2)
@@ -120,9 +122,9 @@ class Publisher:
             )  # fmt: skip
             self.warned = True
 
-    def _publish_owed(self, runs: Runs) -> None:
-        """Publish what is owed. One record that is refused does not stop the others."""
-        refused: Exception | None = None
+    def _publish_owed(self, runs: Runs) -> TrackError | None:
+        """Publish what is owed. One record that is refused does not stop the others; returns why it was."""
+        refused = None
         for number in sorted(self.owed):
             record = self.records[number]
             try:
@@ -132,8 +134,7 @@ class Publisher:
             except Exception as error:
                 runs.check_alive()
                 refused = TrackError(f"record {number} (`{record.name}`) must fit MLflow ({error})")
-        if refused is not None:
-            raise refused
+        return refused
 
     def _summarize_now_and_then(self, runs: Runs) -> None:
         if time.monotonic() >= self.summary_at + 5:

@@ -114,6 +114,7 @@ class Runs:
             "mlflow.parentRunId": self.parent,
         }  # fmt: skip
         run = self.client.create_run(self.experiment_id, begin, tags, record.name)
+        self.orphans[record.number] = str(run.info.run_id)  # used again, should what follows fail
         self._fill(str(run.info.run_id), record, end)
 
     def _update(self, run_id: str, record: Record) -> None:

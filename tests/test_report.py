@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import csv
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from realistic import finished, record, records, spec
+
+from qsweep.records import Metrics
+from qsweep.track import front_table, full_table, pareto_html
+from qsweep.track.charts import hover
+from qsweep.track.runs import note
+
+
+class Page(HTMLParser):
+    """What is loaded from elsewhere, and the text outside of scripts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.text = ""
+        self.inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.inside = tag
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        if self.inside not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return pareto_html(finished(records()), spec())
+
+
+def test_the_page_needs_nothing_from_elsewhere(html: str) -> None:
+    assert Page(html).loads == []
+    assert "Plotly.newPlot" in html
+    assert len(html) > 3_000_000  # plotly is inside of it
+
+
+def test_every_trial_is_on_the_page_and_failed_ones_say_why(html: str) -> None:
+    text = Page(html).text
+    assert all(r.name in text for r in records())
+    assert "top-1 agreement must be at least 0.95 (got 0.31) <on w2>" in text
+
+
+def test_text_from_a_sweep_is_escaped(html: str) -> None:
+    assert "<on w2>" not in html
+    assert "&lt;i&gt;" in hover(record(0, "<i>", 0.9, 1.0, 1.0))
+
+
+def test_both_charts_show_every_measured_trial_once_and_ring_the_front(html: str) -> None:
+    for chart in ("size_bytes-accuracy", "latency_ms-accuracy"):
+        code = html[html.index(f'Plotly.newPlot(                        "{chart}"') :].split("</script>")[0]
+        assert [len(re.findall(rf"\\u003cb\\u003e{r.name}\\u003c\\u002fb\\u003e  #{r.number} ", code)) for r in records()] == [
+            1, 1, 1, 1, 1, 1, 0, 0,
+        ]  # fmt: skip
+        assert '"name":"front, certain"' in code
+        assert '"name":"front, probable"' in code
+        assert '"name":"baseline"' in code
+
+
+def test_a_page_of_nothing_measured_can_be_made() -> None:
+    assert "0 trials measured" in Page(pareto_html([records()[6]], spec())).text
+
+
+def test_the_table_holds_the_front_and_the_baselines_best_first() -> None:
+    table = front_table(finished(records()), spec())
+    keys = [column.key for column in table.columns]
+    rows = [dict(zip(keys, row, strict=True)) for row in table.rows]
+    assert [row["number"] for row in rows] == [4, 0, 1, 2, 3]
+    assert [row["front"] for row in rows] == ["certain", "baseline", "baseline", "probable", "certain"]
+
+
+def test_while_searching_the_front_is_that_of_what_is_there() -> None:
+    table = front_table(records(), spec())
+    assert [row[3] for row in table.rows] == ["so far", "baseline", "baseline", "so far", "so far"]
+
+
+def test_an_objective_of_the_spec_has_its_column() -> None:
+    asked = spec().model_copy(update={"objectives": ("accuracy", "macs")})
+    found = [r.model_copy(update={"metrics": r.metrics.model_copy(update={"macs": 5e6})}) for r in records()]
+    assert "macs" in [column.key for column in front_table(found, asked).columns]
+
+
+def test_the_csv_loses_nothing() -> None:
+    rows = list(csv.DictReader(io.StringIO(full_table(finished(records()), spec()).csv())))
+    assert len(rows) == 8
+    by_number = {int(row["number"]): row for row in rows}
+    for r in finished(records()):
+        values = {name: by_number[r.number][name] for name in Metrics.model_fields}
+        assert {name: float(value) for name, value in values.items() if value} == r.metrics.model_dump(
+            exclude_none=True
+        )
+    assert by_number[6]["failure"].startswith("ParityFailure: ")
+
+
+def test_units_are_in_the_titles_and_values_are_rounded() -> None:
+    table = front_table(finished(records()), spec())
+    titles = [column.title for column in table.columns]
+    assert table.texts()[0][titles.index("accuracy %")] == "97.10"
+    assert table.texts()[0][titles.index("size KiB")] == "8.8"
+    assert table.texts()[0][titles.index("latency ms")] == "0.520"
+
+
+def test_a_note_longer_than_mlflow_takes_is_cut_between_rows() -> None:
+    many = [record(i, f"trial-{i}", 0.5 + i / 1000, 1e4 + i, 1.0) for i in range(200)]
+    text = note(many, spec())
+    assert len(text) < 8000
+    assert re.search(r"… and \d+ more in `front.csv`", text)
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1

@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from realistic import drive, finished, record, records, spec, write
+from small_sweep import small_spec
+
+from qsweep.errors import SpecError, TrackError
+from qsweep.records import Metrics
+from qsweep.study import run as run_sweep
+from qsweep.track import front, hypervolume, pareto_url, publish, tracking_uri, ui
+from qsweep.track.flat import params
+from qsweep.track.pareto import volume
+from qsweep.track.view import DASHBOARDS, view_state
+
+DEAD = "http://127.0.0.1:9"
+METRIC_NAMES = {
+    "accuracy", "accuracy_test", "accuracy_simulated", "accuracy_drop_pp", "size_bytes", "size_zstd_bytes",
+    "size_theoretical_bytes", "latency_ms", "latency_p95_ms", "latency_ratio", "parity_top1", "parity_max_abs",
+    "int8_mac_fraction", "macs", "params", "sparsity", "peak_memory_bytes",
+}  # fmt: skip
+
+
+def runs_of(root: Path, **track: Any) -> list[Any]:
+    """Every run of the store, the parent first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri(track.get("uri"), root))
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
+    return sorted(found, key=lambda run: int(run.data.tags.get("qsweep.number", -1)))
+
+
+def files_of(root: Path, run_id: str, path: str | None = None) -> set[str]:
+    from mlflow import MlflowClient
+
+    return {item.path for item in MlflowClient(tracking_uri(None, root)).list_artifacts(run_id, path)}
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root whose sweep has been published to its end."""
+    root = tmp_path_factory.mktemp("swept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert [r.number for r in publish(drive(root, records(), finished(records())), spec(), root)][:8] == [*range(8)]
+    return root
+
+
+def test_every_trial_has_a_finished_run_below_one_parent_and_a_copied_one_has_none(swept: Path) -> None:
+    parent, *children = runs_of(swept)
+    assert [run.info.run_name for run in children] == [r.name for r in records()[:7]]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 7 + ["FAILED"]
+
+
+def test_params_are_flat_metrics_have_their_names_and_tags_say_what_a_run_is(swept: Path) -> None:
+    run = runs_of(swept)[5]
+    assert run.data.params["compress.quantize.method"] == "qat"
+    assert run.data.params["compress.prune.sparsity"] == "0.5"
+    assert run.data.params["target.batch_size"] == "4"
+    assert run.data.metrics["latency_ms"] == 0.52
+    assert run.data.metrics["seconds_quantize"] == 0.5
+    assert run.data.metrics["accuracy_test"] == 0.96
+    found = {name: run.data.tags[f"qsweep.{name}"] for name in ("uid", "state", "engine", "front", "machine")}
+    known = {"state": "complete", "engine": "onnxruntime", "front": "certain", "machine": "m1"}
+    assert found == known | {"uid": records()[4].uid}
+    assert "qsweep.failure" not in run.data.tags
+
+
+def test_a_failed_trial_says_why(swept: Path) -> None:
+    assert runs_of(swept)[7].data.tags["qsweep.failure"].startswith("ParityFailure: top-1 agreement must be")
+
+
+def test_an_update_draws_no_curve(swept: Path) -> None:
+    from mlflow import MlflowClient
+
+    run = runs_of(swept)[5]
+    client = MlflowClient(tracking_uri(None, swept))
+    assert {len(client.get_metric_history(run.info.run_id, name)) for name in run.data.metrics} == {1}
+
+
+def test_the_parent_holds_spec_environment_front_report_and_the_hypervolume_over_trials(swept: Path) -> None:
+    from mlflow import MlflowClient
+
+    client, parent = MlflowClient(tracking_uri(None, swept)), runs_of(swept)[0]
+    assert files_of(swept, parent.info.run_id) >= {"spec.yaml", "environment.json", "front.csv", "pareto.html"}
+    assert "| 4 | qat-w8s-a8a-prune50 | onnxruntime | certain |" in parent.data.tags["mlflow.note.content"]
+    series = client.get_metric_history(parent.info.run_id, "hypervolume")
+    assert [point.step for point in series] == list(range(1, 8))
+    assert [point.value for point in series] == sorted(point.value for point in series)
+    assert series[-1].value > series[0].value
+
+
+def test_members_of_the_final_front_have_their_bundle_and_others_have_not(swept: Path) -> None:
+    having = [run for run in runs_of(swept)[1:] if "bundle" in files_of(swept, run.info.run_id)]
+    assert [run.data.tags["qsweep.number"] for run in having] == ["2", "3", "4"]
+    bundle = files_of(swept, runs_of(swept)[4].info.run_id, "bundle")
+    assert bundle == {f"bundle/{name}" for name in ("artifact", "config.yaml", "manifest.json", "metrics.json")}
+
+
+def test_a_second_sweep_run_finds_its_runs_again(swept: Path) -> None:
+    before = runs_of(swept)
+    more = record(8, "ptq-w5s-a8a", 0.96, 6_000.0, 0.5)
+    list(publish(drive(swept, [*finished(records()), more]), spec(), swept))
+    after = runs_of(swept)
+    assert [run.info.run_id for run in after[:8]] == [run.info.run_id for run in before]
+    assert [run.info.run_name for run in after[8:]] == ["ptq-w5s-a8a"]
+
+
+def test_a_driver_killed_between_run_and_ledger_leaves_no_run_twice_and_none_running(tmp_path: Path) -> None:
+    stream = publish(drive(tmp_path, records()), spec(), tmp_path)
+    for _ in range(4):
+        next(stream)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri(None, tmp_path))
+    ledger = tmp_path / "sweeps" / "small" / "published.json"
+    content = json.loads(ledger.read_text())
+    lost = content["runs"].pop("3")
+    client.update_run(lost["run_id"], status="RUNNING")
+    stream.close()
+    client.update_run(content["parent"], status="RUNNING")
+    ledger.write_text(json.dumps(content))  # as kill -9 leaves things
+
+    list(publish(drive(tmp_path, records()), spec(), tmp_path))
+    assert len(runs_of(tmp_path)) == 8
+    assert "RUNNING" not in {run.info.status for run in runs_of(tmp_path)}
+    assert lost["run_id"] in {run.info.run_id for run in runs_of(tmp_path)}
+
+
+def test_a_parent_that_was_deleted_in_mlflow_begins_anew(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    list(publish(drive(tmp_path, records()[:2]), spec(), tmp_path))
+    MlflowClient(tracking_uri(None, tmp_path)).delete_run(runs_of(tmp_path)[0].info.run_id)
+    list(publish(drive(tmp_path, records()[:2]), spec(), tmp_path))
+    parents = [run for run in runs_of(tmp_path) if run.data.tags["qsweep.kind"] == "sweep"]
+    assert [run.info.status for run in parents] == ["FINISHED"]
+
+
+def test_a_consumer_that_stops_leaves_nothing_running(tmp_path: Path) -> None:
+    stream = publish(drive(tmp_path, records()), spec(), tmp_path)
+    next(stream)
+    stream.close()
+    assert [run.info.status for run in runs_of(tmp_path)] == ["KILLED", "FINISHED"]
+
+
+def test_an_error_of_the_driver_comes_through_and_fails_the_parent(tmp_path: Path) -> None:
+    def driver() -> Any:
+        yield from drive(tmp_path, records()[:1])
+        raise MemoryError("of the driver")
+
+    with pytest.raises(MemoryError, match="of the driver"):
+        list(publish(driver(), spec(), tmp_path))
+    assert [run.info.status for run in runs_of(tmp_path)] == ["FAILED", "FINISHED"]
+
+
+def test_whether_the_sweep_has_finished_is_handed_on(tmp_path: Path) -> None:
+    def stopped() -> Any:
+        yield from drive(tmp_path, records()[:1])
+        return False
+
+    stream = publish(stopped(), spec(), tmp_path)
+    next(stream)
+    with pytest.raises(StopIteration) as end:
+        next(stream)
+    assert end.value.value is False
+    assert runs_of(tmp_path)[0].info.status == "KILLED"
+
+
+def test_a_dead_server_costs_one_warning_and_what_it_missed_is_published_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "qsweep.track"):
+        seen = list(publish(drive(tmp_path, records()), spec(uri=DEAD), tmp_path))
+    assert [r.number for r in seen] == list(range(8))
+    warned = [entry.getMessage() for entry in caplog.records if entry.name == "qsweep.track"]
+    assert len(warned) == 1
+    assert DEAD in warned[0]
+    assert "the sweep goes on" in warned[0]
+
+    list(publish(drive(tmp_path, []), spec(), tmp_path))  # nothing new; now there is a store that answers
+    assert len(runs_of(tmp_path)) == 8
+
+
+def test_the_environment_of_the_process_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    list(publish(drive(tmp_path, records()[:1]), spec(uri=DEAD), tmp_path))
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
+
+
+def test_a_record_that_mlflow_refuses_stops_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    odd = record(0, "odd", 0.9, 1.0, 1.0, seconds={"bad[name]": 1.0})
+    list(publish(drive(tmp_path, [odd, *records()[1:3]]), spec(), tmp_path))
+    assert [run.info.run_name for run in runs_of(tmp_path)] == ["small", "odd", "bf16", "ptq-w8s-a8a"]
+    assert "record 0 (`odd`) must fit MLflow" in caplog.text
+    assert [run.info.status for run in runs_of(tmp_path)] == ["FINISHED", "FAILED", "FINISHED", "FINISHED"]
+
+
+def test_a_sweep_of_the_real_driver_is_published(tmp_path: Path) -> None:
+    asked = small_spec()
+    numbers = {r.number for r in publish(run_sweep(asked, tmp_path, "arithmetic_jobs", ("numpy",)), asked, tmp_path)}
+    assert len(runs_of(tmp_path)) == len(numbers) + 1
+    assert {run.info.status for run in runs_of(tmp_path)} == {"FINISHED"}
+    assert any(run.data.tags.get("qsweep.front") == "certain" for run in runs_of(tmp_path))
+
+
+def test_the_default_store_lies_beside_the_spec_and_relative_ones_start_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tracking_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri("sqlite:///deep/other.db", tmp_path) == f"sqlite:///{tmp_path}/deep/other.db"
+    assert tracking_uri("sqlite:////abs.db", tmp_path) == "sqlite:////abs.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert tracking_uri(None, tmp_path) == "http://host:5000"
+    assert tracking_uri("https://other", tmp_path) == "https://other"
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "ftp://host"])
+def test_a_uri_that_is_none_of_mlflow_is_refused_before_anything_runs(tmp_path: Path, uri: str) -> None:
+    began: list[int] = []
+
+    def driver() -> Any:
+        began.append(1)
+        yield records()[0]
+
+    with pytest.raises(SpecError, match=r"`track.uri`: must start with one of"):
+        next(publish(driver(), spec(uri=uri), tmp_path))
+    assert not began
+
+
+def test_metric_names_are_the_interface() -> None:
+    assert set(Metrics.model_fields) >= METRIC_NAMES
+
+
+def test_every_trial_has_the_axes_of_the_parallel_coordinates() -> None:
+    definition = json.loads((DASHBOARDS / "pareto_view.json").read_text(encoding="utf-8"))
+    axes = next(chart["params"] for chart in definition["charts"] if chart["type"] == "parallel")
+    assert all(set(axes) <= params(r).keys() for r in records())
+    assert [params(r)["weight_bits"] for r in records()[:4]] == ["32", "16", "8", "4"]
+
+
+def test_the_preset_view_fits_the_tag_and_opens_by_url(swept: Path) -> None:
+    from mlflow import MlflowClient
+
+    url = pareto_url(swept / "sweeps" / "small", "http://127.0.0.1:5000")
+    assert url is not None
+    head, _, key = url.partition("&viewStateShareKey=")
+    number = head.partition("/#/experiments/")[2].partition("/")[0]
+    tags = MlflowClient(tracking_uri(None, swept)).get_experiment(number).tags
+    state = json.loads(tags[f"mlflow.sharedViewState.{key}"])
+    assert [chart["type"] for chart in state["compareRunCharts"]] == ["SCATTER"] * 3 + ["PARALLEL"]
+    assert state == view_state(json.loads((DASHBOARDS / "pareto_view.json").read_text(encoding="utf-8")), "small")
+
+
+def test_there_is_no_page_of_a_sweep_that_was_never_published(tmp_path: Path) -> None:
+    assert pareto_url(write(tmp_path, records()[0]).path, "http://127.0.0.1:5000") is None
+
+
+def test_the_ui_serves_the_sweep_on_loopback_and_is_gone_afterwards(swept: Path) -> None:
+    from urllib.request import urlopen
+
+    with ui(tracking_uri(None, swept), port=0) as address:
+        assert address.startswith("http://127.0.0.1:")
+        with urlopen(f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name=small") as answer:
+            assert json.load(answer)["experiment"]["name"] == "small"
+        with (
+            pytest.raises(TrackError, match=r"port \d+ must be free"),
+            ui(tracking_uri(None, swept), int(address[17:])),
+        ):
+            pass
+    with pytest.raises(OSError, match="refused"):
+        urlopen(address)
+
+
+def test_a_server_is_its_own_ui() -> None:
+    with ui("https://mlflow.example") as address:
+        assert address == "https://mlflow.example"
+
+
+def test_the_hypervolume_needs_a_baseline_and_counts_only_what_beats_it() -> None:
+    assert hypervolume(records()[2:], spec()) is None
+    worse = record(9, "worse", 0.99, 80_000.0, 2.0)
+    assert hypervolume([records()[0], worse], spec()) == 0
+    half = record(9, "half", 0.97, 20_000.0, 0.5)
+    assert hypervolume([records()[0], half], spec()) == pytest.approx(0.25)
+
+
+points = st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=6)
+
+
+@given(points)
+def test_the_volume_is_the_number_of_unit_cubes_under_the_points(corners: list[tuple[int, int, int]]) -> None:
+    cubes = {(x, y, z) for a, b, c in corners for x in range(a) for y in range(b) for z in range(c)}
+    assert volume([tuple(map(float, corner)) for corner in corners]) == len(cubes)
+
+
+def test_the_front_leaves_out_copies_and_what_breaks_a_constraint() -> None:
+    bound = small_spec(constraints={"accuracy_drop_pp": {"max": 1.0}})
+    assert [r.number for r in front(records(), spec())] == [2, 3, 4]
+    assert [r.number for r in front(records(), bound)] == [2, 4]

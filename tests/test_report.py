@@ -10,7 +10,7 @@ from realistic import finished, record, records, spec
 
 from qsweep.records import Metrics
 from qsweep.track import front_table, full_table, pareto_html
-from qsweep.track.charts import hover
+from qsweep.track.charts import hover as hover_text
 from qsweep.track.runs import note
 
 
@@ -52,15 +52,14 @@ def test_every_trial_is_on_the_page_and_failed_ones_say_why(html: str) -> None:
 
 def test_text_from_a_sweep_is_escaped(html: str) -> None:
     assert "<on w2>" not in html
-    assert "&lt;i&gt;" in hover(record(0, "<i>", 0.9, 1.0, 1.0))
+    assert "&lt;i&gt;" in hover_text(record(0, "<i>", 0.9, 1.0, 1.0))
 
 
 def test_both_charts_show_every_measured_trial_once_and_ring_the_front(html: str) -> None:
     for chart in ("size_bytes-accuracy", "latency_ms-accuracy"):
         code = html[html.index(f'Plotly.newPlot(                        "{chart}"') :].split("</script>")[0]
-        assert [len(re.findall(rf"\\u003cb\\u003e{r.name}\\u003c\\u002fb\\u003e  #{r.number} ", code)) for r in records()] == [
-            1, 1, 1, 1, 1, 1, 0, 0,
-        ]  # fmt: skip
+        hovers = [rf"\\u003cb\\u003e{r.name}\\u003c\\u002fb\\u003e  #{r.number} " for r in records()]
+        assert [len(re.findall(hover, code)) for hover in hovers] == [1, 1, 1, 1, 1, 1, 0, 0]
         assert '"name":"front, certain"' in code
         assert '"name":"front, probable"' in code
         assert '"name":"baseline"' in code

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, TypeVar
+from weakref import finalize
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -26,12 +28,12 @@ class LoadedModel:
     Any N: the engine runs at the batch size it was measured at, the last batch is filled up.
     """
 
-    def __init__(self, folder: Path, place: TemporaryDirectory[str] | None = None) -> None:
-        """Load the bundle in `folder`; `place` is what holds it until the model goes: runtimes may map its files."""
+    def __init__(self, folder: Path) -> None:
+        """Load the bundle in `folder`, which must stay: runtimes may map its files."""
         self.manifest = verify(folder)
         engine = engine_of(self.manifest, folder)
         self._runner: Runner = engine.load(folder / "artifact")
-        self._batch_size, self._place = engine.batch_size, place
+        self._batch_size = engine.batch_size
 
     def __call__(self, inputs: Batch) -> Batch:
         """The model's outputs, of the kind that came in. Raises DataError where shape or type do not fit."""
@@ -73,8 +75,14 @@ def load(source: str | Path, uri: str | None = None) -> LoadedModel:
     if str(source).startswith("models:/"):
         from qsweep.ship.registry import fetch
 
-        place = TemporaryDirectory(prefix="qsweep-")
-        return LoadedModel(fetch(str(source), Path(place.name), uri), place)
+        place = mkdtemp(prefix="qsweep-")
+        try:
+            model = LoadedModel(fetch(str(source), Path(place), uri))
+        except BaseException:
+            shutil.rmtree(place)
+            raise
+        finalize(model, shutil.rmtree, place, ignore_errors=True)
+        return model
     return LoadedModel(Path(source))
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy
+
 
 def register() -> None:
     """Tell MLflow what model this file is: arrays (N, ...) or nested lists of that shape in, an array out."""
@@ -14,9 +18,9 @@ def register() -> None:
 
             self.model = load(context.artifacts["bundle"])
 
-        def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow acts on hints
-            import numpy
-
+        def predict(  # MLflow looks up these hints among the module's globals
+            self, context: Any, model_input: numpy.ndarray, params: dict[str, Any] | None = None
+        ) -> numpy.ndarray:
             return self.model(numpy.asarray(model_input, dtype=numpy.float32))
 
     set_model(BundleModel())

@@ -100,10 +100,10 @@ def _register(client: MlflowClient, name: str, run_id: str, record: Record, spec
 
 def _save(made: Path, out: Path) -> Path:
     """The bundle as an MLflow model folder: models-from-code, and qsweep's own code beside it; no pickle."""
-    from mlflow.pyfunc import save_model
-
     with TemporaryDirectory() as place, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow advises type hints, an input example and other habits
+        warnings.simplefilter("ignore")  # MLflow warns of its own type hints when it is imported
+        from mlflow.pyfunc import save_model
+
         code = Path(place) / "qsweep"
         shutil.copytree(Path(qsweep.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
         save_model(

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from realistic import finished, records, spec
+from small_sweep import small_spec
+from toy_task import Toy
+
+from qsweep.config import content_hash
+from qsweep.errors import BundleError, DataError, SpecError, SweepError, TrackError
+from qsweep.ship import LoadedModel, Selector, best, bundle, export, load, promote, verify
+from qsweep.study import SweepFolder
+from qsweep.track import publish, tracking_uri
+from qsweep.track.bundle import pickles
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def trained() -> nn.Module:
+    import torch
+
+    torch.manual_seed(0)
+    return Toy().model().eval()
+
+
+def inputs(count: int) -> Tensor:
+    import torch
+
+    return torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
+    """A finished sweep whose trials 2 to 4 hold a real artifact of ONNX Runtime at batch size 4."""
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.hub.export import export as trace
+    from qsweep.hub.norm import fold_batch_norm
+    from qsweep.store import Store
+
+    folder = SweepFolder(tmp_path_factory.mktemp("swept"), "small")
+    folder.path.mkdir(parents=True)
+    plain = json.loads(small_spec().model_dump_json())
+    content = {"hash": content_hash(plain), "spec": plain, "fingerprint": "f", "baselines": []}
+    (folder.path / "spec.json").write_text(json.dumps(content))
+    traced = trace(trained(), inputs(2))
+    traced = type(traced)(fold_batch_norm(traced.graph), traced.example)
+    for one in finished(records()):
+        folder.write(one)
+        if one.number in (2, 3, 4):
+            artifact = folder.trial(one.number) / "artifact"
+            artifact.mkdir()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's exporter warns of itself
+                OnnxRuntime(batch_size=4).lower(traced, artifact, Store(folder.store))
+    return folder
+
+
+@pytest.fixture
+def made(swept: SweepFolder, tmp_path: Path) -> Path:
+    return bundle(swept.records()[4], swept.path, tmp_path / "bundle")
+
+
+def test_a_bundle_says_all_that_is_needed_to_run_and_to_trust_it(made: Path) -> None:
+    manifest = verify(made)
+    assert manifest.name == "qat-w8s-a8a-prune50"
+    assert manifest.engine == {"engine": "onnxruntime", "batch_size": 4}
+    assert manifest.input == {"shape": [1, 4, 4], "dtype": "float32"}
+    assert manifest.task["data"] == {"method": "digits", "seed": 0}
+    assert "torch" in manifest.versions
+    assert {"config.yaml", "metrics.json", "artifact/model.onnx", "artifact/weights.safetensors"} <= set(manifest.files)
+
+
+def test_a_loaded_bundle_gives_what_the_model_gives(made: Path) -> None:
+    import torch
+
+    with torch.no_grad():
+        torch.testing.assert_close(load(made)(inputs(4)), trained()(inputs(4)), atol=1e-5, rtol=1e-5)
+
+
+def test_any_number_of_samples_gives_the_outputs_of_each_alone(made: Path) -> None:
+    import torch
+
+    model = load(made)
+    whole = model(inputs(9))
+    for count in (0, 1, 4, 5):
+        torch.testing.assert_close(model(inputs(9)[:count]), whole[:count], atol=0, rtol=0)
+
+
+def test_arrays_give_arrays(made: Path) -> None:
+    import numpy
+
+    model = load(made)
+    array = inputs(3).numpy().astype(numpy.float64)
+    assert isinstance(model(array), numpy.ndarray)
+    assert (model(array) == model(inputs(3)).numpy()).all()
+
+
+def test_inputs_of_another_shape_or_not_preprocessed_are_refused(made: Path) -> None:
+    import torch
+
+    model = load(made)
+    with pytest.raises(DataError, match=r"must have the shape \['N', 1, 4, 4\] \(got \[2, 1, 8, 8\]\)"):
+        model(torch.rand(2, 1, 8, 8))
+    with pytest.raises(DataError, match=r"must be float32, preprocessed as the task does \(got torch.uint8\)"):
+        model(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+
+
+def test_a_changed_byte_is_found(made: Path) -> None:
+    path = made / "artifact" / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"weights.safetensors`: was changed: must have SHA-256"):
+        load(made)
+
+
+def test_a_missing_an_extra_and_a_shortened_file_are_named(made: Path) -> None:
+    config = made / "config.yaml"
+    config.write_text(config.read_text()[:-1])
+    with pytest.raises(BundleError, match=r"config.yaml`: was changed: must have \d+ bytes"):
+        verify(made)
+    config.unlink()
+    with pytest.raises(BundleError, match=r"config.yaml`: is in the manifest and missing"):
+        verify(made)
+    (made / "artifact" / "evil.so").touch()
+    config.touch()
+    with pytest.raises(BundleError, match=r"evil.so`: is not in the manifest"):
+        verify(made)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "artifact/../../outside", "a\\..\\b", "C:/x", ""])
+def test_a_manifest_that_leads_out_of_the_bundle_is_refused(made: Path, name: str) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["files"][name] = next(iter(manifest["files"].values()))
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"must be a path inside of the bundle"):
+        verify(made)
+
+
+def test_a_link_in_a_bundle_is_refused(made: Path) -> None:
+    (made / "config.yaml").unlink()
+    (made / "config.yaml").symlink_to("/etc/hostname")
+    with pytest.raises(BundleError, match=r"config.yaml`: must be a file, not a link"):
+        verify(made)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 2}, r"`format`: must be 1 \(got 2\)"),
+        ({"surprise": 1}, r"`surprise`: there is no such key"),
+        ({"engine": {"engine": "abacus"}}, r"engine"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(made: Path, change: dict[str, object], said: str) -> None:
+    manifest = json.loads((made / "manifest.json").read_text()) | change
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=said):
+        load(made)
+
+
+def test_a_folder_that_is_no_bundle_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"manifest.json`: must be there"):
+        load(tmp_path)
+
+
+def test_no_pickle_is_shipped(made: Path, swept: SweepFolder, tmp_path: Path) -> None:
+    import torch
+
+    assert list(pickles(made)) == []
+    torch.save({"weights": torch.zeros(1)}, swept.trial(3) / "artifact" / "weights.pt")
+    try:
+        assert zipfile.is_zipfile(swept.trial(3) / "artifact" / "weights.pt")
+        with pytest.raises(BundleError, match=r"must hold no pickle.*weights.pt!weights/data.pkl"):
+            bundle(swept.records()[3], swept.path, tmp_path / "other")
+    finally:
+        (swept.trial(3) / "artifact" / "weights.pt").unlink()
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+def test_a_trial_that_failed_cannot_be_bundled_and_nothing_is_overwritten(swept: SweepFolder, made: Path) -> None:
+    with pytest.raises(BundleError, match=r"must have an artifact to be shipped \(it is failed\)"):
+        bundle(swept.records()[6], swept.path, made.parent / "other")
+    with pytest.raises(BundleError, match="must not exist yet"):
+        bundle(swept.records()[4], swept.path, made)
+
+
+def test_an_export_runs_without_qsweep(swept: SweepFolder, made: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    out = export(swept.records()[4], swept.path, tmp_path / "out" / "model")
+    assert os.listdir(out) == ["model.onnx"]
+    assert os.listdir(out.parent) == ["model"]
+    session = onnxruntime.InferenceSession((out / "model.onnx").read_bytes())
+    (given,) = session.get_inputs()
+    assert (session.run(None, {given.name: inputs(4).numpy()})[0] == load(made)(inputs(4)).numpy()).all()
+
+
+def test_the_best_is_chosen_by_its_metric_within_the_bounds() -> None:
+    found = finished(records())
+    assert best(found, Selector(by="accuracy")).number == 4
+    assert best(found, Selector(by="size_bytes")).number == 3
+    assert best(found, Selector(max={"accuracy_drop_pp": 1}, by="size_bytes")).number == 4
+    assert best(found, Selector(max={"accuracy_drop_pp": 1}, min={"latency_ms": 0.9}, by="latency_ms")).number == 0
+
+
+def test_ties_go_to_the_more_accurate() -> None:
+    assert best(records(), Selector(by="latency_ms")).number == 2
+
+
+def test_when_nothing_keeps_the_bounds_the_nearest_is_named() -> None:
+    with pytest.raises(
+        SweepError, match=r"no trial keeps size_bytes ≤ 4000; the nearest is #3 `ptq-w4s-a8a` with size"
+    ):
+        best(records(), Selector(max={"size_bytes": 4000}))
+    with pytest.raises(SweepError, match=r"there must be a finished trial with `accuracy`"):
+        best([records()[6]], Selector())
+
+
+def test_a_metric_that_was_not_measured_keeps_no_bound() -> None:
+    with pytest.raises(SweepError, match=r"no trial keeps peak_memory_bytes ≤ 1e\+09"):
+        best(records(), Selector(max={"peak_memory_bytes": 1e9}))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"max": ["accuracy_drop_pp"]}, r"`--max`: must be METRIC=NUMBER.*\(got `accuracy_drop_pp`\)"),
+        ({"min": ["accuracy=high"]}, r"`--min`: must be METRIC=NUMBER"),
+        ({"max": ["speed=1"]}, r"`max`: must name metrics out of"),
+        ({"max": ["size_bytes=nan"]}, r"finite"),
+        ({"by": "parity_top1"}, r"`by`: must be one of"),
+    ],
+)
+def test_selectors_are_checked(words: dict[str, list[str]], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        Selector.parse(**words)  # type: ignore[arg-type]
+
+
+def test_selectors_are_read_from_words() -> None:
+    read = Selector.parse(max=["accuracy_drop_pp=1"], min=["parity_top1=0.99"], by="latency_ms")
+    assert read == Selector(max={"accuracy_drop_pp": 1.0}, min={"parity_top1": 0.99}, by="latency_ms")
+
+
+@pytest.fixture(scope="module")
+def published(swept: SweepFolder) -> SweepFolder:
+    def driver():  # type: ignore[no-untyped-def]
+        yield from swept.records()
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        list(publish(driver(), spec(), swept.root))
+    return swept
+
+
+def test_a_promoted_trial_comes_back_by_its_alias(
+    published: SweepFolder, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(None, published.root)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    done = promote(published.path, Selector(max={"accuracy_drop_pp": 1}, by="size_bytes"), "digits")
+    assert (done.record.number, done.uri) == (4, "models:/digits@champion")
+    for source in (done.uri, f"models:/digits/{done.version}"):
+        loaded = load(source)
+        assert isinstance(loaded, LoadedModel)
+        assert (loaded(inputs(3)) == load(made)(inputs(3))).all()
+    version = MlflowClient(uri).get_model_version("digits", done.version)
+    run = MlflowClient(uri).get_run(version.run_id)
+    assert run.data.tags["qsweep.uid"] == version.tags["qsweep.uid"] == done.record.uid
+    assert version.tags["qsweep.spec"] == published.spec().uid()
+    assert version.tags["qsweep.front"] == "certain"
+
+    again = promote(published.path, Selector(by="size_bytes"), "digits")
+    assert (again.record.number, load("models:/digits@champion").manifest.number) == (3, 3)
+    assert int(again.version) == int(done.version) + 1
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+def test_a_promoted_trial_is_an_mlflow_model_without_pickle(
+    published: SweepFolder, made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import mlflow
+
+    uri = tracking_uri(None, published.root)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    done = promote(published.path, Selector(), "served", alias="candidate")
+    assert (done.record.number, done.alias) == (4, "candidate")
+    local = mlflow.artifacts.download_artifacts(done.uri, dst_path=str(tmp_path), tracking_uri=uri)
+    assert list(pickles(Path(local))) == []
+    outputs = mlflow.pyfunc.load_model(local).predict(inputs(3).numpy())
+    assert (outputs == load(made)(inputs(3)).numpy()).all()
+
+
+def test_what_the_registry_lacks_is_said(published: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(None, published.root))
+    with pytest.raises(TrackError, match="nobody"):
+        load("models:/nobody@champion")
+    with pytest.raises(SpecError, match=r"must be `models:/NAME@ALIAS`"):
+        load("models:/digits")
+    with pytest.raises(SpecError, match=r"`--name`, `--alias`"):
+        promote(published.path, Selector(), "a/b")
+
+
+def test_a_trial_that_was_never_published_cannot_be_promoted(swept: SweepFolder, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(swept.path, tmp_path / "sweeps" / "small", ignore=shutil.ignore_patterns("published.json"))
+    with pytest.raises(TrackError, match=r"must have trial #4 `qat-w8s-a8a-prune50`: `qsweep run` publishes it"):
+        promote(tmp_path / "sweeps" / "small", Selector(), "digits")
+
+
+def test_a_sweep_without_a_folder_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(SweepError, match="there is no sweep here"):
+        promote(tmp_path / "sweeps" / "none", Selector(), "digits")

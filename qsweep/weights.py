@@ -32,7 +32,8 @@ def weight_names(model: nn.Module) -> list[str]:
 def _graph_weights(model: torch.fx.GraphModule) -> set[str]:
     found: set[str] = set()
     for node in model.graph.nodes:
-        if node.op == "call_function" and any(word in str(node.target) for word in ("aten.conv", "aten.linear")):
+        compute = node.op == "call_function" and any(word in str(node.target) for word in ("aten.conv", "aten.linear"))
+        if compute or (node.op == "call_module" and str(node.target).startswith("folded_")):
             reached = [argument for argument in node.args[1:2] if isinstance(argument, torch.fx.Node)]
             while reached:
                 source = reached.pop()

@@ -42,8 +42,12 @@ class EngineConfig(Config, ABC):
         """Why this engine cannot run `config`, or None."""
 
     def baselines(self) -> list[dict[str, Any]]:
-        """Content of `compress` of what stands beside every trial on this engine; the first is the model as it is."""
-        return [{}, {"quantize": {"method": "cast", "dtype": "bf16"}}, {"quantize": {"method": "ptq"}}]
+        """What stands beside every trial on this engine, as content of a TrialConfig; first the model as it is.
+
+        Without a `target` it runs on this engine, or on `float` where this engine refuses it.
+        """
+        bf16, int8 = {"quantize": {"method": "cast", "dtype": "bf16"}}, {"quantize": {"method": "ptq"}}
+        return [{}, {"compress": bf16}, {"compress": int8}]
 
     @abstractmethod
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:

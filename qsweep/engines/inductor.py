@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qsweep.engines.base import EngineConfig, Runner
 
@@ -26,7 +26,14 @@ class Inductor(EngineConfig):
         return None
 
     def refuses(self, config: Compression) -> str | None:
+        if config.quantize is None or config.quantize.method == "cast":
+            return "this engine is for integers; `float` with `compile: true` is the same compiler in floating point"
         return None
+
+    def baselines(self) -> list[dict[str, Any]]:
+        eager = {"engine": "float", "compile": False, "batch_size": self.batch_size, "threads": self.threads}
+        bf16 = {"quantize": {"method": "cast", "dtype": "bf16"}}
+        return [*super().baselines(), {"target": eager}, {"compress": bf16, "target": eager}]
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.hub.save import save

@@ -1,0 +1,1 @@
+"""What is measured on an artifact: sizes, work, accuracy, parity, latency, memory."""

@@ -16,13 +16,14 @@ def baselines(spec: Spec) -> list[TrialConfig]:
     What an engine refuses, `float` runs in its place with the same batch size and threads, so that bf16 stands beside
     int8 in every table; what that refuses too is left out.
     """
-    offered = [_on(engine, compress) for engine in targets(spec) for compress in engine.baselines()]
+    offered = [_on(engine, content) for engine in targets(spec) for content in engine.baselines()]
     return list({config.uid(): config for config in offered if config is not None}.values())
 
 
-def _on(engine: EngineConfig, compress: dict[str, Any]) -> TrialConfig | None:
-    for target in (engine, Float(batch_size=engine.batch_size, threads=engine.threads)):
-        config = TrialConfig.model_validate({"compress": compress, "target": target.model_dump()})
+def _on(engine: EngineConfig, content: dict[str, Any]) -> TrialConfig | None:
+    instead = Float(batch_size=engine.batch_size, threads=engine.threads)
+    for target in (content.get("target") or engine.model_dump(), instead.model_dump()):
+        config = TrialConfig.model_validate({"compress": content.get("compress", {}), "target": target})
         if config.target.refuses(config.compress) is None:
             return config
     return None

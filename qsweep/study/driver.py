@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -210,9 +211,9 @@ class Driver:
             yield self._conclude(follower, outcome.duplicate(record, follower.number))
 
     def _record(self, pending: Pending, evaluation: Evaluation | None) -> Record:
-        kind = "baseline" if pending.trial is None else "trial"
         reference = self.records.get(0)
-        return outcome.record(self.spec, pending.number, kind, pending.candidate, evaluation, reference)
+        record = outcome.record(self.spec, pending.number, pending.candidate, evaluation, reference)
+        return record if pending.trial is not None else record.model_copy(update={"kind": "baseline"})
 
     def _conclude(self, pending: Pending, record: Record) -> Record:
         self.folder.write(record)  # first of all
@@ -229,6 +230,7 @@ class Driver:
             "seed": self.spec.search.seed,
             "store": str(self.folder.store),
             "baseline": str(baseline) if baseline else None,
+            "threads": max(1, len(os.sched_getaffinity(0)) // self.spec.run.workers),
         }
 
     # -- after the trials

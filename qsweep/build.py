@@ -1,0 +1,85 @@
+"""A config made real: the compressed model of one trial, and its artifact."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qsweep.hub.export import float_graph
+from qsweep.hub.form import QuantizedModel
+from qsweep.spec import Compression, TrialConfig
+from qsweep.stage import Context, stage_key
+from qsweep.store import Store
+from qsweep.tasks import Task, TaskConfig
+from qsweep.train import baseline, baseline_key
+
+
+@dataclass
+class Clock:
+    """Wall seconds by name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def context_of(
+    config: TaskConfig, task: Task, root: Path, store: Store, seed: int, progress: Callable[[str], None]
+) -> Context:
+    """The context of a trial's first stage. Its `teacher()` is the uncompressed model, made once."""
+    device = torch.device("cpu")
+
+    @cache
+    def teacher() -> nn.Module:
+        return baseline(task, config, root=root, store=store, seed=seed, device=device, progress=progress)
+
+    return Context(
+        task=task,
+        store=store,
+        key=baseline_key(config, root, seed),
+        seed=seed,
+        teacher=teacher,
+        training=config.training,
+        device=device,
+        progress=progress,
+    )
+
+
+def compress(config: Compression, model: nn.Module, context: Context, clock: Clock) -> QuantizedModel:
+    """`model`, changed in place by the stages of `config` in their order, as the hub form."""
+    for name, stage in (("prune", config.prune), ("distill", config.distill)):
+        if stage is not None:
+            context.progress(name)
+            with clock(name):
+                model = stage.apply(model, context)
+            context = replace(context, key=stage_key(stage, context))
+    if config.distill is not None:
+        context = replace(context, loss=config.distill.loss(context))
+    context.progress("quantize")
+    with clock("quantize"):
+        return config.quantize.apply(model, context) if config.quantize else float_graph(model, context)
+
+
+def lower(model: QuantizedModel, config: TrialConfig, artifact: Path, store: Store) -> None:
+    """Write the artifact; the folder appears only when it is complete."""
+    unfinished = artifact.with_name(artifact.name + ".unfinished")
+    for folder in (unfinished, artifact):
+        shutil.rmtree(folder, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    config.target.lower(model, unfinished, store)
+    os.replace(unfinished, artifact)

@@ -1,0 +1,188 @@
+"""What worker processes run: `prepare`, `build`, `measure`, `test`. The contract is in docs/architecture.md."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qsweep.build import Clock, compress, context_of, lower
+from qsweep.errors import BundleError, DiskFull, OutOfMemory, QsweepError, TaskFailure, TrialFailure
+from qsweep.hub.export import float_graph
+from qsweep.hub.simulate import simulation
+from qsweep.measure.deployed import outputs, parity
+from qsweep.measure.latency import latency
+from qsweep.measure.memory import PeakMemory
+from qsweep.measure.sizes import file_sizes, work
+from qsweep.spec import Measure, TrialConfig
+from qsweep.store import Store
+from qsweep.tasks import AnyTask, Task, TaskConfig
+from qsweep.train import check, predict
+
+Result = dict[str, dict[str, float]]
+
+
+class Job:
+    """The content of `job.json`, made real."""
+
+    def __init__(self, folder: Path) -> None:
+        content = json.loads((folder / "job.json").read_text())
+        self.folder, self.root, self.seed = folder, Path(content["root"]), int(content["seed"])
+        self.task_config: TaskConfig = TypeAdapter(AnyTask).validate_python(content["task"])
+        self.config = TrialConfig.model_validate(content["config"])
+        self.measure = Measure.model_validate(content["measure"])
+        self.store = Store(Path(content["store"]))
+        self.baseline = Path(content["baseline"]) if content["baseline"] else None
+        self.clock = Clock()
+        torch.set_num_threads(content["threads"])
+
+    def task(self) -> Task:
+        return self.task_config.open(self.root)
+
+    def progress(self, text: str) -> None:
+        (self.folder / "progress.txt").write_text(text)
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "artifact"
+
+
+def prepare(folder: Path) -> None:
+    """Open the task, train the baseline if it has no weights, and see that the model can be traced."""
+    _write(folder, "prepare", _prepare)
+
+
+def build(folder: Path) -> None:
+    """Compress the model and write its artifact."""
+    _write(folder, "build", _build)
+
+
+def measure(folder: Path) -> None:
+    """Load the artifact in this fresh process; accuracy, parity, latency, memory."""
+    _write(folder, "measure", _measure)
+
+
+def test(folder: Path) -> None:
+    """Accuracy on the test split."""
+    _write(folder, "test", _test)
+
+
+def _prepare(job: Job) -> Result:
+    task = job.task()
+    context = context_of(job.task_config, task, job.root, job.store, job.seed, job.progress)
+    with job.clock("baseline"):
+        model = context.teacher()
+    check(task, model)
+    with job.clock("export"):
+        metrics = work(float_graph(model, context))
+    return {"metrics": metrics, "seconds": job.clock.seconds}
+
+
+def _build(job: Job) -> Result:
+    task = job.task()
+    context = context_of(job.task_config, task, job.root, job.store, job.seed, job.progress)
+    model = compress(job.config.compress, copy.deepcopy(context.teacher()), context, job.clock)
+    job.progress("simulate")
+    with job.clock("simulate"):
+        samples = task.samples("validation")
+        stored, labels = (part[: job.measure.parity_samples] for part in samples)
+        simulated = predict(simulation(model), task, stored)
+        accuracy = task.score(simulated, labels).float().mean().item()
+    save_file({"outputs": simulated.contiguous()}, job.folder / "simulated.safetensors")
+    job.progress("lower")
+    with job.clock("lower"):
+        lower(model, job.config, job.artifact, job.store)
+    metrics = {"accuracy_simulated": accuracy, **work(model), **file_sizes(job.artifact)}
+    return {"metrics": metrics, "seconds": job.clock.seconds}
+
+
+def _measure(job: Job) -> Result:
+    task, engine = job.task(), job.config.target
+    torch.set_num_threads(engine.threads)
+    inputs = task.transform(task.samples("validation").inputs[: engine.batch_size]).float().contiguous()
+    inputs = inputs.repeat(-(-engine.batch_size // len(inputs)), *[1] * (inputs.dim() - 1))[: engine.batch_size]
+    job.progress("load")
+    memory = PeakMemory()
+    with job.clock("load"):
+        run = engine.load(job.artifact)
+        run(inputs)
+    metrics: dict[str, float] = {"peak_memory_bytes": memory.bytes() or 0.0}
+    job.progress("accuracy")
+    with job.clock("accuracy"):
+        deployed = outputs(run, task, "validation", engine.batch_size)
+        scores = task.score(deployed, task.samples("validation").labels).float()
+        np.save(job.folder / "scores.npy", scores.numpy())
+        metrics["accuracy"] = scores.mean().item()
+    simulated = load_file(job.folder / "simulated.safetensors")["outputs"]
+    metrics |= parity(deployed[: len(simulated)], simulated, job.measure)
+    metrics["accuracy_drop_pp"] = _drop(job, metrics["accuracy"])
+    metrics["int8_mac_fraction"] = engine.integer_macs(job.artifact, run, inputs)
+    job.progress("latency")
+    with job.clock("latency"):
+        metrics |= latency(run, _baseline_runner(job), inputs, job.measure)
+    return {"metrics": metrics, "seconds": job.clock.seconds}
+
+
+def _test(job: Job) -> Result:
+    task, engine = job.task(), job.config.target
+    run = engine.load(job.artifact)
+    score = task.score(outputs(run, task, "test", engine.batch_size), task.samples("test").labels)
+    return {"metrics": {"accuracy_test": score.float().mean().item()}, "seconds": job.clock.seconds}
+
+
+def _drop(job: Job, accuracy: float) -> float:
+    if job.baseline is None or job.baseline == job.folder:
+        return 0.0
+    content = json.loads((job.baseline / "measure.json").read_text())
+    return 100 * (float(content["metrics"]["accuracy"]) - accuracy)
+
+
+def _baseline_runner(job: Job) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    if job.baseline is None or job.baseline == job.folder:
+        return None
+    config = TrialConfig.model_validate(json.loads((job.baseline / "job.json").read_text())["config"])
+    return config.target.model_copy(
+        update={"batch_size": job.config.target.batch_size, "threads": job.config.target.threads}
+    ).load(job.baseline / "artifact")
+
+
+def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:
+    """Run one job and write its result, a failure that qsweep knows included. The trial boundary."""
+    result: dict[str, Any]
+    try:
+        result = dict(run(Job(folder)))
+    except Exception as error:  # whatever a config or a user's task does, the sweep goes on and the record says why
+        failed = _known(error)
+        result = {"failure": {"kind": type(failed).__name__, "message": str(failed)}}
+        if failed is not error:
+            import traceback
+
+            traceback.print_exc()
+    path = folder / f"{name}.json"
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=1))
+    os.replace(unfinished, path)
+
+
+def _known(error: Exception) -> QsweepError:
+    text = str(error)
+    if isinstance(error, BundleError) and error.__cause__ is not None:
+        text = f"{text} {error.__cause__}"
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if full or (isinstance(error, OSError | SafetensorError | RuntimeError) and "No space left" in text):
+        return DiskFull(f"no space left for the artifact ({text})")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return OutOfMemory(text)
+    if isinstance(error, TrialFailure | QsweepError):
+        return error
+    return TaskFailure(f"{type(error).__name__}: {text}")

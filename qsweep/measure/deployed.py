@@ -1,0 +1,37 @@
+"""An artifact run over a split by its own engine, and held against its simulation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsweep.engines import Runner
+from qsweep.errors import NotFinite, ParityFailure
+from qsweep.spec import Measure
+from qsweep.tasks import SplitName, Task
+
+
+def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, count: int | None = None) -> Tensor:
+    """(N, ...) outputs for the first `count` samples of `split`, batches filled up to the artifact's size."""
+    stored = task.samples(split).inputs[:count]
+    parts = []
+    for part in stored.split(batch_size):
+        batch = task.transform(part).to(torch.float32)
+        missing = batch_size - len(batch)
+        if missing:
+            batch = torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])])
+        parts.append(run(batch.contiguous())[: len(part)].clone())
+    joined = torch.cat(parts)
+    if not torch.isfinite(joined).all():
+        raise NotFinite("the artifact's outputs must be finite (got NaN or infinity)")
+    return joined
+
+
+def parity(deployed: Tensor, simulated: Tensor, settings: Measure) -> dict[str, float]:
+    """`parity_top1` and `parity_max_abs` of two (N, C) outputs. Raises ParityFailure below the bound of top-1."""
+    agree = (deployed.flatten(1).argmax(1) == simulated.flatten(1).argmax(1)).float().mean().item()
+    if agree < settings.parity_top1:
+        raise ParityFailure(
+            f"artifact and simulation must agree on {settings.parity_top1:.1%} of the top classes (got {agree:.1%})"
+        )
+    return {"parity_top1": agree, "parity_max_abs": (deployed - simulated).abs().max().item()}

@@ -1,0 +1,56 @@
+"""Bytes and work of an artifact."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from torch import Tensor
+
+from qsweep.hub.form import DEQUANTIZE, QuantizedModel, attributes
+
+_ZSTD_LEVEL = 19
+_GRID_BITS = 64
+"""Scale and zero point of one activation, 32 bits each."""
+
+
+def file_sizes(artifact: Path) -> dict[str, float]:
+    """`size_bytes` of all files under `artifact`, and `size_zstd_bytes` of each compressed by zstd, level 19."""
+    import zstandard
+
+    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+    contents = [path.read_bytes() for path in sorted(artifact.rglob("*")) if path.is_file()]
+    return {
+        "size_bytes": sum(map(len, contents)),
+        "size_zstd_bytes": sum(len(compressor.compress(content)) for content in contents),
+    }
+
+
+def work(model: QuantizedModel) -> dict[str, float]:
+    """`macs`, `bit_operations`, `params`, `sparsity`, `size_theoretical_bytes` of one model."""
+    layers = model.layers()
+    bits = {layer.name: layer.weight_bits for layer in layers}
+    weights = {layer.name: layer.weight for layer in layers}
+    constants = {name: value for name, value in attributes(model.graph) if not name.endswith("_zero_point")}
+    grids = {node.args[1:3] for node in model.graph.graph.nodes if node.target is DEQUANTIZE}
+    stored = sum(_stored_bits(value, bits.get(name, _float_bits(value, model))) for name, value in constants.items())
+    params = {name: value for name, value in constants.items() if not name.endswith("_scale")}
+    total = sum(weight.numel() for weight in weights.values())
+    zeros = sum(int((weight == 0).sum()) for weight in weights.values())
+    return {
+        "macs": sum(layer.macs for layer in layers),
+        "bit_operations": sum(layer.macs * layer.weight_bits * layer.activation_bits for layer in layers),
+        "params": sum(value.numel() for value in params.values()),
+        "sparsity": zeros / total if total else 0.0,
+        "size_theoretical_bytes": math.ceil((stored + len(grids) * _GRID_BITS) / 8),
+    }
+
+
+def _float_bits(value: Tensor, model: QuantizedModel) -> int:
+    return 8 * (model.dtype.itemsize if value.is_floating_point() else value.element_size())
+
+
+def _stored_bits(value: Tensor, bits: int) -> int:
+    """Dense, or a mask and the values that are not zero, whichever is less."""
+    dense = value.numel() * bits
+    return min(dense, value.numel() + int((value != 0).sum()) * bits)

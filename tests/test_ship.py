@@ -13,8 +13,8 @@ from small_sweep import small_spec
 from toy_task import Toy
 
 from qsweep.config import content_hash
-from qsweep.errors import BundleError, DataError, SpecError, SweepError, TrackError
-from qsweep.ship import LoadedModel, Selector, best, bundle, export, load, promote, verify
+from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TrackError
+from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
 from qsweep.study import SweepFolder
 from qsweep.track import publish, tracking_uri
 from qsweep.track.bundle import pickles
@@ -322,3 +322,40 @@ def test_a_trial_that_was_never_published_cannot_be_promoted(swept: SweepFolder,
 def test_a_sweep_without_a_folder_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match="there is no sweep here"):
         promote(tmp_path / "sweeps" / "none", Selector(), "digits")
+
+
+PTQ = {"compress": {"quantize": {"method": "ptq"}}, "target": {"engine": "onnxruntime", "batch_size": 4}}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter warns of itself
+def test_a_config_is_applied_to_another_checkpoint_which_stays_as_it_was(tmp_path: Path) -> None:
+    import torch
+
+    model = trained()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    made = compress(model, PTQ, Toy(), tmp_path / "out")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        assert (made(inputs(9)) - model(inputs(9))).abs().max() < 0.05
+    assert verify(tmp_path / "out").name == "ptq-w8s-a8a"
+    measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
+    assert measured["parity_top1"] >= 0.95
+    assert measured["accuracy"] == pytest.approx(measured["accuracy_simulated"], abs=0.05)
+
+    torch.manual_seed(7)
+    other = Toy().model().eval()
+    again = compress(other, tmp_path / "out", Toy())  # the config of that bundle
+    assert again.manifest.trial == made.manifest.trial
+    with torch.no_grad():
+        assert (again(inputs(9)) - other(inputs(9))).abs().max() < 0.05
+    assert not torch.allclose(again(inputs(9)), made(inputs(9)), atol=0.05)
+
+
+def test_a_config_that_is_none_or_that_the_engine_refuses_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"`compress.quantise`: there is no such key"):
+        compress(trained(), {"compress": {"quantise": None}, "target": {"engine": "onnxruntime"}}, Toy())
+    with pytest.raises(SpecError, match="there is no such file"):
+        compress(trained(), tmp_path / "none.yaml", Toy())
+    cast = {"compress": {"quantize": {"method": "cast"}}, "target": {"engine": "onnxruntime"}}
+    with pytest.raises(Refused, match="`bf16`: ONNX Runtime"):
+        compress(trained(), cast, Toy())

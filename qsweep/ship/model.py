@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, TypeVar
@@ -75,15 +76,20 @@ def load(source: str | Path, uri: str | None = None) -> LoadedModel:
     if str(source).startswith("models:/"):
         from qsweep.ship.registry import fetch
 
-        place = mkdtemp(prefix="qsweep-")
-        try:
-            model = LoadedModel(fetch(str(source), Path(place), uri))
-        except BaseException:
-            shutil.rmtree(place)
-            raise
-        finalize(model, shutil.rmtree, place, ignore_errors=True)
-        return model
+        return temporary(lambda folder: fetch(str(source), folder, uri))
     return LoadedModel(Path(source))
+
+
+def temporary(make: Callable[[Path], Path]) -> LoadedModel:
+    """The model of the bundle that `make` puts in a new folder, which goes when the model does."""
+    place = mkdtemp(prefix="qsweep-")
+    try:
+        model = LoadedModel(make(Path(place)))
+    except BaseException:
+        shutil.rmtree(place)
+        raise
+    finalize(model, shutil.rmtree, place, ignore_errors=True)
+    return model
 
 
 def engine_of(manifest: Manifest, folder: Path) -> EngineConfig:

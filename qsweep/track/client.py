@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -60,8 +66,8 @@ def connect(uri: str) -> MlflowClient:
 
     Only this client is used, never the fluent API: its stack of runs belongs to one thread.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     with answering(uri), impatient(), _alone(uri):
         from mlflow import MlflowClient
 

@@ -1,0 +1,128 @@
+"""A config that was found once, applied to another checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from qsweep.errors import Refused, SpecError
+from qsweep.records import Metrics, Record
+from qsweep.ship.model import LoadedModel, temporary
+from qsweep.ship.registry import fetch
+from qsweep.space import complaint
+from qsweep.spec import Measure, TrialConfig
+from qsweep.tasks import Task, Training
+from qsweep.track.bundle import bundle, verify
+from qsweep.yamlfile import read_mapping
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qsweep.hub.form import QuantizedModel
+
+
+def compress(
+    model: nn.Module,
+    config: TrialConfig | Mapping[str, Any] | str | Path,
+    task: Task,
+    out: str | Path | None = None,
+    *,
+    training: Training | None = None,
+    seed: int = 0,
+) -> LoadedModel:
+    """`model` compressed as `config` says, deployed and loaded; with `out`, its bundle is written to that new folder.
+
+    `config` is a TrialConfig, the same as plain data, a `config.yaml`, a bundle, or a registered one such as
+    `models:/NAME@champion`. `task` gives the data; its own model is not looked at, and `model` is not changed.
+    `training` holds the settings of fine-tuning that a spec's task has. Raises SpecError for a config that is none, and
+    the TrialFailure of what goes wrong; ParityFailure if the artifact disagrees with its simulation.
+    """
+    asked = trial_config(config)
+    reason = asked.target.available() or asked.target.refuses(asked.compress)
+    if reason is not None:
+        raise Refused(f"`{asked.name}`: {reason}")
+    with TemporaryDirectory() as place:
+        sweep = Path(place) / "compress"
+        record = _built(model, asked, task, sweep, training or Training(), seed)
+        if out is not None:
+            return LoadedModel(bundle(record, sweep, Path(out)))
+        return temporary(lambda folder: bundle(record, sweep, folder / "bundle"))
+
+
+def trial_config(source: TrialConfig | Mapping[str, Any] | str | Path) -> TrialConfig:
+    """The config that `source` is or names. Raises SpecError."""
+    if isinstance(source, TrialConfig):
+        return source
+    if str(source).startswith("models:/"):
+        with TemporaryDirectory() as place:
+            return trial_config(fetch(str(source), Path(place)))
+    content: Any = source
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if path.is_dir():
+            verify(path)
+            path = path / "config.yaml"
+        content = read_mapping(path)
+    try:
+        return TrialConfig.model_validate(content)
+    except ValidationError as error:
+        raise SpecError(complaint(error)) from None
+
+
+def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, training: Training, seed: int) -> Record:
+    """The record of `config` on `model`, its artifact in the folder of the throw-away sweep `sweep`."""
+    import torch
+
+    from qsweep import build
+    from qsweep.stage import Context
+    from qsweep.store import Store
+    from qsweep.train import check
+
+    original = copy.deepcopy(model).eval()
+    check(task, original)
+    clock, store = build.Clock(), Store(sweep.parent / "store")
+    context = Context(
+        task=task,
+        store=store,  # lives as long as this call, so the key needs to tell nothing apart
+        key="compress",
+        seed=seed,
+        teacher=lambda: original,
+        training=training,
+        device=torch.device("cpu"),
+    )
+    quantized = build.compress(config.compress, copy.deepcopy(original), context, clock)
+    artifact = sweep / "trials" / "0000" / "artifact"
+    build.lower(quantized, config, artifact, store)
+    return Record(
+        number=0,
+        uid=config.uid(),
+        name=config.name,
+        state="complete",
+        config=config.model_dump(mode="json"),
+        engine=config.target.engine,
+        metrics=_measured(quantized, config, task, artifact),
+        seconds=clock.seconds,
+        folder="trials/0000",
+    )
+
+
+def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifact: Path) -> Metrics:
+    """Accuracy of the artifact as deployed, its agreement with the simulation, and its sizes."""
+    from qsweep.hub.simulate import simulation
+    from qsweep.measure.deployed import outputs, parity
+    from qsweep.measure.sizes import file_sizes, work
+    from qsweep.train import predict
+
+    settings = Measure()
+    inputs, labels = task.samples("validation")
+    deployed = outputs(config.target.load(artifact), task, "validation", config.target.batch_size)
+    simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples])
+    found = parity(deployed[: len(simulated)], simulated, settings)
+    found["accuracy"] = task.score(deployed, labels).float().mean().item()
+    found["accuracy_simulated"] = task.score(simulated, labels[: len(simulated)]).float().mean().item()
+    return Metrics.model_validate(found | work(quantized) | file_sizes(artifact))

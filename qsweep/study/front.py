@@ -47,8 +47,9 @@ def losses(records: Sequence[Record], objectives: Sequence[str]) -> ndarray:
     """(n, objectives): values with the sign by which less is better."""
     import numpy as np
 
-    table = [[getattr(record.metrics, name) for name in objectives] for record in records]
-    return np.array(table, dtype=float).reshape(len(records), len(objectives)) * _signs(objectives)
+    rows = [[getattr(record.metrics, name) for name in objectives] for record in records]
+    table: ndarray = np.array(rows, dtype=float).reshape(len(records), len(objectives)) * _signs(objectives)
+    return table
 
 
 def _signs(objectives: Sequence[str]) -> ndarray:
@@ -63,7 +64,8 @@ def dominated(values: ndarray) -> ndarray:
     import numpy as np
 
     one, other = values[..., :, None, :], values[..., None, :, :]
-    return np.any(np.all(other <= one, axis=-1) & np.any(other < one, axis=-1), axis=-1)
+    beaten: ndarray = np.any(np.all(other <= one, axis=-1) & np.any(other < one, axis=-1), axis=-1)
+    return beaten
 
 
 def membership(

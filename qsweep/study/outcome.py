@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -21,19 +21,13 @@ if TYPE_CHECKING:
 
 
 def record(
-    spec: Spec,
-    number: int,
-    kind: Literal["baseline", "trial"],
-    candidate: Candidate,
-    evaluation: Evaluation | None,
-    baseline: Record | None,
+    spec: Spec, number: int, candidate: Candidate, evaluation: Evaluation | None, baseline: Record | None
 ) -> Record:
-    """The record of an evaluation that is over; without one, of a candidate that was refused."""
+    """The record of a trial whose evaluation is over; without one, of a candidate that was refused."""
     known: dict[str, Any] = {
         "number": number,
         "uid": candidate.uid,
         "name": candidate.name,
-        "kind": kind,
         "config": candidate.plain,
         "engine": candidate.engine,
         "folder": f"trials/{number:04d}",

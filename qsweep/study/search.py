@@ -110,11 +110,10 @@ def sampler(spec: Spec, told: int) -> optuna.samplers.BaseSampler:
 def suggested(trial: optuna.Trial, path: str, domain: Domain) -> Any:
     """Ask the trial for a value of `domain`, numbers as numbers: 4, 6, 8 bits have an order."""
     if not isinstance(domain, Choice):
+        last = domain.values[-1] if domain.values else domain.high  # a step need not end on `high`
         if domain.integer:
-            low, high = int(domain.low), int(domain.values[-1] if domain.values else domain.high)
-            return trial.suggest_int(path, low, high, step=int(domain.step or 1), log=domain.log)
-        high = domain.values[-1] if domain.values else domain.high
-        return trial.suggest_float(path, domain.low, high, step=domain.step, log=domain.log)
+            return trial.suggest_int(path, int(domain.low), int(last), step=int(domain.step or 1), log=domain.log)
+        return trial.suggest_float(path, domain.low, last, step=domain.step, log=domain.log)
     if not domain.ordered:
         return trial.suggest_categorical(path, domain.labels)
     labels, step = _ordered(domain)
@@ -133,7 +132,7 @@ def encode(domain: Domain, value: Any) -> Any:
 
 def _ordered(domain: Choice) -> tuple[list[Any], int]:
     """Numeric labels in rising order, and their distance if all are integers at one distance, else 0."""
-    labels: list[Any] = sorted(domain.labels)  # type: ignore[type-var]
+    labels: list[Any] = sorted(domain.labels)
     steps = {b - a for a, b in pairwise(labels)}
     even = len(steps) == 1 and all(isinstance(label, int) for label in labels)
     return labels, int(steps.pop()) if even else 0

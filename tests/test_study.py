@@ -240,12 +240,14 @@ def test_an_fp32_baseline_that_fails_is_an_error_until_it_is_mended(tmp_path: Pa
     assert sweep(tmp_path, small_spec(), build_0000="die once")[0].attempts == 2
 
 
-def test_a_study_that_lost_its_trials_is_refused(tmp_path: Path) -> None:
-    sweep(tmp_path, small_spec(search={"trials": 1}))
+def test_a_lost_database_costs_no_trial_and_no_number_is_given_twice(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec(REAL, search={"trials": 2}))
     for path in tmp_path.glob("sweeps/small/optuna.db*"):
         path.unlink()
-    with pytest.raises(SweepError, match=r"optuna\.db`: must know the trials"):
-        sweep(tmp_path, small_spec(search={"trials": 1}))
+    second = sweep(tmp_path, small_spec(REAL, search={"trials": 3}))
+    assert {number: second[number].uid for number in first} == {number: record.uid for number, record in first.items()}
+    assert len([r for r in second.values() if r.kind == "trial" and r.duplicate_of is None]) == 3
+    assert max(calls(tmp_path).values()) == 1
 
 
 def test_the_final_front_alone_is_scored_on_the_test_split(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class Driver:
         from qsweep.study.search import Search  # imports Optuna while the fork server imports torch
 
         self.search = Search(self.spec, self.folder.path / "optuna.db")
-        outcome.check_numbers(self.folder.path, self.records, len(self.known) + self.search.told)
+        self.search.reach(max(self.records, default=-1) - len(self.known))
         if not self._prepared(preparing):
             return False
         yield from self._trials()

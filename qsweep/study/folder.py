@@ -76,7 +76,7 @@ class SweepFolder:
             baselines = [TrialConfig.model_validate(config) for config in kept["baselines"]]
         plain = [config.model_dump(mode="json") for config in baselines]
         content = {"hash": content_hash(new), "spec": new, "fingerprint": fingerprint, "baselines": plain}
-        write_durably(path, json.dumps(content, indent=1))
+        write_atomically(path, json.dumps(content, indent=1), durable=True)
         return baselines
 
     def _same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ class SweepFolder:
         """Keep a record: on disk, complete, when this returns."""
         folder = self.trial(record.number)
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / "record.json", record.model_dump_json(indent=1))
+        write_atomically(folder / "record.json", record.model_dump_json(indent=1), durable=True)
 
     def live(self) -> list[Live]:
         """What the sweep's workers are doing now; from any process."""
@@ -129,17 +129,25 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
         yield path, old, new
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace `path` by `text`: after a crash at any moment it holds the old text or the new, never half."""
+def write_atomically(path: Path, text: str, durable: bool = False) -> None:
+    """Replace `path` by `text`: whoever reads it finds the old text or the new, never half. `durable`: after a power
+    cut too, and it is the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    if durable:
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make the names in a folder durable."""
+    folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name too
+        os.fsync(folder)
     finally:
         os.close(folder)
 

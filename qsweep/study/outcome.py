@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qsweep.errors import NotFinite, Refused, SweepError, TrialFailure
+from qsweep.errors import NotFinite, Refused, TrialFailure
 from qsweep.records import Failure, Metrics, Record
 from qsweep.space import complaint
 from qsweep.spec import Spec
@@ -94,15 +94,6 @@ def forget_failure(folder: Path, job: str) -> None:
     path = folder / f"{job}.json"
     if path.exists() and "failure" in json.loads(path.read_text()):
         forget(folder, [job])
-
-
-def check_numbers(path: Path, records: Mapping[int, Record], told: int) -> None:
-    """Raises SweepError where there are records of trials that Optuna does not know: numbers would be given twice."""
-    if max(records, default=-1) >= told:
-        raise SweepError(
-            f"`{path / 'optuna.db'}`: must know the trials of this sweep (it has {told} numbers, and there is a record "
-            f"of number {max(records)}); bring the file back, or move the sweep's folder away"
-        )
 
 
 def _failed(error: TrialFailure) -> Failure:

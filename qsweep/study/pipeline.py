@@ -14,7 +14,7 @@ from qsweep.errors import Crashed, DiskFull, TimedOut, failure
 from qsweep.executors.local import Local, Worker
 from qsweep.records import Failure
 from qsweep.spec import Run
-from qsweep.study.folder import write_durably
+from qsweep.study.folder import write_atomically
 
 
 @dataclass
@@ -149,7 +149,7 @@ class Pipeline:
         if job is None or evaluation.failure is not None or (job in self.alone and alone):
             return
         content = {**evaluation.content, "attempt": evaluation.attempts}
-        write_durably(evaluation.folder / "job.json", json.dumps(content, indent=1))
+        write_atomically(evaluation.folder / "job.json", json.dumps(content, indent=1))
         evaluation.worker = self.executor.start(evaluation.folder, f"{self.jobs}:{job}", job)
         evaluation.count(on=True)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qsweep.errors import QsweepError
     from qsweep.records import Metrics, Record
-    from qsweep.ship import compress, load
+    from qsweep.ship.compress import compress
+    from qsweep.ship.model import load
     from qsweep.spec import Compression, Spec, TrialConfig, load_spec
     from qsweep.sweep import run
     from qsweep.tasks import Samples, Task

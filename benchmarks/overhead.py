@@ -94,7 +94,7 @@ def records(spec: Spec, root: Path, track: bool) -> Generator[Record, None, bool
 
     path = Path(__file__)
     sys.path.insert(0, str(path.parent))
-    source = run(spec, root, jobs=path.stem, preload=("qsweep.spec", "qsweep.study"))
+    source = run(spec, root, jobs=path.stem, preload=("qsweep.spec", path.stem))
     if not track:
         return source
     from qsweep.track import publish

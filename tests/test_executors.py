@@ -147,9 +147,17 @@ def test_workers_import_neither_the_main_script_nor_its_noise(tmp_path: Path) ->
         "while w.poll() is None: time.sleep(0.01)\n"
         "print(w.poll()); local.shutdown()"
     )
-    (tmp_path / "noisy_module.py").write_text("import os; os.write(1, b'noise\\n'); os.write(2, b'noise\\n')")
+    noisy = "import os; os.write(1, b'noise\\n'); os.write(2, b'noise\\n'); os.write(2, repr(os.environ).encode())"
+    (tmp_path / "noisy_module.py").write_text(noisy)
     path = os.pathsep.join((str(Path(worker_jobs.__file__).parent), str(tmp_path), *sys.path))
-    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    (tmp_path / "astray").mkdir()
+    (tmp_path / "astray/worker_jobs.py").write_text("raise ImportError('of the working directory')")
+    done = subprocess.run(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, cwd=tmp_path / "astray"
+    )
     assert (done.stdout, done.stderr) == (b"done\n", b"")
     assert (tmp_path / "imports").read_text() == "x"
-    assert (tmp_path / "server.log").read_text().count("noise") == 2
+    log = (tmp_path / "server.log").read_text()
+    assert log.count("noise\n") == 2
+    assert f"'PYTHONPATH': {path!r}" in log
+    assert "PYTHONSAFEPATH" not in log

@@ -89,11 +89,8 @@ class Local:
     def __init__(self, preload: Sequence[str], log: Path) -> None:
         self.workers: list[Worker] = []
         forkserver.set_forkserver_preload([server.__name__, __name__, *preload])
-        os.environ[server.LOG] = str(log)
-        try:
+        with server.environment(log):
             forkserver.ensure_running()  # it imports while the driver goes on
-        finally:
-            os.environ.pop(server.LOG, None)
 
     def start(self, folder: Path, job: str, name: str) -> Worker:
         """Run `job` (`module:function`) on `folder`; it is to leave `folder/<name>.json`."""

@@ -1,14 +1,42 @@
 """First import of the fork server: leave the terminal before the heavy imports begin.
 
-`Local` names this module first in the server's preloads and a log file in `QSWEEP_SERVER_LOG`. The server then writes
-there what the imports say, and Ctrl-C in the terminal does not reach it. Without the variable nothing happens.
+`Local` names this module first in the server's preloads and says in `QSWEEP_SERVER` where its log is and what the
+environment was. The server then writes there what the imports say, and Ctrl-C in the terminal does not reach it.
+Without the variable nothing happens.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-LOG = "QSWEEP_SERVER_LOG"
+VARIABLE = "QSWEEP_SERVER"
+
+
+@contextmanager
+def environment(log: Path) -> Iterator[None]:
+    """What the server is started in: it imports what this process would import, and from the same places. Python
+    would put the working directory first, where a stray `onnx/` is enough to break it."""
+    new = {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path), "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in new}
+    os.environ.update(new, **{VARIABLE: json.dumps({"log": str(log), "before": before})})
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+        _restore(before)
+
+
+def _restore(before: dict[str, str | None]) -> None:
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _leave_terminal(log: str) -> None:
@@ -21,5 +49,7 @@ def _leave_terminal(log: str) -> None:
     os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 
-if LOG in os.environ:
-    _leave_terminal(os.environ.pop(LOG))
+if VARIABLE in os.environ:
+    _told = json.loads(os.environ.pop(VARIABLE))
+    _restore(_told["before"])
+    _leave_terminal(_told["log"])

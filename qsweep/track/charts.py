@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qsweep.records import Record
-from qsweep.track.table import TITLES
+from qsweep.track.table import TITLES, engine_text
 
 COLOURS = {"none": "#8a94a0", "cast": "#8250df", "ptq": "#1f6feb", "qat": "#d9580d"}
 _MORE = ("#1a7f37", "#bf3989", "#0a7ea4", "#9a6700", "#6e40c9", "#57606a")
@@ -31,7 +31,8 @@ def scatter(records: Sequence[Record], members: set[int], x: str, y: str, low: f
     figure.add_trace(go.Scatter(**_baselines(shown, x, y)))
     xs = _values(shown, x)
     if xs and min(xs) > 0 and max(xs) > 3 * min(xs):  # else fp32 alone stretches the axis
-        ticks = [mantissa * 10**power for power in range(-6, 12) for mantissa in (1, 1.5, 2, 3, 5, 7)]
+        mantissas = (1, 2, 5) if max(xs) > 15 * min(xs) else (1, 1.5, 2, 3, 5, 7)
+        ticks = [mantissa * 10**power for power in range(-6, 12) for mantissa in mantissas]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     if low is not None and shown:
         bottom, top = _SCALES.get(y, 1.0) * low, max(_values(shown, y))
@@ -78,12 +79,13 @@ def _rings(records: Sequence[Record], members: set[int], x: str, y: str) -> list
 
 
 def _baselines(records: Sequence[Record], x: str, y: str) -> dict[str, Any]:
-    group = [record for record in records if record.kind == "baseline"]
+    group = sorted((r for r in records if r.kind == "baseline"), key=lambda record: getattr(record.metrics, x))
+    places = ("top center", "bottom center")  # in turns, for neighbours' names run into each other
     return _points(group, x, y) | {
         "mode": "markers+text",
         "name": "baseline",
         "text": [f"<b>{record.name}</b>" for record in group],
-        "textposition": "top center",
+        "textposition": [places[i % 2] for i in range(len(group))],
         "textfont": {"size": 11, "color": _INK},
         "marker": {"size": 13, "symbol": "star", "color": _INK},
     }
@@ -106,7 +108,7 @@ def hover(record: Record) -> str:
     """Name, number and config of a record, for its point."""
     from html import escape
 
-    lines = [f"<b>{escape(record.name)}</b>  #{record.number}  {escape(record.engine)}"]
+    lines = [f"<b>{escape(record.name)}</b>  #{record.number}  {escape(engine_text(record))}"]
     for stage, config in (record.config.get("compress") or {}).items():
         if config:
             lines.append(f"{stage}: " + escape(", ".join(f"{key}={value}" for key, value in config.items())))

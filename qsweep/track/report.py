@@ -9,7 +9,7 @@ from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
 from qsweep.track.charts import scatter
 from qsweep.track.pareto import baseline, front
-from qsweep.track.table import TITLES, Column, membership
+from qsweep.track.table import TITLES, Column, value_of
 from qsweep.track.view import DASHBOARDS
 
 _COLUMNS = (
@@ -103,8 +103,7 @@ def _trials(done: Sequence[Record], members: set[int]) -> dict[str, Any]:
 def _row(record: Record, columns: Sequence[Column], members: set[int]) -> dict[str, Any]:
     cells = []
     for column in columns:
-        home = record.metrics if column.key in Metrics.model_fields else record
-        raw = membership(record, members) if column.key == "front" else getattr(home, column.key)
+        raw = value_of(record, column.key, members)
         text, plain = column.text(raw), "" if raw is None else raw
         cells.append({"text": text, "raw": plain, "numeric": column.numeric, "badge": column.key == "front"})
     mark = "on-front" if record.number in members else "baseline" if record.kind == "baseline" else ""

@@ -125,16 +125,25 @@ def _table(records: Sequence[Record], fields: Sequence[str], metrics: Sequence[s
     columns = [Column(key, {"number": "#"}.get(key, key)) for key in fields]
     columns += [Column(key, TITLES.get(key, key.replace("_", " "))) for key in metrics]
     rows = sorted(records, key=lambda r: (r.metrics.accuracy is None, -(r.metrics.accuracy or 0), r.number))
-    return Table(tuple(columns), tuple(tuple(_value(r, column.key, members) for column in columns) for r in rows))
+    return Table(tuple(columns), tuple(tuple(value_of(r, column.key, members) for column in columns) for r in rows))
 
 
-def _value(record: Record, key: str, members: set[int]) -> Value:
+def value_of(record: Record, key: str, members: set[int]) -> Value:
+    """What a column shows of a record; `members` are the numbers of the front."""
     if key == "front":
         return membership(record, members)
+    if key == "engine":
+        return engine_text(record)
     if key == "failure":
         return f"{record.failure.kind}: {record.failure.message}" if record.failure else None
     value: Value = getattr(record.metrics, key) if key in Metrics.model_fields else getattr(record, key)
     return value
+
+
+def engine_text(record: Record) -> str:
+    """The engine, and whether it runs eagerly: float baselines differ in nothing else."""
+    eager = record.config.get("target", {}).get("compile") is False
+    return f"{record.engine} (eager)" if eager else record.engine
 
 
 def membership(record: Record, members: set[int]) -> str:

@@ -58,11 +58,43 @@ def complete(folder: Path) -> onnx.ModelProto:
     import onnx
 
     content = onnx.load(folder / MODEL)
+    weights = load_weights(folder, json.loads((folder / PACKED).read_text()))
     read = {name for node in content.graph.node for name in node.input}
-    for name, value in load_weights(folder, json.loads((folder / PACKED).read_text())).items():
+    for name, value in weights.items():
         if name in read:
             content.graph.initializer.append(onnx.numpy_helper.from_array(value.numpy(), name))
+    _integer_biases(content, weights)
     return content
+
+
+def _integer_biases(content: onnx.ModelProto, weights: dict[str, Tensor]) -> None:
+    """Biases as int32 with the accumulator's step, which they are multiples of: without it a Gemm stays float."""
+    from onnx import helper, numpy_helper
+
+    producers = {node.output[0]: node for node in content.graph.node}
+    constants = {tensor.name: tensor for tensor in content.graph.initializer}
+    nodes = []
+    for node in content.graph.node:
+        sources = [producers.get(name) for name in node.input[:2]]
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and all(_dequantizes(source) for source in sources):
+            given, weight = (source.input[1] for source in sources if source is not None)
+            step = torch.from_numpy(numpy_helper.to_array(constants[given]).copy()) * weights[weight]
+            name = f"{node.input[2]}.integer"
+            parts = (weights[node.input[2]] / step).round().to(torch.int32), step
+            for suffix, value in zip(("", ".step"), parts, strict=True):
+                content.graph.initializer.append(numpy_helper.from_array(value.numpy(), f"{name}{suffix}"))
+            output = f"{name}.real"
+            nodes.append(helper.make_node("DequantizeLinear", [name, f"{name}.step"], [output], name=output, axis=0))
+            node.input[2] = output
+        nodes.append(node)
+    ordered = [copy.deepcopy(node) for node in nodes]
+    del content.graph.node[:]
+    content.graph.node.extend(ordered)
+    _drop_unused(content)
+
+
+def _dequantizes(node: onnx.NodeProto | None) -> bool:
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def runner(folder: Path, engine: EngineConfig) -> Runner:
@@ -78,44 +110,48 @@ def runner(folder: Path, engine: EngineConfig) -> Runner:
 
 def integer_macs(folder: Path, engine: EngineConfig, inputs: Tensor) -> float:
     """Share of integer multiply-accumulates among those that ONNX Runtime's own profile shows for one call."""
+    content = complete(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        session = _session(complete(folder), engine, profile=str(Path(scratch) / "profile"))
+        session = _session(content, engine, profile=str(Path(scratch) / "profile"))
         (given,) = session.get_inputs()
         session.run(None, {given.name: inputs.numpy()})
         events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = _kernel_sizes(content)
     macs: Counter[bool] = Counter()
     for event in events:
-        details = event.get("args", {})
-        if event["name"].endswith("_kernel_time") and details.get("op_name") in _WEIGHT_OF:
-            shapes = [[*entry.values()][0] for entry in details["input_type_shape"]]
-            (output,) = [[*entry.values()][0] for entry in details["output_type_shape"]][:1]
-            macs[details["op_name"] in _INTEGER] += _macs(details["op_name"], shapes, output)
-    return macs[True] / max(1, sum(macs.values()))
+        operator = event.get("args", {}).get("op_name")
+        if event["name"].endswith("_kernel_time") and operator in _FLOAT | _INTEGER:
+            (output,) = [math.prod(*entry.values()) for entry in event["args"]["output_type_shape"]][:1]
+            name = event["name"].removesuffix("_kernel_time").split("_token_")[0]
+            inner = kernels.get(name) or [*event["args"]["input_type_shape"][0].values()][0][-1]
+            macs[operator in _INTEGER] += output * inner
+    return macs[True] / max(1, macs.total())
 
 
-_WEIGHT_OF = {
-    "Conv": 1,
-    "FusedConv": 1,
-    "QLinearConv": 3,
-    "ConvInteger": 1,
-    "Gemm": 1,
-    "FusedGemm": 1,
-    "QGemm": 3,
-    "MatMul": 1,
-    "FusedMatMul": 1,
-    "QLinearMatMul": 3,
-    "MatMulInteger": 1,
-    "MatMulIntegerToFloat": 1,
-    "DynamicQuantizeMatMul": 1,
+_FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+_INTEGER = {
+    "QLinearConv",
+    "ConvInteger",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
 }
-"""The ops that multiply and accumulate, each with the index of its weight among the inputs."""
-_INTEGER = {op for op in _WEIGHT_OF if "Integer" in op or op.startswith(("Q", "Dynamic"))}
 
 
-def _macs(op: str, shapes: list[list[int]], output: list[int]) -> int:
-    if "Conv" in op:
-        return math.prod(output) * math.prod(shapes[_WEIGHT_OF[op]][1:])
-    return math.prod(output) * shapes[0][-1]
+def _kernel_sizes(content: onnx.ModelProto) -> dict[str, int]:
+    """Multiply-accumulates of one output element, by node: fused nodes keep the name, but show no packed weights."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in content.graph.initializer}
+    shapes |= {node.output[0]: shapes[node.input[0]] for node in content.graph.node if node.input[0] in shapes}
+    found = {}
+    for node in content.graph.node:
+        shape = shapes.get(node.input[1]) if len(node.input) > 1 else None
+        if shape and node.op_type in _FLOAT:
+            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            by_rows = transposed or "Conv" in node.op_type
+            found[node.name] = math.prod(shape[1:]) if by_rows else shape[-2]
+    return found
 
 
 def _session(content: onnx.ModelProto, engine: EngineConfig, profile: str | None = None) -> InferenceSession:
@@ -124,6 +160,8 @@ def _session(content: onnx.ModelProto, engine: EngineConfig, profile: str | None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = engine.threads
     options.log_severity_level = 3
+    # Its threads would spin for a while after a call, and slow down whatever else is measured in this process.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     try:

@@ -17,6 +17,7 @@ from qsweep.hub.simulate import in_dtype
 if TYPE_CHECKING:
     from qsweep.engines.base import EngineConfig, Runner
 
+
 def runner(folder: Path, engine: EngineConfig, *, compile: bool) -> Runner:
     """The artifact in PyTorch, called once so that everything lazy has happened."""
     torch.set_num_threads(engine.threads)

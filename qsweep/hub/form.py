@@ -138,4 +138,3 @@ def attributes(graph: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
             value = constant(graph, node)
             if value is not None:
                 yield str(node.target), value
-

@@ -70,7 +70,9 @@ def insert_observers(
             observed = graph.graph.call_module(observers[group], (value,))
         for user in [user for user in value.users if user is not observed and _reads_integers(user, value, wanted)]:
             user.replace_input_with(value, observed)
-    for node in [node for node in graph.graph.nodes if node.target in COMPUTE and constant(graph, node.args[1]) is not None]:
+    for node in [
+        node for node in graph.graph.nodes if node.target in COMPUTE and constant(graph, node.args[1]) is not None
+    ]:
         name = f"observe_{node.name}_weight"
         graph.add_submodule(name, weight())
         with graph.graph.inserting_before(node):
@@ -118,7 +120,9 @@ def convert(model: QuantizedModel) -> QuantizedModel:
     for node in graph.graph.nodes:
         if node.op == "call_module" and str(node.target).startswith("observe_"):
             (weights if constant(graph, node.args[0]) is not None else activations).append(node)
-    grids = _settled(graph, {node: cast(ActivationObserver, graph.get_submodule(str(node.target))).grid() for node in activations})
+    grids = _settled(
+        graph, {node: cast(ActivationObserver, graph.get_submodule(str(node.target))).grid() for node in activations}
+    )
     for node in activations:
         _convert_activation(graph, node, grids[node])
     for node in weights:
@@ -137,8 +141,11 @@ def _settled(graph: fx.GraphModule, grids: dict[fx.Node, Grid]) -> dict[fx.Node,
         source = cast(fx.Node, node.args[0])
         while source.target in RECTIFIERS:
             source = source.all_input_nodes[0]
-        given = [grids[argument]._replace(scale=moved.get(str(argument.target), grids[argument].scale))
-                 for argument in source.all_input_nodes if argument in grids]
+        given = [
+            grids[argument]._replace(scale=moved.get(str(argument.target), grids[argument].scale))
+            for argument in source.all_input_nodes
+            if argument in grids
+        ]
         if source.target in BINARY and len(given) == 2:
             moved[str(node.target)] = settle_sum(given[0], given[1], grid.scale, grid.zero_point)
         elif source.target in POOLS and len(given) == 1 and (count := _pool_size(source)):

@@ -80,7 +80,9 @@ def load_weights(folder: Path, packed: dict[str, Any]) -> dict[str, Tensor]:
     for name, (bits, shape) in packed.items():
         tensors[name] = unpack(tensors[name], bits, tuple(shape))
     scales = {name.removesuffix("_scale"): value for name, value in tensors.items() if name.endswith("_scale")}
-    return tensors | {f"{name}_zero_point": torch.zeros(len(scale), dtype=torch.int64) for name, scale in scales.items()}
+    return tensors | {
+        f"{name}_zero_point": torch.zeros(len(scale), dtype=torch.int64) for name, scale in scales.items()
+    }
 
 
 def _constants(folder: Path, packed: dict[str, Any]) -> torch.nn.Module:

@@ -23,7 +23,9 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 
-def settle_sum(left: tuple[float, int, int, int], right: tuple[float, int, int, int], scale: float, zero_point: int) -> float:
+def settle_sum(
+    left: tuple[float, int, int, int], right: tuple[float, int, int, int], scale: float, zero_point: int
+) -> float:
     """A scale close to `scale` for left + right, each (scale, zero_point, low, high), on which all orders agree."""
     a, b = np.meshgrid(np.arange(left[2], left[3] + 1), np.arange(right[2], right[3] + 1))
     a, b = a.ravel() - left[1], b.ravel() - right[1]

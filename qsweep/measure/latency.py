@@ -14,6 +14,8 @@ from qsweep.spec import Measure
 _WARM_UP_SECONDS = 0.2
 _WARM_UP_CALLS = 3
 _FEWEST_PAIRS = 10
+_TURN = 5
+_REST_SECONDS = 0.005
 _RESAMPLES = 1000
 
 Milliseconds = npt.NDArray[np.float64]
@@ -51,13 +53,19 @@ def _warm_up(run: Runner, inputs: Tensor) -> None:
 def _pairs(
     run: Runner, baseline: Runner | None, inputs: Tensor, settings: Measure
 ) -> tuple[Milliseconds, Milliseconds]:
-    times, others = [], []
+    """Times of both, taken in turns of a few calls, the first of each turn not counted.
+
+    Threads of one runtime spin for a while after a call and would slow the other's first one: it waits until they rest.
+    """
+    runs = [run] if baseline is None else [run, baseline]
+    times: list[list[float]] = [[], []]
     end = time.perf_counter() + settings.latency_seconds
-    while len(times) < settings.latency_pairs and (len(times) < _FEWEST_PAIRS or time.perf_counter() < end):
-        times.append(_call(run, inputs))
-        if baseline is not None:
-            others.append(_call(baseline, inputs))
-    return np.array(times), np.array(others)
+    while len(times[0]) < settings.latency_pairs and (len(times[0]) < _FEWEST_PAIRS or time.perf_counter() < end):
+        for each, found in zip(runs, times, strict=False):
+            time.sleep(_REST_SECONDS)
+            each(inputs)
+            found += [_call(each, inputs) for _ in range(_TURN)]
+    return np.array(times[0]), np.array(times[1])
 
 
 def _call(run: Runner, inputs: Tensor) -> float:

@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 else:
     Quantize = family(Quantization, __name__)
 
-__all__ = ["Quantize", "Quantization"]
+__all__ = ["Quantization", "Quantize"]

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import insert_observers
-from qsweep.quantize.base import Uniform
 from qsweep.quantize._observers import NearestWeight, RangeObserver
+from qsweep.quantize.base import Uniform
 from qsweep.stage import Context
 
 _BATCH = 128

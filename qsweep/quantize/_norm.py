@@ -110,4 +110,3 @@ def split_norms(graph: fx.GraphModule) -> None:
         graph.delete_submodule(str(node.target))
     graph.graph.eliminate_dead_code()
     graph.recompile()
-

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from toy_task import Toy
 
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TrackError
+from qsweep.records import Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
 from qsweep.study import SweepFolder
 from qsweep.track import publish, tracking_uri
@@ -251,7 +253,7 @@ def test_selectors_are_read_from_words() -> None:
 
 @pytest.fixture(scope="module")
 def published(swept: SweepFolder) -> SweepFolder:
-    def driver():  # type: ignore[no-untyped-def]
+    def driver() -> Generator[Record, None, bool]:
         yield from swept.records()
         return True
 
@@ -275,7 +277,7 @@ def test_a_promoted_trial_comes_back_by_its_alias(
         assert isinstance(loaded, LoadedModel)
         assert (loaded(inputs(3)) == load(made)(inputs(3))).all()
     version = MlflowClient(uri).get_model_version("digits", done.version)
-    run = MlflowClient(uri).get_run(version.run_id)
+    run = MlflowClient(uri).get_run(str(version.run_id))
     assert run.data.tags["qsweep.uid"] == version.tags["qsweep.uid"] == done.record.uid
     assert version.tags["qsweep.spec"] == published.spec().uid()
     assert version.tags["qsweep.front"] == "certain"

@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 
     from qsweep.study.search import Search
 
-PRELOAD = ("torch", "torchao.quantization.pt2e", "torch._inductor.compile_fx", "onnxruntime", "qsweep.jobs")
-"""What workers of `qsweep.jobs` need and what takes seconds to import."""
+PRELOAD = (
+    "torch",
+    "torchao.quantization.pt2e",
+    "torch._inductor.compile_fx",
+    "sympy.physics.units",  # Inductor's compilation
+    "onnxscript.function_libs.torch_lib",  # the export to ONNX
+    "qsweep.jobs",
+)
+"""What workers of `qsweep.jobs` need and what takes long to import. Not onnxruntime: its import starts a thread, and
+takes no time."""
 PATIENCE = 100
 """A sampler that proposes so many known or refused configs in a row has nothing new to offer."""
 

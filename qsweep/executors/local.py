@@ -108,7 +108,9 @@ class Local:
 
     def wait(self, seconds: float) -> None:
         """Return when a worker has ended, or after `seconds`."""
-        self.workers = [worker for worker in self.workers if worker._alive()]
+        before, self.workers = self.workers, [worker for worker in self.workers if worker._alive()]
+        if len(self.workers) < len(before):  # one has ended since the last call
+            return
         sentinels = [worker.process.sentinel for worker in self.workers if worker.process is not None]
         if len(sentinels) < len(self.workers):  # adopted ones have none
             seconds = min(seconds, 0.05)

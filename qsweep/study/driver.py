@@ -159,13 +159,19 @@ class Driver:
                 self.search.tell(trial, done, list(self.records.values()))
             else:
                 self.queue.append(pending)
-        while not self.stopping():
-            while self.pipeline.free > 0 and (pending_or_none := self._next()) is not None:
-                yield from self._admit(pending_or_none)
-            if not self.pipeline.active:
+        final: list[Record] = []
+        while True:
+            # Begin first, then hand on: what the consumer does with a record overlaps the next build.
+            while not self.stopping() and self.pipeline.free > 0 and (new := self._next()) is not None:
+                final += self._admit(new)
+            if not self.pipeline.measuring:  # nor does the consumer run while latency is measured
+                yield from final
+                final = []
+            if not self.pipeline.active or self.stopping():
+                yield from final
                 return
             for evaluation in self.pipeline.step(0.2):
-                yield from self._finish(evaluation)
+                final += self._finish(evaluation)
 
     def _next(self) -> Pending | None:
         """What to begin next: a baseline, a trial that an earlier driver began, a new trial."""

@@ -77,16 +77,28 @@ class Pipeline:
         if evaluation.worker is not None:
             evaluation.count(on=True)
         self.active.append(evaluation)
-        self._start_waiting()
+        self._continue(evaluation, alone=False)
+        self._give_way()
+
+    @property
+    def measuring(self) -> bool:
+        """Whether a job that must be alone runs now. None begins but in `step`."""
+        return any(e.worker is not None and e.worker.name in self.alone for e in self.active)
 
     def step(self, seconds: float) -> list[Evaluation]:
-        """Wait up to `seconds` for a worker to end; return the evaluations that are over. Raises DiskFull."""
+        """Begin what waits, wait up to `seconds` for a worker to end, return the evaluations that are over.
+
+        Raises DiskFull.
+        """
+        for evaluation in self.active:
+            self._continue(evaluation, alone=not self.measuring)
+        self._give_way()
         self.executor.wait(seconds)
         for evaluation in self.active:
             self._advance(evaluation)
         over = [e for e in self.active if e.worker is None and (e.failure or e.job is None)]
         self.active = [e for e in self.active if e not in over]
-        self._start_waiting()
+        self._give_way()
         return over
 
     def _advance(self, evaluation: Evaluation) -> None:
@@ -135,18 +147,14 @@ class Pipeline:
         evaluation.results.pop(job, None)
         (evaluation.folder / f"{job}.json").unlink(missing_ok=True)
 
-    def _start_waiting(self) -> None:
-        for evaluation in self.active:
-            if evaluation.worker is None and evaluation.failure is None:
-                evaluation.collect()
-                self._judge(evaluation)
-                self._start(evaluation)
-        self._give_way()
-
-    def _start(self, evaluation: Evaluation) -> None:
+    def _continue(self, evaluation: Evaluation, alone: bool) -> None:
+        """Start its next job if it has no worker; one that must be alone only where `alone` says so."""
+        if evaluation.worker is not None or evaluation.failure is not None:
+            return
+        evaluation.collect()
+        self._judge(evaluation)
         job = evaluation.job
-        alone = any(e.worker is not None and e.worker.name in self.alone for e in self.active)
-        if job is None or evaluation.failure is not None or (job in self.alone and alone):
+        if job is None or evaluation.failure is not None or (job in self.alone and not alone):
             return
         content = {**evaluation.content, "attempt": evaluation.attempts}
         write_atomically(evaluation.folder / "job.json", json.dumps(content, indent=1))
@@ -156,7 +164,7 @@ class Pipeline:
     def _give_way(self) -> None:
         """Pause all others while a job that must be alone runs; let them go on after it."""
         working = [e for e in self.active if e.worker is not None]
-        busy = any(e.worker is not None and e.worker.name in self.alone for e in working)
+        busy = self.measuring
         for evaluation in working:
             worker = evaluation.worker
             assert worker is not None

@@ -2,18 +2,19 @@
 
 Values between a dequantize and the next quantize are never float here: an accumulator with its step, or a sum of two
 integer tensors, waits until the quantize op says onto which grid it goes. Accumulators are float64 tensors, in which
-every integer below 2^53 is exact; a layer whose sums could leave int32 is refused.
+every integer below 2^53 is exact. Average pools whose windows differ in size average in float, as runtimes do, and are
+the only op that is not exact.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from qsweep.errors import Refused
 from qsweep.hub.form import (
     BINARY,
     COMPUTE,
@@ -23,8 +24,13 @@ from qsweep.hub.form import (
     QUANTIZE,
     RECTIFIERS,
     SAME_GRID,
+    arguments,
     aten,
+    pool_count,
 )
+
+if TYPE_CHECKING:
+    from qsweep.engines.base import Runner
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,29 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """What rectifiers set: values stay between `low` and `high`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def within(self, low: float, high: float) -> Bounds:
+        return Bounds(max(self.low, low), min(self.high, high))
+
+
+@dataclass(frozen=True)
 class Accumulator:
-    """Exact sums; value = sum * step, step per channel. `low`, `high`: bounds that a rectifier set."""
+    """Exact sums (B, C, ...); value = sum * step, step () or (C,)."""
 
     sums: Tensor
     step: Tensor
     count: int = 1
     """Sums of a pool are over this many elements: their step is divided by it on the way out."""
-    low: float | None = None
-    high: float | None = None
+    bounds: Bounds = Bounds()
 
     def real(self) -> Tensor:
-        return _rectified(self.sums.float() * _channels(self.step / self.count, self.sums), self)
+        values = self.sums.float() * _channels(self.step / self.count, self.sums)
+        return values.clamp(self.bounds.low, self.bounds.high)
 
     def onto(self, scale: Tensor) -> Tensor:
         multiplier = self.step / (scale * self.count) if self.count > 1 else self.step / scale
@@ -72,26 +89,19 @@ class Sum:
 
     left: Integers
     right: Integers
-    low: float | None = None
-    high: float | None = None
+    bounds: Bounds = Bounds()
 
     def real(self) -> Tensor:
-        return _rectified(self.left.real() + self.right.real(), self)
+        return (self.left.real() + self.right.real()).clamp(self.bounds.low, self.bounds.high)
 
     def onto(self, scale: Tensor) -> Tensor:
         left = (self.left.q - self.left.zero_point).float() * (self.left.scale / scale)
         return left + (self.right.q - self.right.zero_point).float() * (self.right.scale / scale)
 
 
-def _rectified(values: Tensor, bounds: Accumulator | Sum) -> Tensor:
-    if bounds.low is None and bounds.high is None:
-        return values
-    return values.clamp(bounds.low, bounds.high)
-
-
 def _channels(step: Tensor, sums: Tensor) -> Tensor:
-    """(C,) as it broadcasts over (B, C, ...) or, for linears, (..., C)."""
-    return step if step.dim() == 0 or sums.dim() == 2 else step.reshape(-1, *[1] * (sums.dim() - 2))
+    """(C,) as it broadcasts over (B, C, ...)."""
+    return step if step.dim() == 0 else step.reshape(-1, *[1] * (sums.dim() - 2))
 
 
 class IntegerInterpreter(fx.Interpreter):
@@ -99,11 +109,11 @@ class IntegerInterpreter(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
+        self.keep = False
         self.tensors: dict[str, Tensor] = {}
         """int8 results of the last call, by node name, when `keep` is set."""
-        self.keep = False
-        self.integer_macs = 0
-        self.macs = 0
+        self.macs = self.integer_macs = 0
+        """Multiply-accumulates of the last call, and those of them on integers."""
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -114,12 +124,13 @@ class IntegerInterpreter(fx.Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        value = self._call(n.target, args, kwargs)
+        value = self._call(n, args, kwargs)
         if self.keep and n.target is QUANTIZE:
             self.tensors[n.name] = value.q.to(torch.int8)
         return value
 
-    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target: Any = node.target
         given = args[0]
         if target is QUANTIZE:
             return quantize(*args[:5])
@@ -132,9 +143,9 @@ class IntegerInterpreter(fx.Interpreter):
         if target in BINARY and isinstance(given, Integers) and isinstance(args[1], Integers) and not kwargs:
             return Sum(given, args[1])
         if target in RECTIFIERS and isinstance(given, Accumulator | Sum):
-            return replace(given, **_bounds(target, args))
+            return replace(given, bounds=given.bounds.within(*_bounds(node)))
         if target in POOLS and isinstance(given, Integers):
-            return _pool(target, given, args, kwargs)
+            return _pool(node, given, args, kwargs)
         if target in SAME_GRID and any(isinstance(item, Integers) for item in _flat(given)):
             return _move(target, args, kwargs)
         return target(*(_real(argument) for argument in args), **kwargs)
@@ -150,8 +161,6 @@ class IntegerInterpreter(fx.Interpreter):
         sums = target(given.q - given.zero_point, weight.q, None, *args[3:], **kwargs)
         if bias is not None:
             sums = sums + _channels((bias / step).round().double(), sums)
-        if int(sums.abs().max()) >= 2**31:
-            raise Refused("a sum leaves the int32 accumulator")
         self._count(sums, weight.q, integer=True)
         return Accumulator(sums, step)
 
@@ -164,34 +173,38 @@ class IntegerInterpreter(fx.Interpreter):
 def quantize(values: Any, scale: float, zero_point: int, low: int, high: int) -> Integers:
     """Onto the grid: a float tensor by `x * (1/s)`, an accumulator or a sum by its multiplier; half to even."""
     s = torch.tensor(scale, dtype=torch.float32)
-    bottom, top = low - zero_point, high - zero_point
     if isinstance(values, Integers):  # moved by an op that keeps the grid
         values = values.real()
     if isinstance(values, Tensor):
         return Integers(((values * (1 / s)).round() + zero_point).clamp(low, high).double(), s, zero_point)
-    scaled = values.onto(s)
-    if values.low is not None:
-        bottom = max(bottom, round(values.low / scale))
-    if values.high is not None:
-        top = min(top, round(values.high / scale))
-    return Integers(scaled.clamp(bottom, top).round().double() + zero_point, s, zero_point)
+    bottom, top = low - zero_point, high - zero_point
+    if values.bounds.low > -math.inf:
+        bottom = max(bottom, round(values.bounds.low / scale))
+    if values.bounds.high < math.inf:
+        top = min(top, round(values.bounds.high / scale))
+    return Integers(values.onto(s).clamp(bottom, top).round().double() + zero_point, s, zero_point)
 
 
-def _bounds(target: Any, args: tuple[Any, ...]) -> dict[str, float]:
-    if target in (aten.relu.default, aten.relu_.default):
-        return {"low": 0.0}
-    if target is aten.relu6.default:
-        return {"low": 0.0, "high": 6.0}
-    low, high = (*args[1:], *(-1.0, 1.0)[len(args) - 1 :])[:2]
-    return {"low": low, "high": high}
+def _bounds(node: fx.Node) -> tuple[float, float]:
+    if node.target is aten.hardtanh.default:
+        given = arguments(node)
+        return float(given["min_val"]), float(given["max_val"])
+    return 0.0, 6.0 if node.target is aten.relu6.default else math.inf
 
 
-def _pool(target: Any, given: Integers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    centred = given.q - given.zero_point
-    if target is aten.adaptive_avg_pool2d.default and list(args[1]) == [1, 1]:
-        count = centred.shape[-1] * centred.shape[-2]
+def _pool(node: fx.Node, given: Integers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    centred, target = given.q - given.zero_point, cast(Any, node.target)
+    count = pool_count(node, *centred.shape[-2:])
+    if count is None:
+        return target(given.real(), *args[1:], **kwargs)
+    if target is aten.adaptive_avg_pool2d.default:
         return Accumulator(centred.sum((-2, -1), keepdim=True), given.scale, count)
-    return target(given.real(), *args[1:], **kwargs)
+    options = arguments(node)
+    sums = target(centred, *[options[name] for name in _WINDOW], divisor_override=1)
+    return Accumulator(sums, given.scale, count)
+
+
+_WINDOW = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
 
 
 def _move(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Integers:
@@ -219,7 +232,8 @@ def _real(value: Any) -> Any:
     return value.real() if isinstance(value, Integers | Accumulator | Sum) else value
 
 
-def integer_macs(runner: IntegerInterpreter, inputs: Tensor) -> float:
-    """Share of integer multiply-accumulates in one call."""
+def integer_macs(runner: Runner, inputs: Tensor) -> float:
+    """Share of integer multiply-accumulates in one call of an IntegerInterpreter."""
+    assert isinstance(runner, IntegerInterpreter)
     runner(inputs)
     return runner.integer_macs / max(1, runner.macs)

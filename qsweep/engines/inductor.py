@@ -36,8 +36,10 @@ class Inductor(EngineConfig):
         return [*super().baselines(), {"target": eager}, {"compress": bf16, "target": eager}]
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
+        from qsweep.engines._accumulators import check_accumulators
         from qsweep.hub.save import save
 
+        check_accumulators(model)
         save(model, folder)
 
     def load(self, folder: Path) -> Runner:

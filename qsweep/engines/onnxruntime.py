@@ -24,8 +24,10 @@ class OnnxRuntime(EngineConfig):
         return None
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
+        from qsweep.engines._accumulators import check_accumulators
         from qsweep.engines._onnx import lower
 
+        check_accumulators(model)
         lower(model, folder, store)
 
     def load(self, folder: Path) -> Runner:

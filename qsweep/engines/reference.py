@@ -24,8 +24,10 @@ class Reference(EngineConfig):
         return None
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
+        from qsweep.engines._accumulators import check_accumulators
         from qsweep.hub.save import save
 
+        check_accumulators(model)
         save(model, folder)
 
     def load(self, folder: Path) -> Runner:

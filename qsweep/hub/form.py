@@ -7,9 +7,9 @@ An ATen graph of the model in inference form, batch norm folded, in which `quant
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
@@ -27,7 +27,7 @@ CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default}
 LINEARS = {aten.linear.default}
 COMPUTE = CONVOLUTIONS | LINEARS
 """Ops that multiply activations (argument 0) by a weight (argument 1) and add a bias (argument 2)."""
-BINARY = {aten.add.Tensor, aten.add_.Tensor}
+BINARY = {aten.add.Tensor}
 POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default}
 SAME_GRID = {
     aten.max_pool2d.default,
@@ -40,13 +40,21 @@ SAME_GRID = {
     aten.transpose.int,
     aten.contiguous.default,
     aten.clone.default,
-    aten.dropout.default,
     aten.squeeze.dim,
     aten.unsqueeze.default,
     aten.cat.default,
 }
-"""Ops that only move or select values: their output stays on the grid of their input."""
-RECTIFIERS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
+"""Ops that only move or select values, see `keeps_grid`."""
+RECTIFIERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default}
+
+
+class Grid(NamedTuple):
+    """Real value = (integer - zero_point) * scale, integer from low to high."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
 
 
 @dataclass(frozen=True)
@@ -83,28 +91,73 @@ class QuantizedModel:
         """Its convolutions and linears, in order of execution."""
         with torch.no_grad():
             ShapeProp(self.graph).propagate(self.example)
-        nodes = [node for node in self.graph.graph.nodes if node.target in COMPUTE]
+        nodes = [node for node in nodes_of(self.graph, COMPUTE) if constant(self.graph, node.args[1]) is not None]
         return [self._layer(node, node.meta["tensor_meta"].shape) for node in nodes]
 
     def _layer(self, node: fx.Node, shape: torch.Size) -> Layer:
-        weight, source = constant(self.graph, node.args[1]), node.args[1]
-        float_bits = 8 * self.dtype.itemsize
-        weight_bits, input_bits = float_bits, float_bits
-        if isinstance(source, fx.Node) and source.target is DEQUANTIZE_WEIGHT:
-            weight_bits = (int(source.args[5]) + 1).bit_length()  # type: ignore[arg-type]
-            source = source.args[0]
-        given = node.args[0]
-        if isinstance(given, fx.Node) and given.target is DEQUANTIZE:
-            input_bits = (int(given.args[4]) - int(given.args[3])).bit_length()  # type: ignore[arg-type]
-        assert weight is not None and isinstance(source, fx.Node)
+        given, stored = source(node), source(node, 1)
+        weight_bits = input_bits = 8 * self.dtype.itemsize
+        if stored.target is DEQUANTIZE_WEIGHT:
+            weight_bits = weight_bits_of(stored)
+            stored = source(stored)
+        if given.target is DEQUANTIZE:
+            grid = grid_of(given)
+            input_bits = (grid.high - grid.low).bit_length()
+        weight = constant(self.graph, stored)
+        assert weight is not None
         macs = shape.numel() // shape[0] * weight[0].numel()
-        return Layer(node, str(source.target), macs, weight, weight_bits, input_bits)
+        return Layer(node, str(stored.target), macs, weight, weight_bits, input_bits)
+
+
+def nodes_of(graph: fx.GraphModule, targets: Collection[Any]) -> list[fx.Node]:
+    """The nodes that call one of `targets`, in order of execution."""
+    return [node for node in graph.graph.nodes if node.target in targets]
+
+
+def source(node: fx.Node, index: int = 0) -> fx.Node:
+    """The node that gives `node` its argument `index`."""
+    return cast(fx.Node, node.args[index])
+
+
+def grid_of(node: fx.Node) -> Grid:
+    """The grid of a quantize or dequantize node of activations."""
+    return Grid(*cast(tuple[float, int, int, int], node.args[1:5]))
+
+
+def weight_bits_of(node: fx.Node) -> int:
+    """Bit width of the integers behind a weight's dequantize node: levels go from 1 - 2^(bits-1) to 2^(bits-1) - 1."""
+    return (cast(int, node.args[5]) + 1).bit_length()
+
+
+def keeps_grid(node: fx.Node) -> bool:
+    """Whether the output of `node` stays on the grid of its inputs, which must all be on one."""
+    if node.target is aten.pad.default:
+        given = arguments(node)
+        return given["mode"] == "constant" and not given["value"]
+    return node.target in SAME_GRID
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by the names of its op's schema, defaults filled in."""
+    schema = cast(torch._ops.OpOverload, node.target)._schema
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    return {argument.name: argument.default_value for argument in schema.arguments} | given
+
+
+def pool_count(node: fx.Node, height: int, width: int) -> int | None:
+    """Elements that each output of a pool over (B, C, height, width) averages; None where their number differs."""
+    given = arguments(node)
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return height * width if list(given["output_size"]) == [1, 1] else None
+    uneven = given["ceil_mode"] or (any(given["padding"] or [0]) and not given["count_include_pad"])
+    down, across = (*given["kernel_size"], *given["kernel_size"])[:2]
+    return None if uneven or given["divisor_override"] is not None else int(down * across)
 
 
 def constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
     """The constant behind `node`: that of a get_attr, or the integers behind a weight's dequantize; else None."""
     if isinstance(node, fx.Node) and node.target is DEQUANTIZE_WEIGHT:
-        node = node.args[0]
+        node = source(node)
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     value: Any = graph

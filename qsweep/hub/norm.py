@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import COMPUTE, aten, constant, set_constant
+from qsweep.hub.form import COMPUTE, arguments, aten, constant, nodes_of, set_constant, source
 
 
 def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
@@ -13,9 +13,9 @@ def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
 
     w' = w * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta (Jacob et al. 2018, section 3.2).
     """
-    for norm in [node for node in graph.graph.nodes if node.target is aten.batch_norm.default]:
-        compute = norm.args[0]
-        if compute.target in COMPUTE and len(compute.users) == 1:
+    for norm in nodes_of(graph, {aten.batch_norm.default}):
+        compute = source(norm)
+        if joins(compute):
             weight, bias = folded(graph, compute, norm)
             replace_weight(graph, compute, weight, bias)
             norm.replace_all_uses_with(compute)
@@ -31,7 +31,7 @@ def folded(graph: fx.GraphModule, compute: fx.Node, norm: fx.Node) -> tuple[Tens
     weight = constant(graph, compute.args[1])
     bias = constant(graph, compute.args[2]) if len(compute.args) > 2 else None
     assert weight is not None and mean is not None and var is not None
-    factor = (var.double() + norm.args[7]).rsqrt()
+    factor = (var.double() + arguments(norm)["eps"]).rsqrt()
     if gamma is not None:
         factor = factor * gamma.double()
     shift = ((bias.double() if bias is not None else 0) - mean.double()) * factor
@@ -41,14 +41,27 @@ def folded(graph: fx.GraphModule, compute: fx.Node, norm: fx.Node) -> tuple[Tens
     return scaled.float(), shift.float()
 
 
+def joins(compute: fx.Node) -> bool:
+    """Whether a batch norm after `compute` can be folded into it: it alone reads the result."""
+    return compute.target in COMPUTE and len(compute.users) == 1
+
+
 def replace_weight(graph: fx.GraphModule, compute: fx.Node, weight: Tensor, bias: Tensor) -> None:
     """Give `compute` its own constants, so that a layer that shared them keeps what it had."""
-    source = compute.args[1]
-    assert isinstance(source, fx.Node)
-    base = str(source.target).removesuffix(".weight")
-    name = base if len(source.users) == 1 else f"{base}_{compute.name}"
+    name = own_name(graph, str(source(compute, 1).target), compute)
+    bias_name = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"
+    bias_name = own_name(graph, bias_name, compute)
     with graph.graph.inserting_before(compute):
-        set_constant(graph, f"{name}.weight", weight, trainable=True)
-        set_constant(graph, f"{name}.bias", bias, trainable=True)
-        new = graph.graph.get_attr(f"{name}.weight"), graph.graph.get_attr(f"{name}.bias")
-    compute.args = (compute.args[0], *new, *compute.args[3:])
+        set_constant(graph, name, weight, trainable=True)
+        set_constant(graph, bias_name, bias, trainable=True)
+        new = graph.graph.get_attr(name), graph.graph.get_attr(bias_name)
+    compute.args = (source(compute), *new, *compute.args[3:])
+
+
+def own_name(graph: fx.GraphModule, name: str, compute: fx.Node) -> str:
+    """`name` if `compute` alone reads it (through an observer, if there is one), else one made for `compute`."""
+    constants = [node for node in graph.graph.nodes if node.op == "get_attr" and node.target == name]
+    direct = {user for node in constants for user in node.users}
+    observers = {user for user in direct if user.op == "call_module" and str(user.target).startswith("observe_")}
+    readers = (direct - observers) | {reader for observer in observers for reader in observer.users}
+    return name if readers <= {compute} else f"{name}_{compute.name}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:
-    """int8 values in [-2^(bits-1), 2^(bits-1) - 1], any shape, as uint8 of ceil(n * bits / 8) bytes, lowest bit first."""
+    """int8 values in [-2^(bits-1), 2^(bits-1) - 1], any shape, as ceil(n * bits / 8) bytes, low bits first."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if integers.numel() and (int(integers.min()) < low or int(integers.max()) > high):
         raise ValueError(f"values must lie in [{low}, {high}] for {bits} bits")

@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from qsweep.errors import BundleError
-from qsweep.hub.form import DEQUANTIZE_WEIGHT, QuantizedModel, attributes, set_constant
+from qsweep.hub.form import (
+    DEQUANTIZE_WEIGHT,
+    QuantizedModel,
+    attributes,
+    nodes_of,
+    set_constant,
+    source,
+    weight_bits_of,
+)
 from qsweep.hub.packing import pack, unpack
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
@@ -94,11 +102,7 @@ def _constants(folder: Path, packed: dict[str, Any]) -> torch.nn.Module:
 
 def _bits(graph: fx.GraphModule) -> dict[str, int]:
     """Bit width of the integer weights, by name."""
-    found = {}
-    for node in graph.graph.nodes:
-        if node.target is DEQUANTIZE_WEIGHT:
-            found[str(node.args[0].target)] = (int(node.args[5]) + 1).bit_length()
-    return found
+    return {str(source(node).target): weight_bits_of(node) for node in nodes_of(graph, {DEQUANTIZE_WEIGHT})}
 
 
 def _node(node: fx.Node, names: dict[fx.Node, str]) -> list[Any]:

@@ -1,13 +1,15 @@
 """Grids on which every runtime rounds alike.
 
-A sum of two 8-bit tensors, or a mean of one, is rounded from a handful of float32 operations, and runtimes differ in their
-order and in whether they fuse multiply and add. On a value close to half way between two levels that decides the
+A sum of two 8-bit tensors, or a mean of one, is rounded from a handful of float32 operations, and runtimes differ in
+their order and in whether they fuse multiply and add. On a value close to half way between two levels that decides the
 result: one pair of inputs in 65,536 was seen to differ between the contract and ONNX Runtime, and one flip spreads over
 the rest of the network. The inputs are few enough to look at all of them, so the output's scale is moved, by some
 millionths, to where all orders agree on every input.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +29,14 @@ def settle_sum(
     left: tuple[float, int, int, int], right: tuple[float, int, int, int], scale: float, zero_point: int
 ) -> float:
     """A scale close to `scale` for left + right, each (scale, zero_point, low, high), on which all orders agree."""
-    a, b = np.meshgrid(np.arange(left[2], left[3] + 1), np.arange(right[2], right[3] + 1))
-    a, b = a.ravel() - left[1], b.ravel() - right[1]
+    levels = np.meshgrid(np.arange(left[2], left[3] + 1), np.arange(right[2], right[3] + 1))
+    a, b = (level.ravel() - zero for level, zero in zip(levels, (left[1], right[1]), strict=True))
 
     def agree(candidate: np.float32) -> bool:
         ra, rb = np.float32(left[0]) / candidate, np.float32(right[0]) / candidate
         exact = a * np.float64(ra) + b * np.float64(rb)
         near = _near_tie(exact)
-        return _all_equal(_sums(a[near], b[near], ra, rb, left, right, zero_point), zero_point)
+        return _all_equal(_sums(a[near], b[near], ra, rb, left, right, zero_point))
 
     return _settle(scale, agree)
 
@@ -49,13 +51,12 @@ def settle_mean(scale_in: float, low: int, high: int, count: int, scale: float) 
         near = sums[_near_tie(sums * np.float64(multipliers[0]))].astype(np.float32)
         results = [near * multiplier for multiplier in multipliers]
         results += [(near * step) / np.float32(count) / candidate, (near * step / np.float32(count)) * (1 / candidate)]
-        return _all_equal(results, 0)
+        return _all_equal(results)
 
     return _settle(scale, agree)
 
 
-def _settle(scale: float, agree: object) -> float:
-    assert callable(agree)
+def _settle(scale: float, agree: Callable[[np.float32], bool]) -> float:
     candidate = np.float32(scale)
     for _ in range(_TRIES):
         if agree(candidate):
@@ -85,7 +86,7 @@ def _sums(
     for offset in (0, 128):
         za, zb, zc = (np.float32(z + offset) for z in (left[1], right[1], zero_point))
         xs, ys = x + za, y + zb
-        for fixed in (zc - (ra * za + rb * zb), _fused(-za, ra, _fused(-zb, rb, zc)).astype(np.float32)):
+        for fixed in (zc - (ra * za + rb * zb), np.float32(_fused(-za, ra, _fused(-zb, rb, zc)))):
             ways += [way - zc for way in (xs * ra + fixed + ys * rb, _fused(ys, rb, _fused(xs, ra, fixed)))]
             ways += [way - zc for way in (ys * rb + fixed + xs * ra, _fused(xs, ra, _fused(ys, rb, fixed)))]
             ways.append(xs * ra + ys * rb + fixed - zc)
@@ -96,9 +97,10 @@ def _sums(
 
 
 def _fused(x: F32 | np.float32, ratio: np.float32, addend: F32 | np.float32) -> F32:
-    return (np.float64(x) * np.float64(ratio) + np.float64(addend)).astype(np.float32)  # type: ignore[no-any-return]
+    wide = np.asarray(x, np.float64) * np.float64(ratio) + np.asarray(addend, np.float64)
+    return np.asarray(wide, np.float32)
 
 
-def _all_equal(ways: list[F32 | F64], zero_point: int) -> bool:
+def _all_equal(ways: list[F32 | F64]) -> bool:
     rounded = [np.rint(way) for way in ways]
     return all(np.array_equal(rounded[0], other) for other in rounded[1:])

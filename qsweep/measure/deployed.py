@@ -15,7 +15,7 @@ def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, count: i
     """(N, ...) outputs for the first `count` samples of `split`, batches filled up to the artifact's size."""
     stored = task.samples(split).inputs[:count]
     parts = []
-    for part in stored.split(batch_size):
+    for part in torch.split(stored, batch_size):
         batch = task.transform(part).to(torch.float32)
         missing = batch_size - len(batch)
         if missing:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsweep.hub.insert import Grid
+from qsweep.hub.form import Grid
 from qsweep.quantize.base import Scheme
 
 
 def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonnegative: bool) -> Grid:
     """The grid of `bits` bits, in int8, that covers [low, high] and has 0 on it.
 
-    symmetric: zero point in the middle, or at the lower end for a `nonnegative` tensor; asymmetric: fitted. A range that
-    holds nothing but 0 gets scale 1.
+    symmetric: zero point in the middle, or at the lower end for a `nonnegative` tensor; asymmetric: fitted. A range
+    that holds nothing but 0 gets scale 1.
     """
     bottom, top = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     low, high = min(low, 0.0), max(high, 0.0)

@@ -47,7 +47,7 @@ def calibration_inputs(count: int, context: Context) -> Tensor:
 @torch.no_grad()
 def observe(graph: fx.GraphModule, inputs: Tensor) -> None:
     """Run `inputs` (N, ...) through `graph` in batches."""
-    for batch in inputs.split(_BATCH):
+    for batch in torch.split(inputs, _BATCH):
         graph(batch)
 
 

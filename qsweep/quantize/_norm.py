@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qsweep.hub.form import COMPUTE, aten, constant
-from qsweep.hub.norm import replace_weight
+from qsweep.hub.form import arguments, aten, constant, nodes_of, source
+from qsweep.hub.norm import joins, replace_weight
 
 
 class FoldedNorm(nn.Module):
@@ -49,14 +49,15 @@ class FoldedNorm(nn.Module):
 
     def folded(
         self,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         gamma: Tensor | None,
         beta: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Weight and bias with the running statistics folded in, by the same arithmetic as in training."""
+        assert weight is not None and mean is not None and var is not None
         factor = self._factor(gamma, var)
         shift = (bias - mean if bias is not None else -mean) * factor
         return weight * factor.reshape(-1, *[1] * (weight.dim() - 1)), shift if beta is None else shift + beta
@@ -67,20 +68,20 @@ class FoldedNorm(nn.Module):
 
 
 def join_norms(graph: fx.GraphModule) -> None:
-    """Replace each convolution or linear (its weight observed) and the batch norm after it by a FoldedNorm, in place."""
-    for norm in [node for node in graph.graph.nodes if node.target is aten.batch_norm.default]:
-        compute = norm.args[0]
-        if compute.target not in COMPUTE or len(compute.users) != 1:
+    """Replace each convolution or linear (its weight observed) and the batch norm after it by a FoldedNorm."""
+    for norm in nodes_of(graph, {aten.batch_norm.default}):
+        compute = source(norm)
+        if not joins(compute):
             continue
-        observed = compute.args[1]
-        bias, *settings = (*compute.args[2:], None)[: max(1, len(compute.args) - 2)]
-        module = FoldedNorm(
-            compute.target, tuple(settings), norm.args[7], norm.args[6], graph.get_submodule(str(observed.target))
-        )
+        observed, settings = source(compute, 1), arguments(norm)
+        bias, *rest = compute.args[2:] or (None,)
+        quantizer = graph.get_submodule(str(observed.target))
         name = f"folded_{compute.name}"
-        graph.add_submodule(name, module)
+        graph.add_submodule(
+            name, FoldedNorm(compute.target, tuple(rest), settings["eps"], settings["momentum"], quantizer)
+        )
         with graph.graph.inserting_before(norm):
-            joined = graph.graph.call_module(name, (compute.args[0], observed.args[0], bias, *norm.args[1:5]))
+            joined = graph.graph.call_module(name, (source(compute), source(observed), bias, *norm.args[1:5]))
         norm.replace_all_uses_with(joined)
         for node in (norm, compute, observed):
             graph.graph.erase_node(node)
@@ -94,19 +95,18 @@ def split_norms(graph: fx.GraphModule) -> None:
         module = graph.get_submodule(str(node.target))
         if not isinstance(module, FoldedNorm):
             continue
-        inputs, weight, *others = node.args
-        with graph.graph.inserting_before(node):
-            compute = graph.graph.call_function(module.op, (inputs, weight, None, *module.settings))
         with torch.no_grad():
-            folded = module.folded(*(constant(graph, argument) for argument in (weight, *others)))  # type: ignore[arg-type]
-        replace_weight(graph, compute, *folded)
-        name = f"observe_{node.name}_weight"
-        graph.add_submodule(name, module.quantizer)
-        with graph.graph.inserting_before(compute):
-            observed = graph.graph.call_module(name, (compute.args[1],))
-        compute.args = (compute.args[0], observed, *compute.args[2:])
+            weight, bias = module.folded(*(constant(graph, argument) for argument in node.args[1:]))
+        with graph.graph.inserting_before(node):
+            compute = graph.graph.call_function(module.op, (*node.args[:2], None, *module.settings))
         node.replace_all_uses_with(compute)
         graph.graph.erase_node(node)
         graph.delete_submodule(str(node.target))
+        replace_weight(graph, compute, weight, bias)
+        name = f"observe_{compute.name}_weight"
+        graph.add_submodule(name, module.quantizer)
+        with graph.graph.inserting_before(compute):
+            observed = graph.graph.call_module(name, (source(compute, 1),))
+        compute.update_arg(1, observed)
     graph.graph.eliminate_dead_code()
     graph.recompile()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qsweep.errors import NotFinite
-from qsweep.hub.insert import Grid
+from qsweep.hub.form import Grid
 from qsweep.quantize._arithmetic import activation_grid, quantize_weight, weight_scale
 from qsweep.quantize.base import Uniform
 
@@ -66,7 +66,7 @@ class RangeFakeQuantize(RangeObserver):
 
 
 class NearestWeight(nn.Module):
-    """Weights to the nearest level of their channel: once enabled in a training graph, and when a graph is converted."""
+    """Weights to the nearest level of their channel: in training once enabled, and when a graph is converted."""
 
     enabled = False
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
+from qsweep.hub.convert import convert
 from qsweep.hub.export import example_of, export
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.insert import convert, insert_observers
+from qsweep.hub.insert import insert_observers
 from qsweep.hub.save import load, save
 from qsweep.quantize._calibrate import calibration_inputs, observe
 from qsweep.quantize._norm import join_norms, split_norms

@@ -20,7 +20,7 @@ class PTQ(Uniform):
     method: Literal["ptq"] = "ptq"
 
     def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
-        from qsweep.hub.insert import convert
+        from qsweep.hub.convert import convert
         from qsweep.quantize._calibrate import calibrated
 
         return convert(calibrated(self, model, context))

@@ -1,0 +1,232 @@
+"""The hub form as an ONNX QDQ graph.
+
+The structure of a graph is exported once by `torch.onnx` (seconds) and kept; a model of the same structure only fills
+in its grids (milliseconds).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qsweep.errors import Refused
+from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, attributes, grid_of, nodes_of
+from qsweep.hub.save import structure
+
+if TYPE_CHECKING:
+    import onnx
+
+    from qsweep.store import Store
+
+_FILE = "model.onnx"
+
+
+def without_weights(model: QuantizedModel, store: Store) -> onnx.ModelProto:
+    """The graph of `model` with its grids; the weights are inputs of nodes that nothing gives yet."""
+    content = _skeleton(model, store)
+    _fill(content, [grid_of(node) for node in nodes_of(model.graph, {QUANTIZE})])
+    names = {name for name, _ in attributes(model.graph)}
+    inline = [tensor for tensor in content.graph.initializer if tensor.name not in names]
+    del content.graph.initializer[:]
+    content.graph.initializer.extend(inline)
+    _drop_unused(content)
+    _drop_notes(content)
+    return content
+
+
+def add_weights(content: onnx.ModelProto, weights: dict[str, Tensor]) -> None:
+    """Give `content` its weights, in place: standard ONNX that needs nothing beside it."""
+    from onnx import numpy_helper
+
+    read = {name for node in content.graph.node for name in node.input}
+    for name, value in weights.items():
+        if name in read:
+            content.graph.initializer.append(numpy_helper.from_array(value.numpy(), name))
+    _zero_points(content, weights)
+    _integer_biases(content, weights)
+
+
+def _zero_points(content: onnx.ModelProto, weights: dict[str, Tensor]) -> None:
+    """Zero points, all 0, of integer weights: a Gemm whose weights have none stays float."""
+    for node in content.graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 2 and node.input[0] in weights:
+            zeros = np.zeros(len(weights[node.input[1]]), np.int8)
+            node.input.append(_add(content, f"{node.input[0]}.zero_point", zeros))
+
+
+def _integer_biases(content: onnx.ModelProto, weights: dict[str, Tensor]) -> None:
+    """Biases as int32 with the accumulator's step, which they are multiples of: without it a Gemm stays float."""
+    from onnx import helper, numpy_helper
+
+    producers = {node.output[0]: node for node in content.graph.node}
+    constants = {tensor.name: tensor for tensor in content.graph.initializer}
+    nodes = []
+    for node in content.graph.node:
+        sources = [producers.get(name) for name in node.input[:2]]
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and all(_dequantizes(source) for source in sources):
+            given, weight = (source.input[1] for source in sources if source is not None)
+            step = torch.from_numpy(numpy_helper.to_array(constants[given]).copy()) * weights[weight]
+            name = f"{node.input[2]}.integer"
+            parts = (weights[node.input[2]] / step).round().to(torch.int32), step
+            for suffix, value in zip(("", ".step"), parts, strict=True):
+                content.graph.initializer.append(numpy_helper.from_array(value.numpy(), f"{name}{suffix}"))
+            output = f"{name}.real"
+            nodes.append(helper.make_node("DequantizeLinear", [name, f"{name}.step"], [output], name=output, axis=0))
+            node.input[2] = output
+        nodes.append(node)
+    ordered = [copy.deepcopy(node) for node in nodes]
+    del content.graph.node[:]
+    content.graph.node.extend(ordered)
+    _drop_unused(content)
+
+
+def _dequantizes(node: onnx.NodeProto | None) -> bool:
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
+    """The ONNX graph of the model's structure, in which the i-th grid has the scale i + 1 as a mark."""
+    import onnx
+
+    def compute(folder: Path) -> None:
+        marked = copy.deepcopy(model.graph)
+        marks: dict[Any, float] = {}
+        for node in marked.graph.nodes:
+            if node.target is QUANTIZE:
+                marks[node] = float(len(marks) + 1)
+                node.args = (node.args[0], marks[node], 0, -128, 127, torch.int8)
+            elif node.target is DEQUANTIZE:
+                node.args = (node.args[0], marks[node.args[0]], 0, -128, 127, torch.int8)
+        marked.recompile()
+        onnx.save(_export(marked, model.example), folder / _FILE)
+
+    key = store.key("onnx", 1, structure(model), torch.__version__, onnx.__version__)
+    return onnx.load(store.folder(key, compute) / _FILE)
+
+
+def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
+    batch = torch.export.Dim("batch")
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                graph, (example,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False, external_data=False
+            )
+    except Exception as error:  # the exporter raises many types; all mean that this engine cannot take the model
+        raise Refused(f"`torch.onnx` cannot export the model: {str(error).splitlines()[0][:300]}") from error
+    assert program is not None
+    return program.model_proto
+
+
+def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
+    """Put the real grids where the marks are, as uint8 from 0; make rectifiers bounds of the integers.
+
+    (The runtime has fast kernels for uint8 activations only; scale and levels stay, so the shift is exact.)
+    """
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in content.graph.initializer}
+    producers = {name: node for node in content.graph.node for name in node.output}
+    readers = Counter(name for node in content.graph.node for name in node.input)
+    nodes = []
+    for node in content.graph.node:
+        if node.op_type == "ReduceMean" and _over_the_image(node, constants):
+            node.op_type = "GlobalAveragePool"
+            del node.attribute[:], node.input[1:]
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in constants:
+            mark = round(float(numpy_helper.to_array(constants[node.input[1]])))
+            node.input[1], node.input[2] = f"grid{mark}.scale", f"grid{mark}.zero_point"
+        elif node.op_type == "DequantizeLinear":
+            node.input[:] = [node.input[0], f"{node.input[0]}_scale"]
+            constants.pop(node.input[1], None)
+        if node.op_type == "QuantizeLinear" and node.input[0] not in producers:
+            nodes.append(_scaled_input(content, node, grids[mark - 1]))
+        nodes.append(node)
+        if node.op_type == "QuantizeLinear":
+            nodes += _bounded(content, node, grids[mark - 1], producers, readers)
+    for i, (scale, zero_point, low, _) in enumerate(grids, 1):
+        _add(content, f"grid{i}.scale", np.float32(scale))
+        _add(content, f"grid{i}.zero_point", np.uint8(zero_point - low))
+    ordered = [copy.deepcopy(node) for node in nodes]
+    del content.graph.node[:], content.graph.value_info[:]
+    content.graph.node.extend(ordered)
+
+
+def _scaled_input(content: onnx.ModelProto, node: onnx.NodeProto, grid: Any) -> onnx.NodeProto:
+    """Times 1/scale, then quantized with scale 1: the contract's multiplication, where the runtime would divide."""
+    from onnx import helper
+
+    factor = _add(content, f"{node.input[0]}.inverse_scale", np.float32(1) / np.float32(grid[0]))
+    scaled = f"{node.input[0]}.scaled"
+    product = helper.make_node("Mul", [node.input[0], factor], [scaled], name=scaled)
+    node.input[0], node.input[1] = scaled, _add(content, f"{scaled}.scale", np.float32(1))
+    return product
+
+
+def _bounded(
+    content: onnx.ModelProto, node: onnx.NodeProto, grid: Any, producers: dict[str, Any], readers: Counter[str]
+) -> list[onnx.NodeProto]:
+    """A clip on the integers where the grid, or a rectifier that it then replaces, is narrower than uint8."""
+    from onnx import helper, numpy_helper
+
+    scale, zero_point, lowest, highest = grid
+    low, high = lowest, highest
+    source = producers.get(node.input[0])
+    if source is not None and source.op_type in ("Relu", "Clip") and readers[node.input[0]] == 1:
+        constants = {tensor.name: tensor for tensor in content.graph.initializer}
+        bounds = [float(numpy_helper.to_array(constants[name])) for name in source.input[1:]] or [0.0]
+        node.input[0] = source.input[0]
+        low = max(low, zero_point + round(bounds[0] / scale))
+        high = min(high, zero_point + round(bounds[1] / scale)) if len(bounds) > 1 else high
+    low, high = low - lowest, high - lowest
+    if (low, high) == (0, 255):
+        return []
+    result, node.output[0] = node.output[0], f"{node.output[0]}_unbounded"
+    ends = [_add(content, f"{result}.{name}", np.uint8(end)) for name, end in (("low", low), ("high", high))]
+    return [helper.make_node("Clip", [node.output[0], *ends], [result], name=f"{node.name}_bounds")]
+
+
+def _over_the_image(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
+    from onnx import helper, numpy_helper
+
+    keep = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}.get("keepdims", 1)
+    axes = numpy_helper.to_array(constants[node.input[1]]) if len(node.input) > 1 else np.array([])
+    return bool(keep) and sorted(axis % 4 for axis in axes.tolist()) == [2, 3]
+
+
+def _add(content: onnx.ModelProto, name: str, value: Any) -> str:
+    from onnx import numpy_helper
+
+    content.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    return name
+
+
+def _drop_unused(content: onnx.ModelProto) -> None:
+    """Remove nodes and constants that nothing reads any more."""
+    needed = {output.name for output in content.graph.output}
+    kept = []
+    for node in reversed(content.graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    kept = [copy.deepcopy(node) for node in reversed(kept)]
+    constants = [copy.deepcopy(tensor) for tensor in content.graph.initializer if tensor.name in needed]
+    del content.graph.node[:], content.graph.initializer[:]
+    content.graph.node.extend(kept)
+    content.graph.initializer.extend(constants)
+
+
+def _drop_notes(content: onnx.ModelProto) -> None:
+    """Remove what the exporter wrote for debugging: stack traces are four fifths of a small model's file."""
+    for item in [content, content.graph, *content.graph.node, *content.graph.input, *content.graph.output]:
+        item.ClearField("doc_string")
+        item.ClearField("metadata_props")

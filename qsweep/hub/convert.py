@@ -1,0 +1,133 @@
+"""How observed grids become quantize and dequantize ops, integer weights and snapped biases."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+
+from qsweep.errors import NotFinite
+from qsweep.hub.form import (
+    BINARY,
+    DEQUANTIZE,
+    DEQUANTIZE_WEIGHT,
+    POOLS,
+    QUANTIZE,
+    RECTIFIERS,
+    Grid,
+    QuantizedModel,
+    constant,
+    grid_of,
+    pool_count,
+    set_constant,
+    source,
+)
+from qsweep.hub.insert import ActivationObserver, WeightObserver
+from qsweep.hub.norm import own_name
+from qsweep.hub.ties import settle_mean, settle_sum
+
+
+def convert(model: QuantizedModel) -> QuantizedModel:
+    """Replace observers by quantize and dequantize ops with integer weights and snapped biases, in place.
+
+    Raises NotFinite for weights or biases that are not.
+    """
+    graph = model.graph
+    observers = [node for node in graph.graph.nodes if node.op == "call_module" and _is_observer(node)]
+    weights = [node for node in observers if constant(graph, node.args[0]) is not None]
+    activations = [node for node in observers if node not in weights]
+    grids = _settled(graph, activations)
+    for node in activations:
+        _convert_activation(graph, node, grids[str(node.target)])
+    for node in weights:
+        _convert_weight(graph, node)
+    for name in {str(node.target) for node in observers}:
+        graph.delete_submodule(name)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return model
+
+
+def _is_observer(node: fx.Node) -> bool:
+    return str(node.target).startswith("observe_")
+
+
+def _settled(graph: fx.GraphModule, activations: list[fx.Node]) -> dict[str, Grid]:
+    """The grids by observer, those of sums and means moved to where every runtime rounds alike (`qsweep.hub.ties`)."""
+    names = {str(node.target) for node in activations}
+    grids = {name: cast(ActivationObserver, graph.get_submodule(name)).grid() for name in sorted(names)}
+    for node in activations:
+        value, grid = source(node), grids[str(node.target)]
+        while value.target in RECTIFIERS:
+            value = source(value)
+        given = [argument for argument in value.args if isinstance(argument, fx.Node) and str(argument.target) in grids]
+        scale = None
+        if value.target in BINARY and len(given) == 2:
+            left, right = (grids[str(argument.target)] for argument in given)
+            scale = settle_sum(left, right, grid.scale, grid.zero_point)
+        elif value.target in POOLS and len(given) == 1:
+            scale = _settled_mean(value, given[0], grids[str(given[0].target)], grid)
+        if scale is not None:
+            grids[str(node.target)] = grid._replace(scale=scale)
+    return grids
+
+
+def _settled_mean(pool: fx.Node, observed: fx.Node, given: Grid, grid: Grid) -> float | None:
+    height, width = source(observed).meta["tensor_meta"].shape[-2:]
+    count = pool_count(pool, height, width)
+    if count is None:
+        return None
+    return settle_mean(given.scale, given.low - given.zero_point, given.high - given.zero_point, count, grid.scale)
+
+
+def _convert_activation(graph: fx.GraphModule, node: fx.Node, grid: Grid) -> None:
+    arguments = (*grid, torch.int8)
+    with graph.graph.inserting_before(node):
+        integers = graph.graph.call_function(QUANTIZE, (node.args[0], *arguments))
+    for user in list(node.users):  # one dequantize a reader: runtimes match the pair
+        with graph.graph.inserting_before(user):
+            user.replace_input_with(node, graph.graph.call_function(DEQUANTIZE, (integers, *arguments)))
+    graph.graph.erase_node(node)
+
+
+@torch.no_grad()
+def _convert_weight(graph: fx.GraphModule, node: fx.Node) -> None:
+    (compute,) = node.users
+    given, original = source(compute), str(source(node).target)
+    bias = constant(graph, compute.args[2]) if len(compute.args) > 2 else None
+    weight = _finite(graph, source(node))
+    step = grid_of(given).scale if given.target is DEQUANTIZE else None
+    smallest = torch.zeros(len(weight))
+    if bias is not None and step is not None:  # the bias must fit an int32 accumulator with room for the sum
+        smallest = _finite(graph, source(compute, 2)).abs() / (step * 2**30)
+    observer = cast(WeightObserver, graph.get_submodule(str(node.target)))
+    integers, scale, low, high = observer.integers(weight, smallest)
+    name = own_name(graph, original, compute)
+    set_constant(graph, name, integers)
+    set_constant(graph, f"{name}_scale", scale)
+    set_constant(graph, f"{name}_zero_point", torch.zeros(len(weight), dtype=torch.int64))
+    with graph.graph.inserting_before(node):
+        parts = [graph.graph.get_attr(f"{name}{suffix}") for suffix in ("", "_scale", "_zero_point")]
+        dequantized = graph.graph.call_function(DEQUANTIZE_WEIGHT, (*parts, 0, low, high, torch.int8))
+    node.replace_all_uses_with(dequantized)
+    graph.graph.erase_node(node)
+    if bias is not None and step is not None:
+        _snap_bias(graph, compute, bias, torch.tensor(step) * scale)
+
+
+def _snap_bias(graph: fx.GraphModule, compute: fx.Node, bias: Tensor, step: Tensor) -> None:
+    name = own_name(graph, str(source(compute, 2).target), compute)
+    set_constant(graph, name, (bias / step).round() * step)
+    with graph.graph.inserting_before(compute):
+        compute.update_arg(2, graph.graph.get_attr(name))
+
+
+def _finite(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    value = constant(graph, node)
+    assert value is not None
+    if not value.isfinite().all():
+        raise NotFinite(
+            f"`{node.target}`: must hold finite numbers (got {int((~value.isfinite()).sum())} that are not)"
+        )
+    return value

@@ -1,0 +1,190 @@
+"""A traced graph in the few ops that quantizers and engines know; every rewrite keeps the values."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import fx
+
+from qsweep.errors import ExportFailure
+from qsweep.hub.form import LINEARS, RECTIFIERS, arguments, aten, nodes_of, source
+
+_WHOLE = 2**63 - 1
+"""`slice` up to this index takes everything."""
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.chunk.default,
+    aten.contiguous.default,
+}
+"""Ops whose result may share memory with their input."""
+
+
+def plain(graph: fx.GraphModule) -> fx.GraphModule:
+    """One tensor in, one tensor out, in place: no in-place ops, no ops that do nothing, dropout left out.
+
+    Raises ExportFailure for models with several inputs or outputs, and for writes into a part of a tensor.
+    """
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    _one_in_one_out(graph)
+    for rewrite in (_functional, _without_idle, _with_fixed_shapes, _with_pools, _with_flat_linears, _rectified_first):
+        rewrite(graph)
+        graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _one_in_one_out(graph: fx.GraphModule) -> None:
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise ExportFailure(f"the model must take one tensor (got {len(inputs)} inputs)")
+    output = graph.graph.output_node()
+    result: Any = output.args[0]
+    if isinstance(result, tuple | list):
+        if len(result) != 1:
+            raise ExportFailure(f"the model must give one tensor (got {len(result)} outputs)")
+        output.args = (result[0],)
+
+
+def _functional(graph: fx.GraphModule) -> None:
+    """`relu_` as `relu`, and so on; who read the tensor that was written reads the result."""
+    for node in list(graph.graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        schema = node.target._schema
+        packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+        given = source(node)
+        later = _later(graph, node)
+        if packet is None or any(user in later for alias in _aliases(given) - {given} for user in alias.users):
+            raise ExportFailure(f"the model writes into a tensor that is read elsewhere (`{node.target}`)")
+        node.target = getattr(packet, schema.overload_name or "default")
+        for user in [user for user in given.users if user in later]:
+            user.replace_input_with(given, node)
+
+
+def _later(graph: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
+    return set(takewhile(lambda other: other is not node, reversed(graph.graph.nodes)))
+
+
+def _aliases(value: fx.Node) -> set[fx.Node]:
+    """What may share memory with `value`, itself included."""
+    found, reached = {value}, [value]
+    while reached:
+        node = reached.pop()
+        near = {user for user in node.users if user.target in _VIEWS}
+        near |= set(node.all_input_nodes[:1]) if node.target in _VIEWS else set()
+        reached += near - found
+        found |= near
+    return found
+
+
+def _without_idle(graph: fx.GraphModule) -> None:
+    idle = {aten.dropout.default, aten.feature_dropout.default, aten.detach.default, aten.alias.default}
+    for node in list(graph.graph.nodes):
+        if node.target in idle or (node.target is aten.slice.Tensor and _takes_all(node)):
+            node.replace_all_uses_with(source(node))
+            graph.graph.erase_node(node)  # dead code with a random effect would stay
+
+
+def _takes_all(node: fx.Node) -> bool:
+    given = arguments(node)
+    return given["start"] in (None, 0) and given["end"] in (None, _WHOLE) and given["step"] == 1
+
+
+def _with_fixed_shapes(graph: fx.GraphModule) -> None:
+    """Shapes that count samples at run time as shapes with one -1, which reads no tensor."""
+    for node in nodes_of(graph, {aten.view.default, aten.reshape.default}):
+        shape, sizes = _shape(node), [*arguments(node).values()][1]
+        if shape is not None and any(isinstance(size, fx.Node) for size in sizes):
+            node.args = (node.args[0], shape)
+
+
+def _with_pools(graph: fx.GraphModule) -> None:
+    """Means over an image as the pooling op, and adaptive pools of equal windows as plain ones: these have integer
+    kernels in runtimes."""
+    for node in nodes_of(graph, {aten.mean.dim, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default}):
+        shape = _shape(source(node))
+        if shape is None:
+            continue
+        if node.target is aten.mean.dim:
+            _replace_mean(graph, node, len(shape))
+        elif node.target is aten.adaptive_avg_pool2d.default:
+            _replace_adaptive(graph, node, shape)
+        elif arguments(node)["output_size"] == [1]:
+            with graph.graph.inserting_before(node):
+                _replace(node, _global_pool(graph, source(node), 3, keep=True))
+
+
+def _replace_mean(graph: fx.GraphModule, node: fx.Node, rank: int) -> None:
+    given = arguments(node)
+    over = sorted(dim % rank for dim in given["dim"] or [])
+    if (rank, over) in ((4, [2, 3]), (3, [2])) and given["dtype"] is None:
+        keep = given["keepdim"]
+        with graph.graph.inserting_before(node):
+            _replace(node, _global_pool(graph, source(node), rank, keep=keep))
+
+
+def _global_pool(graph: fx.GraphModule, value: fx.Node, rank: int, *, keep: bool) -> fx.Node:
+    call = graph.graph.call_function
+    if rank == 3:
+        value = call(aten.unsqueeze.default, (value, 2))
+    pooled = call(aten.adaptive_avg_pool2d.default, (value, [1, 1]))
+    if not keep:
+        return call(aten.flatten.using_ints, (pooled, 1))
+    return call(aten.squeeze.dim, (pooled, 2)) if rank == 3 else pooled
+
+
+def _replace_adaptive(graph: fx.GraphModule, node: fx.Node, shape: list[int]) -> None:
+    sizes = arguments(node)["output_size"]
+    if list(sizes) == [1, 1] or any(size % wanted for size, wanted in zip(shape[-2:], sizes, strict=True)):
+        return
+    window = [size // wanted for size, wanted in zip(shape[-2:], sizes, strict=True)]
+    with graph.graph.inserting_before(node):
+        _replace(node, graph.graph.call_function(aten.avg_pool2d.default, (node.args[0], window, window)))
+
+
+def _with_flat_linears(graph: fx.GraphModule) -> None:
+    """Linears over (..., features) as linears over (N, features), which runtimes have a kernel with bias for."""
+    call = graph.graph.call_function
+    for node in nodes_of(graph, LINEARS):
+        before, after = _shape(source(node)), _shape(node)
+        if before is None or after is None or len(before) == 2:
+            continue
+        with graph.graph.inserting_before(node):
+            flat = call(aten.reshape.default, (node.args[0], [-1, before[-1]]))
+            linear = call(aten.linear.default, (flat, *node.args[1:]))
+            _replace(node, call(aten.reshape.default, (linear, after)))
+
+
+def _rectified_first(graph: fx.GraphModule) -> None:
+    """relu(max_pool(x)) as max_pool(relu(x)), which is equal, so that the rectifier joins the layer before it."""
+    for pool in nodes_of(graph, {aten.max_pool2d.default}):
+        while len(pool.users) == 1 and (user := next(iter(pool.users))).target in RECTIFIERS:
+            user.replace_all_uses_with(pool)
+            user.replace_input_with(pool, source(pool))
+            pool.replace_input_with(source(pool), user)
+            pool.prepend(user)
+
+
+def _replace(node: fx.Node, new: fx.Node) -> None:
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+
+
+def _shape(node: fx.Node) -> list[int] | None:
+    """The traced shape with -1 for the one size that depends on the batch; None where there are more, or none known."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    sizes = [size if isinstance(size, int) else -1 for size in value.shape]
+    return sizes if sizes.count(-1) <= 1 else None

@@ -1,0 +1,129 @@
+"""Small networks that between them hold every op the hub knows, and the ways people write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qsweep.models import build
+
+
+class Pools(nn.Module):
+    """Max pool, average pool, concatenation, ReLU6, a rectifier after a pool, in-place ops, dropout, flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.left = nn.Conv2d(8, 6, 3, padding=1)
+        self.right = nn.Conv2d(8, 6, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.relu6 = nn.ReLU6(inplace=True)
+        self.max = nn.MaxPool2d(3, stride=2, padding=1)
+        self.average = nn.AvgPool2d(2)
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(48, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.max(self.bn(self.first(x))))
+        x = torch.cat([self.relu6(self.left(x)), self.relu(self.right(x))], 1)
+        logits: Tensor = self.head(self.average(x))
+        return logits
+
+
+class Depthwise(nn.Module):
+    """An inverted residual: expansion, depthwise and grouped convolutions, an in-place sum, adaptive pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.expand = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6())
+        self.depth = nn.Sequential(
+            nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU6()
+        )
+        self.project = nn.Sequential(nn.Conv2d(24, 8, 1, groups=2, bias=False), nn.BatchNorm2d(8))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        out: Tensor = self.project(self.depth(self.expand(x)))
+        out += x
+        logits: Tensor = self.linear(self.pool(out).flatten(1))
+        return logits
+
+
+class Shortcut(nn.Module):
+    """Option A of ResNet: every other pixel, zero channels on both sides, added to a strided convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.linear = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        logits: Tensor = self.linear(F.relu(self.conv(x) + short).mean((2, 3)))
+        return logits
+
+
+class Sequence(nn.Module):
+    """Conv1d, and linears over (batch, time, features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, 6, 3, padding=1)
+        self.bn = nn.BatchNorm1d(6)
+        self.wide = nn.Linear(8, 12)
+        self.narrow = nn.Linear(12, 8)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x.squeeze(1))))
+        x = self.narrow(F.relu(self.wide(x))) + x
+        logits: Tensor = self.head(x.mean(2))
+        return logits
+
+
+def mlp() -> nn.Module:
+    """Linears, one with batch norm, after a view that counts its samples."""
+
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(x.size(0), -1)
+
+    layers = nn.Linear(64, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)
+    return nn.Sequential(Flat(), *layers)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "digits_cnn": lambda: build("digits_cnn", 10, 1),
+    "pools": Pools,
+    "depthwise": Depthwise,
+    "shortcut": Shortcut,
+    "sequence": Sequence,
+    "mlp": mlp,
+}
+"""Each takes (B, 1, 8, 8) and gives (B, 10)."""
+
+
+def network(name: str, seed: int = 0) -> nn.Module:
+    """One of `NETWORKS` in eval mode, with batch norm statistics and affine parameters that are not the initial ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = NETWORKS[name]()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, -1.5, 1.5)
+                nn.init.normal_(module.bias)
+                module.weight.data[0] = 0.0
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.eval()

@@ -117,7 +117,8 @@ def sampler(spec: Spec, told: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if spec.search.sampler == "tpe":
-            return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
+            liar = spec.run.workers > 1  # with nothing else running it only doubles the reads of the database
+            return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=liar, seed=seed)
         if spec.search.sampler == "nsga2":
             # Several generations must fit the budget: 50, the default, makes most sweeps one random generation.
             size = min(50, max(8, spec.search.trials // 5))

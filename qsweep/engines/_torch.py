@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
 
+from qsweep.engines._torch_graph import unsigned, with_image_convolutions
 from qsweep.errors import Refused
-from qsweep.hub.form import DEQUANTIZE, QUANTIZE, aten
 from qsweep.hub.save import load
 from qsweep.hub.simulate import in_dtype
 
@@ -22,13 +27,15 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool) -> Runner:
     """The artifact in PyTorch, called once so that everything lazy has happened."""
     torch.set_num_threads(engine.threads)
     model = load(folder)
-    graph = in_dtype(unsigned(model.graph), model.dtype)
+    graph = in_dtype(with_image_convolutions(unsigned(model.graph)), model.dtype)
     example = torch.zeros(engine.batch_size, *model.example.shape[1:])
     call: Any = _compiled(graph, example) if compile else _eager(graph)
 
     def run(inputs: Tensor) -> Tensor:
+        if compile and inputs.shape != example.shape:  # it would be compiled again, for seconds, without a word
+            raise Refused(f"the compiled model takes inputs {list(example.shape)} (got {list(inputs.shape)})")
         with torch.no_grad():
-            return call(_channels_last(inputs))  # type: ignore[no-any-return]
+            return cast(Tensor, call(_channels_last(inputs)))
 
     try:
         run(example)
@@ -53,27 +60,13 @@ def _compiled(graph: fx.GraphModule, example: Tensor) -> Any:
 
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
     compiled = torch.compile(graph, dynamic=False)
-    with inductor.patch(freezing=True), torch.no_grad():  # not inference_mode: weight prepacking fails in it
+    with inductor.patch(freezing=True), torch.no_grad(), warnings.catch_warnings():
+        # not inference_mode: weight prepacking fails in it
+        warnings.filterwarnings(
+            "ignore", "To copy construct from a tensor", module=r"torch\._inductor\.mkldnn_lowerings"
+        )
         compiled(_channels_last(example))
     return compiled
-
-
-def unsigned(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with uint8 activations from 0, which oneDNN's kernels take; in place and exact.
-
-    A grid narrower than 8 bits gets its upper end from a clamp of the integers: Inductor's patterns know the full range
-    of uint8 only. (Not a two-sided clamp: one on the output of a convolution is mistaken for its activation function.)
-    """
-    for node in list(graph.graph.nodes):
-        if node.target in (QUANTIZE, DEQUANTIZE):
-            value, scale, zero_point, low, high, _ = node.args
-            node.args = (value, scale, zero_point - low, 0, 255, torch.uint8)
-            if node.target is QUANTIZE and high - low < 255:
-                with graph.graph.inserting_after(node):
-                    bounded = graph.graph.call_function(aten.clamp_max.default, (node, high - low))
-                node.replace_all_uses_with(bounded, delete_user_cb=lambda user, keep=bounded: user is not keep)
-    graph.recompile()
-    return graph
 
 
 def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> float:
@@ -82,14 +75,39 @@ def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> float:
     Calls and the layers of the graph come in the same order, so each call's multiply-accumulates are its layer's.
     """
     layers = load(folder).layers()
-    with torch.profiler.profile() as profile:
-        run(inputs)
-    calls = [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
-    kernels = [name for name in calls if name in _INTEGER | _FLOAT]
+    kernels = [name for name in _calls(run, inputs) if name in _INTEGER | _FLOAT]
     if len(kernels) != len(layers):
         raise Refused(f"the profile shows {len(kernels)} matrix kernels for {len(layers)} layers")
     integer = sum(layer.macs for layer, name in zip(layers, kernels, strict=True) if name in _INTEGER)
     return integer / max(1, sum(layer.macs for layer in layers))
+
+
+def _calls(run: Runner, inputs: Tensor) -> list[str]:
+    """Names of the ops of one call, in order."""
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with _silent():
+        profile.start()
+    try:
+        run(inputs)
+    finally:
+        with _silent():
+            profile.stop()
+    events: Any = profile.profiler and profile.profiler.function_events
+    return [event.name for event in sorted(events or [], key=lambda event: event.time_range.start)]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without standard error: the profiler's library writes traces of itself there, whatever its settings."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 _INTEGER = {"onednn::qconv_pointwise", "onednn::qconv2d_pointwise", "onednn::qlinear_pointwise"}

@@ -105,7 +105,7 @@ class QuantizedModel:
             input_bits = (grid.high - grid.low).bit_length()
         weight = constant(self.graph, stored)
         assert weight is not None
-        macs = shape.numel() // shape[0] * weight[0].numel()
+        macs = shape.numel() * weight[0].numel() // len(self.example)
         return Layer(node, str(stored.target), macs, weight, weight_bits, input_bits)
 
 

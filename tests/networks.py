@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from pydantic import TypeAdapter
+from torch import Generator, Tensor, nn
 
+from qsweep.build import context_of
 from qsweep.models import build
+from qsweep.stage import Context
+from qsweep.store import Store
+from qsweep.tasks import AnyTask, Task
+from qsweep.tasks.base import Samples, SplitName, Training
 
 
 class Pools(nn.Module):
@@ -113,7 +124,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def network(name: str, seed: int = 0) -> nn.Module:
-    """One of `NETWORKS` in eval mode, with batch norm statistics and affine parameters that are not the initial ones."""
+    """One of `NETWORKS` in eval mode, its batch norms not as they begin."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = NETWORKS[name]()
@@ -127,3 +138,55 @@ def network(name: str, seed: int = 0) -> nn.Module:
                 nn.init.normal_(module.running_mean)
                 nn.init.uniform_(module.running_var, 0.5, 2.0)
     return model.eval()
+
+
+class Noise:
+    """A task of random inputs and labels, for what does not depend on what a model has learnt."""
+
+    def __init__(self, count: int = 200, inputs: Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(count, 1, 8, 8, generator=generator) if inputs is None else inputs
+        self.labels = torch.randint(0, 10, (len(self.inputs),), generator=generator)
+
+    def model(self) -> nn.Module:
+        return network("digits_cnn")
+
+    def samples(self, split: SplitName) -> Samples:
+        return Samples(self.inputs, self.labels)
+
+    def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
+        return inputs
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels)
+
+    def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (outputs.argmax(1) == labels).float()
+
+
+def context(root: Path, key: str = "model", task: Task | None = None, seed: int = 0) -> Context:
+    """What a stage works in, its store under `root`."""
+    task = task or Noise()
+    return Context(
+        task=task,
+        store=Store(root / "store"),
+        key=key,
+        seed=seed,
+        teacher=task.model,
+        training=Training(batch_size=64),
+        device=torch.device("cpu"),
+    )
+
+
+DIGITS = {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": {"method": "digits"}}
+
+
+@cache
+def digits() -> tuple[nn.Module, Context, Path]:
+    """A digits_cnn trained for a few epochs, its context, and the root whose store holds both; made once a session."""
+    root = Path(tempfile.mkdtemp(prefix="digits"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    config = TypeAdapter(AnyTask).validate_python(DIGITS | {"training": {"epochs": 5}})
+    store = Store(root / "sweeps" / "store")
+    found = context_of(config, config.open(root), root, store, 0, lambda text: None)
+    return found.teacher(), found, root

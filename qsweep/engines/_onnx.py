@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qsweep.engines._onnx_graph import add_weights, without_weights
-from qsweep.errors import Refused
+from qsweep.errors import BundleError, Refused
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.save import load_weights, save_weights
+from qsweep.hub.save import DAMAGE, load_weights, save_weights
 
 if TYPE_CHECKING:
     import onnx
@@ -40,11 +40,15 @@ def lower(model: QuantizedModel, folder: Path, store: Store) -> None:
 
 
 def complete(folder: Path) -> onnx.ModelProto:
-    """The artifact as one ONNX model, weights unpacked."""
+    """The artifact as one ONNX model, weights unpacked. Raises BundleError where its files are damaged."""
     import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    content = onnx.load(folder / MODEL)
-    add_weights(content, load_weights(folder, json.loads((folder / PACKED).read_text())))
+    try:
+        content = onnx.load(folder / MODEL)
+        add_weights(content, load_weights(folder, json.loads((folder / PACKED).read_text())))
+    except (*DAMAGE, DecodeError) as error:
+        raise BundleError(f"`{folder}`: the artifact cannot be read ({type(error).__name__}: {error})") from error
     return content
 
 

@@ -20,8 +20,10 @@ def pack(integers: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack`: int8 of `shape`."""
+    """The inverse of `pack`: int8 of `shape`. Raises ValueError where `packed` holds more or fewer."""
     count = math.prod(shape)
+    if packed.numel() != -(-count * bits // 8):
+        raise ValueError(f"{list(shape)} of {bits} bits must take {-(-count * bits // 8)} bytes (got {packed.numel()})")
     stream = np.unpackbits(packed.numpy(), bitorder="little", count=count * bits).reshape(count, bits)
     values = np.packbits(stream, axis=1, bitorder="little")[:, 0].astype(np.int16) - (1 << (bits - 1))
     return torch.from_numpy(values.astype(np.int8)).reshape(shape)

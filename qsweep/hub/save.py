@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
@@ -23,6 +24,8 @@ from qsweep.hub.form import (
 from qsweep.hub.packing import pack, unpack
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
+DAMAGE = (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError)
+"""What reading a damaged file raises."""
 _FORMAT = 1
 _PREFIXES = ("aten.", "quantized_decomposed.")
 """Namespaces of ops that a saved graph may call: nothing else is looked up when one is loaded."""
@@ -78,7 +81,7 @@ def load(folder: Path) -> QuantizedModel:
         graph = fx.GraphModule(_constants(folder, content["packed"]), _graph(content["nodes"]))
         example = torch.rand(content["example"], generator=torch.Generator().manual_seed(0))
         return QuantizedModel(graph, example, getattr(torch, content["dtype"]))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except DAMAGE as error:
         raise BundleError(f"`{folder}`: the saved graph cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -150,6 +153,8 @@ def _op(target: str) -> Any:
     value: Any = torch.ops
     for part in target.split("."):
         value = getattr(value, part)
+    if not isinstance(value, torch._ops.OpOverload):
+        raise ValueError(f"`{target}` is not an op")
     return value
 
 

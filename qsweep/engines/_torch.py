@@ -29,7 +29,7 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool) -> Runner:
     model = load(folder)
     graph = in_dtype(with_image_convolutions(unsigned(model.graph)), model.dtype)
     example = torch.zeros(engine.batch_size, *model.example.shape[1:])
-    call: Any = _compiled(graph, example) if compile else _eager(graph)
+    call: Any = compiled(graph, example) if compile else _eager(graph)
 
     def run(inputs: Tensor) -> Tensor:
         if compile and inputs.shape != example.shape:  # it would be compiled again, for seconds, without a word
@@ -55,18 +55,19 @@ def _eager(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def _compiled(graph: fx.GraphModule, example: Tensor) -> Any:
+def compiled(graph: fx.GraphModule, example: Tensor) -> Any:
+    """`graph` compiled by Inductor with frozen weights, and called once on `example`."""
     import torch._inductor.config as inductor
 
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-    compiled = torch.compile(graph, dynamic=False)
+    call = torch.compile(graph, dynamic=False)
     with inductor.patch(freezing=True), torch.no_grad(), warnings.catch_warnings():
         # not inference_mode: weight prepacking fails in it
         warnings.filterwarnings(
             "ignore", "To copy construct from a tensor", module=r"torch\._inductor\.mkldnn_lowerings"
         )
-        compiled(_channels_last(example))
-    return compiled
+        call(_channels_last(example))
+    return call
 
 
 def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> float:

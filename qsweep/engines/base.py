@@ -26,6 +26,8 @@ class EngineConfig(Config, ABC):
     """The target: which runtime, on what, at which batch size."""
 
     discriminator: ClassVar[str | None] = "engine"
+    preload: ClassVar[tuple[str, ...]] = ()
+    """Modules that make the first use quick; imported once, before workers are forked."""
     engine: str
     device: Literal["cpu"] = "cpu"
     batch_size: Annotated[int, Field(ge=1)] = 1

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from qsweep.engines.base import EngineConfig, Runner
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Inductor(EngineConfig):
     """`torch.compile` with freezing: oneDNN int8 kernels (VNNI, AMX) on x86 CPUs."""
 
+    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._warm",)
     engine: Literal["inductor"] = "inductor"
 
     def available(self) -> str | None:

@@ -20,7 +20,7 @@ from qsweep.study.front import membership
 from qsweep.study.interrupt import interruptible
 from qsweep.study.pipeline import Evaluation, Pipeline
 from qsweep.study.plan import check
-from qsweep.study.points import Candidate, accepted
+from qsweep.study.points import Candidate, accepted, targets
 
 if TYPE_CHECKING:
     import optuna
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 PRELOAD = (
     "torch",
-    "torchao.quantization.pt2e",
     "torch._inductor.compile_fx",
     "sympy.physics.units",  # Inductor's compilation
     "onnxscript.function_libs.torch_lib",  # the export to ONNX
@@ -58,12 +57,17 @@ def run(
     folder = SweepFolder(root, spec.name)
     with disk_full_is_said(folder.path), folder.lock():
         known = folder.claim(spec, spec.task.fingerprint(folder.root), baselines(spec))
-        executor = Local(preload, folder.path / "server.log")
+        executor = Local([*preload, *_preloads(spec)], folder.path / "server.log")
         try:
             with interruptible() as stopping:
                 return (yield from Driver(spec, folder, executor, jobs, known, stopping).run())
         finally:
             executor.shutdown()
+
+
+def _preloads(spec: Spec) -> list[str]:
+    """What the engines of the sweep want imported before workers are forked."""
+    return list(dict.fromkeys(name for engine in targets(spec) for name in engine.preload))
 
 
 @dataclass

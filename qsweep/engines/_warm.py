@@ -1,0 +1,49 @@
+"""Imported by the fork server: compiles one tiny integer network, so that no worker pays for the compiler's first time.
+
+Inductor imports modules and builds its patterns when it first compiles: 3 s of the 5 s of a first ResNet-20, in every
+fresh process. Here it happens once; the workers are forked after it. On one thread: threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch._inductor.config as inductor
+from torch import fx, nn
+from tqdm import tqdm
+
+from qsweep.engines._torch import compiled
+from qsweep.engines._torch_graph import unsigned
+from qsweep.hub.form import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, aten, set_constant
+
+
+def _network() -> fx.GraphModule:
+    """Quantize, a convolution of 4 channels, ReLU, quantize, dequantize."""
+    root, graph = nn.Module(), fx.Graph()
+    set_constant(root, "weight", torch.ones(4, 4, 3, 3, dtype=torch.int8))
+    set_constant(root, "scale", torch.ones(4))
+    set_constant(root, "zero_point", torch.zeros(4, dtype=torch.int64))
+    set_constant(root, "bias", torch.zeros(4))
+
+    def on_grid(value: fx.Node) -> fx.Node:
+        grid = (1.0, 0, -128, 127, torch.int8)
+        return graph.call_function(DEQUANTIZE, (graph.call_function(QUANTIZE, (value, *grid)), *grid))
+
+    given = on_grid(graph.placeholder("x"))
+    parts = [graph.get_attr(name) for name in ("weight", "scale", "zero_point")]
+    weight = graph.call_function(DEQUANTIZE_WEIGHT, (*parts, 0, -127, 127, torch.int8))
+    convolved = graph.call_function(aten.conv2d.default, (given, weight, graph.get_attr("bias"), [1, 1], [1, 1]))
+    graph.output(on_grid(graph.call_function(aten.relu.default, (convolved,))))
+    return unsigned(fx.GraphModule(root, graph))
+
+
+def _warm_up() -> None:
+    tqdm.monitor_interval = 0  # the compiler's progress bars would start a thread
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with inductor.patch(compile_threads=1):
+        compiled(_network(), torch.zeros(2, 4, 8, 8))
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)
+
+
+_warm_up()

@@ -41,5 +41,5 @@ def read_mapping(path: Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise SpecError(f"`{path}`{line}: must be YAML ({getattr(error, 'problem', None) or error})") from None
     if not isinstance(data, dict):
-        raise SpecError(f"`{path}`: must hold a mapping with `name`, `task`, `compress` (got {type(data).__name__})")
+        raise SpecError(f"`{path}`: must hold a mapping of keys to values (got {type(data).__name__})")
     return data

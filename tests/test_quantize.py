@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import Noise, context, digits, network
+from torch import Tensor, nn
+
+from qsweep.config import members
+from qsweep.errors import NotFinite
+from qsweep.hub.export import example_of, export
+from qsweep.hub.form import DEQUANTIZE_WEIGHT, QuantizedModel, constant, nodes_of, weight_bits_of
+from qsweep.hub.insert import insert_observers
+from qsweep.hub.simulate import simulation
+from qsweep.quantize import Quantization
+from qsweep.quantize import _calibrate as calibrate
+from qsweep.quantize._arithmetic import activation_grid, quantize_weight, weight_scale
+from qsweep.quantize._norm import FoldedNorm, join_norms, split_norms
+from qsweep.quantize._observers import NearestWeight, RangeFakeQuantize
+from qsweep.quantize.base import Scheme, Uniform
+from qsweep.quantize.ptq import PTQ
+from qsweep.quantize.qat import QAT
+from qsweep.stage import Context
+from qsweep.tasks.base import Samples, SplitName
+
+METHODS: tuple[type[Quantization], ...] = members(Quantization, "qsweep.quantize")
+UNIFORM = [method for method in METHODS if issubclass(method, Uniform)]
+INPUTS = Noise(50).inputs
+
+
+def weights(model: QuantizedModel) -> dict[str, tuple[Tensor, int]]:
+    """Integer weights and their bits, by name."""
+    found = {}
+    for node in nodes_of(model.graph, {DEQUANTIZE_WEIGHT}):
+        integers = constant(model.graph, node)
+        assert integers is not None
+        found[str(node.all_input_nodes[0].target)] = integers, weight_bits_of(node)
+    return found
+
+
+def pruned() -> nn.Module:
+    """A network half of whose convolution weights are zero."""
+    model = network("digits_cnn")
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data *= torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    return model
+
+
+def small(method: type[Quantization], **changes: Any) -> Quantization:
+    fields = {"calibration_samples": 60} if "calibration_samples" in method.model_fields else {}
+    return method.model_validate(fields | changes)
+
+
+@pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.__name__)
+def method(request: pytest.FixtureRequest) -> type[Quantization]:
+    found: type[Quantization] = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(method: type[Quantization], tmp_path_factory: pytest.TempPathFactory) -> QuantizedModel:
+    return small(method).apply(pruned(), context(tmp_path_factory.mktemp("made")))
+
+
+def test_integer_weights_lie_on_the_grid_of_their_bits(made: QuantizedModel) -> None:
+    for integers, bits in weights(made).values():
+        assert integers.dtype is torch.int8
+        assert integers.abs().max() <= 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("uniform", UNIFORM, ids=lambda method: method.__name__)
+def test_weight_bits_are_those_of_the_config(uniform: type[Quantization], bits: int, tmp_path: Path) -> None:
+    found = weights(small(uniform, weight_bits=bits).apply(network("mlp"), context(tmp_path)))
+    assert [width for _, width in found.values()] == [bits] * 2
+    assert all(integers.abs().max() == 2 ** (bits - 1) - 1 for integers, _ in found.values())
+
+
+def test_outputs_are_finite_and_come_for_any_batch_size(made: QuantizedModel) -> None:
+    for count in (1, 50):
+        found = simulation(made)(INPUTS[:count])
+        assert found.shape == (count, 10)
+        assert found.isfinite().all()
+
+
+def test_the_simulation_equals_the_quantize_dequantize_graph_bit_for_bit(made: QuantizedModel) -> None:
+    if made.dtype is torch.float32:  # a cast model is simulated in its own type
+        assert torch.equal(simulation(made)(INPUTS), copy.deepcopy(made.graph)(INPUTS))
+
+
+def test_the_uid_is_that_of_the_content(method: type[Quantization]) -> None:
+    assert small(method).uid() == small(method).uid()
+    assert len({member.model_validate({}).uid() for member in METHODS}) == len(METHODS)
+
+
+def test_weights_that_are_zero_stay_zero(made: QuantizedModel) -> None:
+    masks = {name: value == 0 for name, value in pruned().named_parameters() if value.dim() == 4}
+    stored = {layer.name: layer.weight for layer in made.layers()}
+    assert all((stored[name][mask] == 0).all() for name, mask in masks.items())
+    assert sum(int(mask.sum()) for mask in masks.values()) > 1000
+
+
+def test_the_model_that_was_passed_in_is_unchanged(method: type[Quantization], tmp_path: Path) -> None:
+    model = network("mlp")
+    before = copy.deepcopy(model.state_dict())
+    small(method).apply(model, context(tmp_path))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.training
+
+
+def test_the_same_seed_gives_the_same_bits(method: type[Quantization], tmp_path: Path) -> None:
+    runs = [small(method).apply(network("mlp"), context(tmp_path / str(number))) for number in range(2)]
+    assert torch.equal(*(simulation(run)(INPUTS) for run in runs))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("uniform", UNIFORM, ids=lambda method: method.__name__)
+def test_weights_that_are_not_finite_are_a_typed_failure(
+    uniform: type[Quantization], value: float, tmp_path: Path
+) -> None:
+    model = network("mlp")
+    next(model.parameters()).data[0, 0] = value
+    with pytest.raises(NotFinite):
+        small(uniform).apply(model, context(tmp_path))
+
+
+@pytest.mark.parametrize("uniform", UNIFORM, ids=lambda method: method.__name__)
+def test_activations_that_are_not_finite_are_a_typed_failure(uniform: type[Quantization], tmp_path: Path) -> None:
+    inputs = Noise().inputs.clone()
+    inputs[3, 0, 2, 2] = torch.nan
+    with pytest.raises(NotFinite, match="NaN or infinite on the calibration samples"):
+        small(uniform, calibration_samples=200).apply(network("mlp"), context(tmp_path, task=Noise(inputs=inputs)))
+
+
+@pytest.mark.parametrize("uniform", UNIFORM, ids=lambda method: method.__name__)
+def test_more_calibration_samples_than_there_are_means_all(uniform: type[Quantization], tmp_path: Path) -> None:
+    found = [
+        small(uniform, calibration_samples=count).apply(network("mlp"), context(tmp_path)) for count in (200, 10**6)
+    ]
+    assert torch.equal(*(simulation(model)(INPUTS) for model in found))
+
+
+def test_calibration_runs_once_for_all_bit_widths_and_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    observe = calibrate.observe
+
+    def counted(graph: torch.fx.GraphModule, inputs: Tensor) -> None:
+        runs.append(len(inputs))
+        observe(graph, inputs)
+
+    monkeypatch.setattr(calibrate, "observe", counted)
+    schemes: tuple[Scheme, ...] = ("symmetric", "asymmetric")
+    for bits in (2, 5, 8):
+        for scheme in schemes:
+            config = PTQ(weight_bits=bits, activation_bits=max(4, bits), activation_scheme=scheme)
+            config.apply(network("mlp"), context(tmp_path))
+    assert runs == [200]
+    PTQ().apply(network("mlp"), context(tmp_path, seed=1))
+    assert len(runs) == 2
+
+
+bounds = st.floats(0, 1e6, allow_subnormal=False)
+schemes = st.sampled_from(["symmetric", "asymmetric"])
+
+
+@given(low=bounds, high=bounds, bits=st.integers(2, 8), scheme=schemes)
+def test_an_activation_grid_has_zero_on_it_and_covers_the_range_within_a_step(
+    low: float, high: float, bits: int, scheme: Scheme
+) -> None:
+    grid = activation_grid(-low, high, bits, scheme, nonnegative=False)
+    assert grid.low <= grid.zero_point <= grid.high
+    assert grid.high - grid.low == 2**bits - 1
+    assert grid.scale == torch.tensor(grid.scale, dtype=torch.float32).item()
+    ends = [(level - grid.zero_point) * grid.scale for level in (grid.low, grid.high)]
+    assert ends[0] - grid.scale <= -low * (1 - 1e-6)
+    assert high * (1 - 1e-6) <= ends[1] + grid.scale
+
+
+@given(low=bounds, high=bounds, bits=st.integers(2, 8))
+def test_a_symmetric_grid_has_its_zero_in_the_middle(low: float, high: float, bits: int) -> None:
+    assert activation_grid(-low, high, bits, "symmetric", nonnegative=False).zero_point == 0
+
+
+@given(high=bounds, bits=st.integers(2, 8), scheme=schemes)
+def test_a_grid_of_values_that_are_never_negative_has_its_zero_at_the_lower_end(
+    high: float, bits: int, scheme: Scheme
+) -> None:
+    grid = activation_grid(0.0, high, bits, scheme, nonnegative=True)
+    assert grid.zero_point == grid.low
+
+
+def test_a_range_that_holds_nothing_but_zero_has_scale_1() -> None:
+    assert activation_grid(0.0, 0.0, 8, "asymmetric", nonnegative=False).scale == 1.0
+
+
+matrices = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=4, max_size=4), min_size=1, max_size=5)
+
+
+@given(rows=matrices, bits=st.integers(2, 8))
+def test_a_quantized_weight_is_within_half_a_step(rows: list[list[float]], bits: int) -> None:
+    weight = torch.tensor(rows)
+    scale = weight_scale(weight, bits)
+    error = (quantize_weight(weight, scale, bits) * scale[:, None] - weight).abs()
+    assert (scale > 0).all()
+    assert (error <= scale[:, None] * (0.5 + 1e-4)).all()
+
+
+@given(value=st.floats(-1e3, 1e3, width=32).filter(lambda value: abs(value) > 1e-3), bits=st.integers(2, 8))
+def test_a_constant_channel_is_on_the_last_level_and_a_zero_channel_on_zero(value: float, bits: int) -> None:
+    weight = torch.stack([torch.full((3, 3), value), torch.zeros(3, 3)])
+    integers = quantize_weight(weight, weight_scale(weight, bits), bits)
+    assert (integers[0].abs() == 2 ** (bits - 1) - 1).all()
+    assert (integers[1] == 0).all()
+
+
+def test_channels_of_zeros_keep_their_bias(tmp_path: Path) -> None:
+    model = network("mlp")
+    model[4].weight.data[2] = 0.0  # type: ignore[index, union-attr, operator]
+    found = simulation(PTQ().apply(model, context(tmp_path)))(INPUTS)[:, 2]
+    torch.testing.assert_close(found, model(INPUTS)[:, 2], atol=1e-3, rtol=0)
+
+
+@given(low=st.floats(-10, -0.1), high=st.floats(0.1, 10), bits=st.integers(2, 8))
+def test_gradients_pass_straight_through_inside_the_grid_and_stop_outside(low: float, high: float, bits: int) -> None:
+    fake = RangeFakeQuantize(QAT(activation_bits=max(4, bits)), nonnegative=False)
+    fake.low.fill_(low)
+    fake.high.fill_(high)
+    fake.enabled = True
+    fake.eval()
+    grid = fake.grid()
+    ends = [(level - grid.zero_point) * grid.scale for level in (grid.low, grid.high)]
+    values = torch.tensor([*ends, 0.0, 2 * low - grid.scale, 2 * high + grid.scale], requires_grad=True)
+    fake(values).sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def training_graph(config: QAT, model: nn.Module, found: Context) -> QuantizedModel:
+    """The graph as it is trained: observers enabled, norms joined."""
+    live = export(model, example_of(found))
+    insert_observers(
+        live, lambda nonnegative: RangeFakeQuantize(config, nonnegative=nonnegative), lambda: NearestWeight(config)
+    )
+    join_norms(live.graph)
+    calibrate.observe(live.graph, calibrate.calibration_inputs(60, found))
+    for module in live.graph.modules():
+        if isinstance(module, RangeFakeQuantize | NearestWeight):
+            module.enabled = True
+    return live
+
+
+@pytest.mark.parametrize("name", ["digits_cnn", "mlp", "sequence", "depthwise"])
+def test_the_training_graph_gives_the_same_bits_before_and_after_its_norms_are_split(name: str, tmp_path: Path) -> None:
+    live = training_graph(QAT(weight_bits=4), network(name), context(tmp_path))
+    joined = [module for module in live.graph.modules() if isinstance(module, FoldedNorm)]
+    assert joined
+    nn.Module.train(live.graph, False)
+    with torch.no_grad():
+        before = live.graph(INPUTS)
+        split_norms(live.graph)
+        assert torch.equal(live.graph(INPUTS), before)
+
+
+def test_integers_that_were_trained_are_the_integers_that_are_shipped(tmp_path: Path) -> None:
+    from qsweep.hub.convert import convert
+
+    live = training_graph(QAT(weight_bits=3), network("digits_cnn"), context(tmp_path))
+    nn.Module.train(live.graph, False)
+    seen: dict[str, Tensor] = {}
+    split_norms(live.graph)
+    for node in live.graph.graph.nodes:
+        if node.op == "call_module" and isinstance(
+            quantizer := live.graph.get_submodule(str(node.target)), NearestWeight
+        ):
+            weight = constant(live.graph, node.args[0])
+            assert weight is not None
+            seen[str(node.args[0].target)] = quantizer(weight).detach()
+    found = convert(live)
+    for node in nodes_of(found.graph, {DEQUANTIZE_WEIGHT}):
+        integers, scale = (constant(found.graph, argument) for argument in node.args[:2])
+        assert integers is not None
+        assert scale is not None
+        name = str(node.all_input_nodes[0].target)
+        assert torch.equal(integers * scale.reshape(-1, *[1] * (integers.dim() - 1)), seen[name])
+
+
+class Watched(Noise):
+    """Real digits, with the losses that were seen."""
+
+    def __init__(self, count: int) -> None:
+        images, labels = digits()[1].task.samples("train")
+        super().__init__(inputs=digits()[1].task.transform(images[:count]))
+        self.labels, self.losses = labels[:count], list[float]()
+
+    def samples(self, split: SplitName) -> Samples:
+        return Samples(self.inputs, self.labels)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        value = super().loss(outputs, labels)
+        self.losses.append(value.item())
+        return value
+
+
+def test_training_lowers_the_loss_moves_the_statistics_and_keeps_zeros(tmp_path: Path) -> None:
+    task = Watched(640)
+    model = pruned()
+    model.load_state_dict(digits()[0].state_dict())
+    keep = {name: p == 0 for name, p in pruned().named_parameters() if p.dim() == 4}
+    for name, parameter in model.named_parameters():
+        if name in keep:
+            parameter.data[keep[name]] = 0.0
+    found = replace(context(tmp_path, task=task))
+    plain = PTQ(weight_bits=3, calibration_samples=60).apply(model, found)
+    trained = QAT(weight_bits=3, epochs=2, calibration_samples=60).apply(model, found)
+    losses = [super(Watched, task).loss(simulation(each)(task.inputs), task.labels).item() for each in (plain, trained)]
+    assert losses[1] < 0.7 * losses[0]
+    assert sum(task.losses[-5:]) < sum(task.losses[:5])
+    stored = {layer.name: layer.weight for layer in trained.layers()}
+    assert all((stored[name][zeros] == 0).all() for name, zeros in keep.items())
+
+
+def test_running_statistics_follow_the_batches(tmp_path: Path) -> None:
+    live = training_graph(QAT(), network("digits_cnn"), context(tmp_path))
+    before = live.graph.get_buffer("stem.bn.running_mean").clone()
+    nn.Module.train(live.graph, True)
+    live.graph(INPUTS)
+    after = live.graph.get_buffer("stem.bn.running_mean")
+    outputs = live.graph.get_parameter("stem.conv.weight")
+    assert outputs.requires_grad
+    assert not torch.equal(before, after)
+    mean = torch.nn.functional.conv2d(INPUTS, outputs, padding=1).mean((0, 2, 3))
+    torch.testing.assert_close(after, (0.9 * before + 0.1 * mean).detach(), atol=0.02, rtol=0)

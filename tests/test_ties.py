@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qsweep.hub.ties import settle_mean, settle_sum
+
+Operand = tuple[float, int, int, int]
+F32 = np.float32
+
+
+def orders(left: Operand, right: Operand, scale: float, zero_point: int) -> list[np.ndarray]:
+    """Levels of all pairs of inputs, by the contract and by the ways runtimes were seen to compute; each as text would
+    have it, in float32, fused operations in float64 and rounded once."""
+    a, b = np.meshgrid(np.arange(left[2], left[3] + 1), np.arange(right[2], right[3] + 1))
+    x, y = (a.ravel() - left[1]).astype(F32), (b.ravel() - right[1]).astype(F32)
+    ra, rb = F32(left[0]) / F32(scale), F32(right[0]) / F32(scale)
+
+    def fma(u: np.ndarray, v: np.float32, w: np.ndarray | np.float32) -> np.ndarray:
+        return (u.astype(np.float64) * np.float64(v) + w).astype(F32)
+
+    unsigned = (a.ravel() + 128).astype(F32), (b.ravel() + 128).astype(F32)
+    fixed = F32(zero_point + 128) - (ra * F32(left[1] + 128) + rb * F32(right[1] + 128))
+    shifted = fma(unsigned[1], rb, fma(unsigned[0], ra, fixed))
+    real = x * F32(left[0]) + y * F32(right[0])
+    ways = [x * ra + y * rb, fma(x, ra, y * rb), fma(y, rb, x * ra), real / F32(scale)]
+    return [*(np.rint(way) for way in ways), np.rint(shifted) - F32(zero_point + 128)]
+
+
+def agree(left: Operand, right: Operand, scale: float, zero_point: int) -> bool:
+    first, *others = orders(left, right, scale, zero_point)
+    assert len(first) == (left[3] - left[2] + 1) * (right[3] - right[2] + 1)
+    return all(np.array_equal(first, other) for other in others)
+
+
+def operand(scale: float, zero_point: int) -> Operand:
+    return float(F32(scale)), zero_point, -128, 127
+
+
+def test_there_is_a_sum_whose_rounding_depends_on_the_order_until_it_is_settled() -> None:
+    left, right, scale = operand(0.02583393, 26), operand(0.02738902, -128), float(F32(0.02579484))
+    assert not agree(left, right, scale, -128)
+    assert agree(left, right, settle_sum(left, right, scale, -128), -128)
+
+
+scales = st.floats(2**-10, 1.0, width=32)
+points = st.integers(-128, 127)
+
+
+@settings(max_examples=25, deadline=None)
+@given(a=scales, b=scales, ratio=st.floats(0.5, 2.0), za=points, zb=points, zero_point=points)
+def test_all_orders_agree_on_all_pairs_once_a_sum_is_settled(
+    a: float, b: float, ratio: float, za: int, zb: int, zero_point: int
+) -> None:
+    left, right = operand(a, za), operand(b, zb)
+    scale = float(F32((a + b) * ratio / 2))
+    settled = settle_sum(left, right, scale, zero_point)
+    assert agree(left, right, settled, zero_point)
+    assert scale <= settled < 1.002 * scale
+
+
+@settings(max_examples=25, deadline=None)
+@given(step=scales, ratio=st.floats(0.3, 1.0), count=st.integers(1, 64), zero_point=points)
+def test_all_orders_agree_on_all_means_once_they_are_settled(
+    step: float, ratio: float, count: int, zero_point: int
+) -> None:
+    scale = float(F32(step * ratio))
+    settled = settle_mean(step, -128 - zero_point, 127 - zero_point, count, scale)
+    sums = np.arange((-128 - zero_point) * count, (127 - zero_point) * count + 1).astype(F32)
+    s, n, out = F32(step), F32(count), F32(settled)
+    ways = [np.rint(sums * (s / (out * n))), np.rint(sums * (s / n / out)), np.rint(sums * s / n / out)]
+    assert all(np.array_equal(ways[0], way) for way in ways)
+    assert scale <= settled < 1.002 * scale
+
+
+def test_scales_that_are_powers_of_two_stay_where_the_zero_point_is_even() -> None:
+    assert settle_sum(operand(0.25, 0), operand(0.5, -128), 0.5, 4) == 0.5
+
+
+def test_the_mean_of_a_large_image_keeps_its_scale() -> None:
+    assert settle_mean(0.02, 0, 255, 112 * 112, 0.013) == 0.013

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qsweep.records import Metrics, Record
 from qsweep.spec import Constraint
-from qsweep.study import hypervolumes, membership, pareto
+from qsweep.study import membership, pareto
 
 OBJECTIVES = ("accuracy", "size_bytes")
 
@@ -90,22 +90,19 @@ def test_membership_is_of_the_observed_front_and_exact_figures_are_certain(pairs
     assert membership(records, OBJECTIVES, resamples=20) == dict.fromkeys(sorted(front), "certain")
 
 
-def test_the_hypervolume_is_the_share_of_the_box_that_is_dominated() -> None:
-    records = points((0.0, 10), (1.0, 5), (0.5, 0))
-    assert hypervolumes(records, OBJECTIVES) == pytest.approx([0.0, 0.5, 0.75])
+def test_latencies_of_the_same_kernels_do_not_decide_the_front() -> None:
+    noisy = [
+        record(0, accuracy=0.90, latency_ms=2.00, latency_ratio=0.50),
+        record(1, accuracy=0.89, latency_ms=1.80, latency_ratio=0.46),
+        record(2, accuracy=0.88, latency_ms=9.00, latency_ratio=0.40),
+    ]
+    front = pareto(noisy, ("accuracy", "latency_ms"))
+    assert [member.number for member in front] == [0, 2], "0.46 is 0.50 within the resolution; 0.40 is not"
 
 
-@given(grid, st.sampled_from([("accuracy",), OBJECTIVES]))
-def test_the_hypervolume_never_falls_and_stays_within_the_box(
-    pairs: list[tuple[int, int]], objectives: tuple[str, ...]
-) -> None:
-    values = hypervolumes(points(*pairs), objectives)
-    assert len(values) == len(pairs)
-    assert values == sorted(values)
-    assert all(-1e-9 <= value <= 1 + 1e-9 for value in values)
-
-
-def test_records_that_are_not_feasible_add_no_volume() -> None:
-    records = [*points((0.0, 10)), record(1, state="failed"), *points((1.0, 5))]
-    assert hypervolumes(records, OBJECTIVES) == pytest.approx([0.0, 0.0, 0.5])
-    assert hypervolumes([record(0, state="failed")], OBJECTIVES) == [0.0]
+def test_the_ratio_to_the_baseline_is_compared_rather_than_milliseconds() -> None:
+    disturbed = [
+        record(0, accuracy=0.90, latency_ms=20.0, latency_ratio=0.2),
+        record(1, accuracy=0.89, latency_ms=10.0, latency_ratio=0.4),
+    ]
+    assert [member.number for member in pareto(disturbed, ("accuracy", "latency_ms"))] == [0]

@@ -3,10 +3,10 @@
 from qsweep.study.baselines import baselines
 from qsweep.study.driver import run
 from qsweep.study.folder import Live, SweepFolder
-from qsweep.study.front import Member, feasible, hypervolumes, membership, pareto
+from qsweep.study.front import Member, feasible, membership, pareto
 from qsweep.study.plan import Plan, check, plan
 
 __all__ = [
-    "Live", "Member", "Plan", "SweepFolder", "baselines", "check", "feasible", "hypervolumes", "membership", "pareto",
+    "Live", "Member", "Plan", "SweepFolder", "baselines", "check", "feasible", "membership", "pareto",
     "plan", "run",
 ]  # fmt: skip

@@ -1,8 +1,7 @@
-"""The Pareto front of records, who is certain to be on it, and the volume it dominates."""
+"""The Pareto front of records, and who is certain to be on it."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +13,10 @@ if TYPE_CHECKING:
     from numpy.random import Generator
 
 Member = Literal["certain", "probable"]
+_TIMES = ("latency_ms", "latency_ratio")
+RESOLUTION = 0.10
+"""Latencies within this share of each other are one latency: versions that run the same kernels differ by noise alone,
+and twelve such versions would else be put on the front, or left out, by chance."""
 CERTAIN = 0.95
 """Share of the resamples in which a certain member is on the front."""
 
@@ -47,9 +50,44 @@ def losses(records: Sequence[Record], objectives: Sequence[str]) -> ndarray:
     """(n, objectives): values with the sign by which less is better."""
     import numpy as np
 
-    rows = [[getattr(record.metrics, name) for name in objectives] for record in records]
-    table: ndarray = np.array(rows, dtype=float).reshape(len(records), len(objectives)) * _signs(objectives)
+    columns = [_values(records, name) for name in objectives]
+    table: ndarray = np.array(columns, dtype=float).T.reshape(len(records), len(objectives)) * _signs(objectives)
     return table
+
+
+def _values(records: Sequence[Record], name: str) -> ndarray:
+    """(n,): one objective of all records, as it is judged."""
+    import numpy as np
+
+    return _judged(records, name, np.array([getattr(record.metrics, name) for record in records], dtype=float))
+
+
+def _judged(records: Sequence[Record], name: str, values: ndarray) -> ndarray:
+    """(..., n) values of an objective; latencies by their ratio to the baseline, where all have one, and tied.
+
+    The ratio was measured in turns with the baseline: it survives what disturbs the milliseconds.
+    """
+    import numpy as np
+
+    if name not in _TIMES:
+        return values
+    ratios = [record.metrics.latency_ratio for record in records]
+    times = np.array([getattr(record.metrics, name) for record in records], dtype=float)
+    if None not in ratios:
+        values = values / times * np.array(ratios, dtype=float)
+    tied: ndarray = np.apply_along_axis(_tied, -1, values)
+    return tied
+
+
+def _tied(values: ndarray) -> ndarray:
+    """Each value as the least of its group; a group reaches from its least value to RESOLUTION above it."""
+    import numpy as np
+
+    leaders: list[float] = []
+    for value in np.sort(values):
+        if not leaders or value > leaders[-1] * (1 + RESOLUTION):
+            leaders.append(value)
+    return np.array(leaders)[np.searchsorted(leaders, values, side="right") - 1]
 
 
 def _signs(objectives: Sequence[str]) -> ndarray:
@@ -92,7 +130,8 @@ def membership(
         return {}
     random = np.random.default_rng(seed)
     drawn = _draws(candidates, (*objectives, *bounds), scores or {}, random, resamples)
-    values = np.stack([drawn[name] for name in objectives], axis=-1) * _signs(objectives)
+    columns = [_judged(candidates, name, drawn[name]) for name in objectives]
+    values = np.stack(columns, axis=-1) * _signs(objectives)
     possible = np.ones(values.shape[:-1], dtype=bool)
     for name, bound in bounds.items():
         possible &= drawn[name] <= (np.inf if bound.max is None else bound.max)
@@ -164,42 +203,3 @@ def _latency_error(metrics: Metrics) -> float:
     if low is None or high is None or not middle:
         return 0.0
     return (high - low) / (2 * 1.96) / middle
-
-
-def hypervolumes(
-    records: Sequence[Record], objectives: Sequence[str], constraints: Mapping[str, Constraint] | None = None
-) -> list[float]:
-    """Share of the box of objectives that the records up to each one dominate, one value a record; never falls.
-
-    The box reaches from the best value of each objective (0 where less is better) to the worst of all feasible
-    records, so values of different lists do not compare.
-    """
-    import numpy as np
-
-    valid = [record for record in records if feasible(record, objectives, constraints)]
-    if not valid:
-        return [0.0] * len(records)
-    table = losses(valid, objectives)
-    worst = table.max(axis=0)
-    best = np.where(_signs(objectives) > 0, np.minimum(table.min(axis=0), 0.0), table.min(axis=0))
-    extent = np.where(worst > best, worst - best, 1.0)
-    rows = iter(((table - best) / extent).tolist())
-    return _history([next(rows) if feasible(r, objectives, constraints) else None for r in records], len(objectives))
-
-
-def _history(points: list[list[float] | None], dimensions: int) -> list[float]:
-    """Volume under (1, …, 1) dominated by the points so far."""
-    if dimensions == 1:
-        best = 1.0
-        return [1.0 - (best := min(best, *(point or [1.0]))) for point in points]
-    import optuna
-
-    with warnings.catch_warnings():  # the public way to Optuna's hypervolume, marked experimental since 3.3
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(directions=["minimize"] * dimensions)
-        state = optuna.trial.TrialState
-        for point in points:
-            finished = optuna.trial.create_trial(values=point or [1.0] * dimensions, state=state.COMPLETE)
-            study.add_trial(finished)
-        figure = optuna.visualization.plot_hypervolume_history(study, [1.0] * dimensions)
-    return [float(value) for value in figure.data[0].y]

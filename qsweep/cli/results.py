@@ -22,9 +22,10 @@ def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "a
     from qsweep.cli.console import say
     from qsweep.cli.sweep import choose
     from qsweep.records import Metrics
+    from qsweep.track.table import engine_text
 
     record, folder = choose(sweep, maxima, minima, by)
-    say(f"#{record.number} {record.name} on {record.engine}")
+    say(f"#{record.number} {record.name} on {engine_text(record)}")
     for name in Metrics.model_fields:
         value = getattr(record.metrics, name)
         if value is not None:

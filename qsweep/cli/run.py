@@ -114,7 +114,9 @@ class Watch:
 
 def line(record: Record) -> str:
     """A record in one line."""
-    metrics, head = record.metrics, f"#{record.number:<3} {record.name} on {record.engine}"
+    from qsweep.track.table import engine_text
+
+    metrics, head = record.metrics, f"#{record.number:<3} {record.name} on {engine_text(record)}"
     if record.failure:
         return f"{head}: {record.state}, {record.failure.kind}: {record.failure.message}"
     if record.duplicate_of is not None:

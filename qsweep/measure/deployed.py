@@ -29,7 +29,7 @@ def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, count: i
 
 def parity(deployed: Tensor, simulated: Tensor, settings: Measure) -> dict[str, float]:
     """`parity_top1` and `parity_max_abs` of two (N, C) outputs. Raises ParityFailure below the bound of top-1."""
-    agree = (deployed.flatten(1).argmax(1) == simulated.flatten(1).argmax(1)).float().mean().item()
+    agree = (deployed.flatten(1).argmax(1) == simulated.flatten(1).argmax(1)).double().mean().item()
     if agree < settings.parity_top1:
         raise ParityFailure(
             f"artifact and simulation must agree on {settings.parity_top1:.1%} of the top classes (got {agree:.1%})"

@@ -76,10 +76,13 @@ def compress(config: Compression, model: nn.Module, context: Context, clock: Clo
 
 
 def lower(model: QuantizedModel, config: TrialConfig, artifact: Path, store: Store) -> None:
-    """Write the artifact; the folder appears only when it is complete."""
+    """Write the artifact; the folder appears only when it is complete, and nothing is left of one that failed."""
     unfinished = artifact.with_name(artifact.name + ".unfinished")
     for folder in (unfinished, artifact):
         shutil.rmtree(folder, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    config.target.lower(model, unfinished, store)
-    os.replace(unfinished, artifact)
+    try:
+        config.target.lower(model, unfinished, store)
+        os.replace(unfinished, artifact)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

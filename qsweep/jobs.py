@@ -29,6 +29,12 @@ from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task, TaskConfig
 from qsweep.train import check, predict
 
+SIMULATED = "simulated.safetensors"
+"""What the simulation gives on the parity samples, from `build` to `measure`."""
+
+_ROOM = 4096
+"""Bytes taken for the result before anything else is written, so that it can be told that the disk is full."""
+
 Result = dict[str, dict[str, float]]
 
 
@@ -98,7 +104,7 @@ def _build(job: Job) -> Result:
         stored, labels = (part[: job.measure.parity_samples] for part in samples)
         simulated = predict(simulation(model), task, stored)
         accuracy = task.score(simulated, labels).float().mean().item()
-    save_file({"outputs": simulated.contiguous()}, job.folder / "simulated.safetensors")
+    save_file({"outputs": simulated.contiguous()}, job.folder / SIMULATED)
     job.progress("lower")
     with job.clock("lower"):
         lower(model, job.config, job.artifact, job.store)
@@ -123,7 +129,7 @@ def _measure(job: Job) -> Result:
         scores = task.score(deployed, task.samples("validation").labels).float()
         np.save(job.folder / "scores.npy", scores.numpy())
         metrics["accuracy"] = scores.mean().item()
-    simulated = load_file(job.folder / "simulated.safetensors")["outputs"]
+    simulated = load_file(job.folder / SIMULATED)["outputs"]
     metrics |= parity(deployed[: len(simulated)], simulated, job.measure)
     metrics["accuracy_drop_pp"] = _drop(job, metrics["accuracy"])
     metrics["int8_mac_fraction"] = engine.integer_macs(job.artifact, run, inputs)
@@ -159,6 +165,8 @@ def _baseline_runner(job: Job) -> Callable[[torch.Tensor], torch.Tensor] | None:
 def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:
     """Run one job and write its result, a failure that qsweep knows included. The trial boundary."""
     result: dict[str, Any]
+    unfinished = folder / f"{name}.unfinished"
+    unfinished.write_bytes(bytes(_ROOM))
     try:
         result = dict(run(Job(folder)))
     except Exception as error:  # whatever a config or a user's task does, the sweep goes on and the record says why
@@ -168,10 +176,10 @@ def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:
             import traceback
 
             traceback.print_exc()
-    path = folder / f"{name}.json"
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=1))
-    os.replace(unfinished, path)
+    with unfinished.open("r+") as file:
+        file.write(json.dumps(result, indent=1))
+        file.truncate()
+    os.replace(unfinished, folder / f"{name}.json")
 
 
 def _known(error: Exception) -> QsweepError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch._inductor.config as inductor
 from torch import fx, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from qsweep.engines._torch import compiled
 from qsweep.engines._torch_graph import unsigned

@@ -32,7 +32,7 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
         observe(observed.graph, calibration_inputs(config.calibration_samples, context))
         save_file(ranges(observed.graph), folder / "ranges.safetensors")
 
-    key = context.store.key("ranges", 1, context.key, config.calibration_samples, context.seed, torch.__version__)
+    key = context.store.key("ranges", 2, context.key, config.calibration_samples, context.seed, torch.__version__)
     set_ranges(observed.graph, load_file(context.store.folder(key, compute) / "ranges.safetensors"))
     return observed
 

@@ -20,6 +20,7 @@ from qsweep.build import Clock, compress, context_of, lower
 from qsweep.errors import BundleError, DiskFull, OutOfMemory, QsweepError, TaskFailure, TrialFailure
 from qsweep.hub.export import float_graph
 from qsweep.hub.simulate import simulation
+from qsweep.machine import fingerprint
 from qsweep.measure.deployed import outputs, parity
 from qsweep.measure.latency import latency
 from qsweep.measure.memory import PeakMemory
@@ -35,7 +36,7 @@ SIMULATED = "simulated.safetensors"
 _ROOM = 4096
 """Bytes taken for the result before anything else is written, so that it can be told that the disk is full."""
 
-Result = dict[str, dict[str, float]]
+Result = dict[str, dict[str, float] | str]
 
 
 class Job:
@@ -122,7 +123,9 @@ def _measure(job: Job) -> Result:
     with job.clock("load"):
         run = engine.load(job.artifact)
         run(inputs)
-    metrics: dict[str, float] = {"peak_memory_bytes": memory.bytes() or 0.0}
+    metrics: dict[str, float] = {}
+    if (peak := memory.bytes()) is not None:
+        metrics["peak_memory_bytes"] = peak
     job.progress("accuracy")
     with job.clock("accuracy"):
         deployed = outputs(run, task, "validation", engine.batch_size)
@@ -136,7 +139,7 @@ def _measure(job: Job) -> Result:
     job.progress("latency")
     with job.clock("latency"):
         metrics |= latency(run, _baseline_runner(job), inputs, job.measure)
-    return {"metrics": metrics, "seconds": job.clock.seconds}
+    return {"metrics": metrics, "seconds": job.clock.seconds, "machine": fingerprint()}
 
 
 def _test(job: Job) -> Result:

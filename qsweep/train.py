@@ -126,7 +126,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
 
 
 def _set_mode(model: nn.Module, training: bool) -> None:
-    nn.Module.train(model, training)  # unbound: graphs prepared by torchao refuse `model.train()`
+    nn.Module.train(model, training)  # unbound: graphs from `torch.export` refuse `model.train()`
 
 
 def predict(

@@ -19,7 +19,6 @@ HOMES = {
     "mlflow": {"track", "ship"},
     "ray": {"executors"},
     "onnxruntime": {"engines"},
-    "torchao": {"hub"},
 }
 """Who may import what is heavy, replaceable, or both."""
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
-LIBRARIES = ("torch", "torchao", "onnx", "onnxruntime", "optuna", "mlflow", "pydantic", "numpy")
-FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm")
-"""Of the CPU, as Linux names them: what integer and bf16 kernels are made of."""
+from qsweep.machine import cores, cpu, features
+
+LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "mlflow", "pydantic", "numpy")
 
 
 def doctor() -> None:
@@ -43,8 +42,8 @@ def _machine() -> Iterator[tuple[str, str]]:
 
     yield "python", platform.python_version()
     yield "system", platform.platform()
-    yield "cpu", f"{_cpu()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} threads usable"
-    yield "cpu features", ", ".join(name for name in FEATURES if name in _flags()) or "none that matters"
+    yield "cpu", f"{cpu()}, {cores()} of {os.cpu_count()} threads usable"
+    yield "cpu features", ", ".join(features()) or "none that matters"
     yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     yield "gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     yield "disk here", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free"
@@ -60,18 +59,3 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield name, version(name)
         except PackageNotFoundError:
             yield name, "no: not installed here"
-
-
-def _cpu() -> str:
-    return _line("model name") or platform.processor() or platform.machine()
-
-
-def _flags() -> set[str]:
-    return set((_line("flags") or _line("Features")).split())
-
-
-def _line(key: str) -> str:
-    """The value of the first such line of `/proc/cpuinfo`, empty where there is none."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")

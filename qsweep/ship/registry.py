@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.models import ModelSignature
 
-_NEEDED = ("mlflow", "numpy", "onnx", "onnxruntime", "pydantic", "pyyaml", "safetensors", "torch", "torchao")
+_NEEDED = ("mlflow", "numpy", "onnx", "onnxruntime", "pydantic", "pyyaml", "safetensors", "torch")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qsweep.errors import failure
 from qsweep.executors.local import Local
+from qsweep.machine import cores
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 from qsweep.study import outcome
@@ -248,7 +248,7 @@ class Driver:
             "seed": self.spec.search.seed,
             "store": str(self.folder.store),
             "baseline": str(baseline) if baseline else None,
-            "threads": max(1, len(os.sched_getaffinity(0)) // self.spec.run.workers),
+            "threads": max(1, cores() // self.spec.run.workers),
         }
 
     # -- after the trials

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-_PACKAGES = ("qsweep", "torch", "torchao", "optuna", "mlflow", "onnx", "onnxruntime", "numpy")
+from qsweep.machine import cpu
+
+_PACKAGES = ("qsweep", "torch", "optuna", "mlflow", "onnx", "onnxruntime", "numpy")
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -18,7 +20,7 @@ def environment(root: Path) -> dict[str, str]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "machine": platform.node(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": str(os.cpu_count()),
         "git_commit": git_commit(root),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -45,13 +47,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

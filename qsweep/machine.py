@@ -1,0 +1,38 @@
+"""What this machine is, as far as figures depend on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+"""Processor features that int8 and bf16 kernels use."""
+
+
+def cpu() -> str:
+    """Name of the processor."""
+    return _line("model name") or platform.processor() or platform.machine()
+
+
+def features() -> list[str]:
+    """Those of FEATURES that the processor has."""
+    flags = set((_line("flags") or _line("Features")).split())
+    return [name for name in FEATURES if name in flags]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fingerprint() -> str:
+    """Figures of equal fingerprints may be compared: processor, its features, cores, system."""
+    return f"{cpu()}; {cores()} cores; {' '.join(features())}; {platform.system()} {platform.machine()}"
+
+
+def _line(key: str) -> str:
+    """The value of the first such line of `/proc/cpuinfo`, empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")

@@ -60,6 +60,7 @@ def main() -> None:
             quantized = compress(config.compress, model, context, clock)
         with clock("lower"):
             lower(quantized, config, root / "artifact", context.store)
+        torch.set_num_threads(1)  # as the measuring job does
         with clock("evaluate"):
             run = config.target.load(root / "artifact")
             scores = task.score(outputs(run, task, "validation", 128), labels)

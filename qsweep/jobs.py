@@ -115,7 +115,7 @@ def _build(job: Job) -> Result:
 
 def _measure(job: Job) -> Result:
     task, engine = job.task(), job.config.target
-    torch.set_num_threads(engine.threads)
+    torch.set_num_threads(1)  # engines that are PyTorch set theirs; beside another runtime its threads only disturb
     inputs = task.transform(task.samples("validation").inputs[: engine.batch_size]).float().contiguous()
     inputs = inputs.repeat(-(-engine.batch_size // len(inputs)), *[1] * (inputs.dim() - 1))[: engine.batch_size]
     job.progress("load")

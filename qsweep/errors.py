@@ -3,7 +3,6 @@
 QsweepError                  exit code 1, printed without a traceback
 ├── SpecError                the spec is wrong: names the path in it, what must hold, what came
 ├── DataError                a file of data or weights is missing, damaged or does not fit
-├── MissingExtra             an optional package is not installed: says which extra brings it
 ├── SweepError               the sweep's folder: locked by another driver, or of a different spec
 ├── TrackError               the tracking server refused or did not answer
 ├── BundleError              a bundle is incomplete or was changed
@@ -32,10 +31,6 @@ class SpecError(QsweepError):
 
 class DataError(QsweepError):
     """A data or checkpoint file is missing, damaged, or does not fit the model."""
-
-
-class MissingExtra(QsweepError):
-    """An optional package is needed and not installed."""
 
 
 class SweepError(QsweepError):

@@ -269,6 +269,20 @@ def test_inductor_without_a_compiler_says_what_it_needs(monkeypatch: pytest.Monk
     assert "C++ compiler" in str(Inductor().available())
 
 
+def test_an_engine_that_is_not_installed_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qsweep.errors import SpecError
+    from qsweep.spec import Spec
+    from qsweep.study import check
+
+    data = {"method": "digits"}
+    task = {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": data}
+    spec = Spec.model_validate({"name": "x", "task": task, "compress": {}, "target": {"engine": "onnxruntime"}})
+    check(spec)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SpecError, match=r"`target.engine`: `onnxruntime` does not work .*pip install onnxruntime"):
+        check(spec)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors", "packed.json"])
 def test_a_damaged_artifact_is_told(name: str, root: Path, tmp_path: Path) -> None:
     lowered(OnnxRuntime(), case("mlp", root), tmp_path)

@@ -18,6 +18,12 @@ class OnnxRuntime(EngineConfig):
 
     engine: Literal["onnxruntime"] = "onnxruntime"
 
+    def available(self) -> str | None:
+        from importlib.util import find_spec
+
+        missing = [name for name in ("onnxruntime", "onnx", "onnxscript") if find_spec(name) is None]
+        return f"`{missing[0]}` is not installed: `pip install {missing[0]}`" if missing else None
+
     def refuses(self, config: Compression) -> str | None:
         if config.quantize is not None and config.quantize.method == "cast":
             return "ONNX Runtime's CPU kernels do not compute in bf16; use `float`"

@@ -81,7 +81,9 @@ def onnx_tensors(folder: Path, inputs: Tensor) -> list[Tensor]:
 
     content = complete(folder)
     bounded = {node.input[0]: node.output[0] for node in content.graph.node if node.op_type == "Clip"}
-    quantized = [node.output[0] for node in content.graph.node if node.op_type == "QuantizeLinear"]
+    nodes = [node for node in content.graph.node if node.op_type == "QuantizeLinear"]
+    nodes.sort(key=lambda node: int(node.input[2].removeprefix("grid").removesuffix(".zero_point")))
+    quantized = [node.output[0] for node in nodes]
     for name in (bounded.get(name, name) for name in quantized):
         content.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
     session = onnxruntime.InferenceSession(content.SerializeToString(), providers=["CPUExecutionProvider"])

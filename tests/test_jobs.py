@@ -200,7 +200,7 @@ def test_a_full_disk_is_a_result(root: Path, baseline: Path, tmp_path: Path) -> 
     mount, out = tmp_path / "disk", tmp_path / "out.json"
     mount.mkdir()
     script = f"""
-        mount -t tmpfs -o size=64k tmpfs {mount} || exit 77
+        mount -t tmpfs -o size=48k tmpfs {mount} || exit 77
         cp {template} {mount}/job.json
         {sys.executable} -c 'from pathlib import Path; from qsweep import jobs; jobs.build(Path("{mount}"))' || exit 1
         cp {mount}/build.json {out}

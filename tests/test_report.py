@@ -105,7 +105,7 @@ def test_units_are_in_the_titles_and_values_are_rounded() -> None:
     titles = [column.title for column in table.columns]
     assert table.texts()[0][titles.index("accuracy %")] == "97.10"
     assert table.texts()[0][titles.index("size KiB")] == "8.8"
-    assert table.texts()[0][titles.index("latency ms")] == "0.520"
+    assert table.texts()[0][titles.index("latency ms")] == "0.580"
 
 
 def test_a_note_longer_than_mlflow_takes_is_cut_between_rows() -> None:

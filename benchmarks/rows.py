@@ -8,6 +8,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from qsweep.machine import fingerprint
+
 HERE = Path(__file__).parent
 
 
@@ -26,19 +28,8 @@ def table(name: str, heading: str) -> None:
     """Write `<name>.md` from `<name>.json`; what follows its line `## Notes` is kept."""
     path = HERE / f"{name}.md"
     notes = path.read_text().partition("\n## Notes\n")[2] if path.exists() else "\n"
-    lines = [heading.strip(), "", f"{date.today()}, {_processor()}, Python {platform.python_version()}.", ""]
+    lines = [heading.strip(), "", f"{date.today()}, {fingerprint()}, Python {platform.python_version()}.", ""]
     lines += ["| row | asked | measured | met |", "|---|---|---|---|"]
     for row in json.loads((HERE / f"{name}.json").read_text()):
         lines.append(f"| {row['row']} | {row['asked']} | {row['measured']} | {'yes' if row['met'] else '**no**'} |")
     path.write_text("\n".join(lines) + "\n\n## Notes\n" + notes)
-
-
-def _processor() -> str:
-    import os
-
-    models = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    flags = Path("/proc/cpuinfo").read_text()
-    features = [flag for flag in ("avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
-    return f"{os.cpu_count()} cores {models[0] if models else platform.machine()} ({', '.join(features) or 'no VNNI'})"

@@ -16,9 +16,12 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
+from qsweep.config import content_hash
 from qsweep.errors import BundleError, DiskFull, OutOfMemory, QsweepError, TaskFailure, TrialFailure
 from qsweep.hub.export import float_graph
+from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
 from qsweep.machine import fingerprint
 from qsweep.measure.deployed import outputs, parity
@@ -59,6 +62,13 @@ class Job:
     def progress(self, text: str) -> None:
         (self.folder / "progress.txt").write_text(text)
 
+    def alone(self, text: str) -> None:
+        """Wait until nothing else of the sweep runs on this host: threads of two jobs on one core wait for each other,
+        and latency would be that of both."""
+        self.progress("wait for the others")
+        alone.ask(self.folder)
+        self.progress(text)
+
     @property
     def artifact(self) -> Path:
         return self.folder / "artifact"
@@ -75,7 +85,7 @@ def build(folder: Path) -> None:
 
 
 def measure(folder: Path) -> None:
-    """Load the artifact in this fresh process; accuracy, parity, latency, memory."""
+    """Load the artifact in this fresh process; then, alone, accuracy, parity, latency, memory."""
     _write(folder, "measure", _measure)
 
 
@@ -110,7 +120,8 @@ def _build(job: Job) -> Result:
     with job.clock("lower"):
         lower(model, job.config, job.artifact, job.store)
     metrics = {"accuracy_simulated": accuracy, **work(model), **file_sizes(job.artifact)}
-    return {"metrics": metrics, "seconds": job.clock.seconds}
+    kernels = content_hash([structure(model, widths=True), job.config.target.uid()])
+    return {"metrics": metrics, "seconds": job.clock.seconds, "kernels": kernels}
 
 
 def _measure(job: Job) -> Result:
@@ -126,7 +137,10 @@ def _measure(job: Job) -> Result:
     metrics: dict[str, float] = {}
     if (peak := memory.bytes()) is not None:
         metrics["peak_memory_bytes"] = peak
-    job.progress("accuracy")
+    with job.clock("load"):
+        metrics["int8_mac_fraction"] = engine.integer_macs(job.artifact, run, inputs)
+        other = _baseline_runner(job)
+    job.alone("accuracy")
     with job.clock("accuracy"):
         deployed = outputs(run, task, "validation", engine.batch_size)
         scores = task.score(deployed, task.samples("validation").labels).float()
@@ -135,16 +149,16 @@ def _measure(job: Job) -> Result:
     simulated = load_file(job.folder / SIMULATED)["outputs"]
     metrics |= parity(deployed[: len(simulated)], simulated, job.measure)
     metrics["accuracy_drop_pp"] = _drop(job, metrics["accuracy"])
-    metrics["int8_mac_fraction"] = engine.integer_macs(job.artifact, run, inputs)
     job.progress("latency")
     with job.clock("latency"):
-        metrics |= latency(run, _baseline_runner(job), inputs, job.measure)
+        metrics |= latency(run, other, inputs, job.measure)
     return {"metrics": metrics, "seconds": job.clock.seconds, "machine": fingerprint()}
 
 
 def _test(job: Job) -> Result:
     task, engine = job.task(), job.config.target
     run = engine.load(job.artifact)
+    job.alone("test")
     score = task.score(outputs(run, task, "test", engine.batch_size), task.samples("test").labels)
     return {"metrics": {"accuracy_test": score.float().mean().item()}, "seconds": job.clock.seconds}
 

@@ -99,5 +99,9 @@ class Record(BaseModel):  # no Config: its `uid` is that of the config it was ma
     """Relative to the sweep's folder; holds `artifact/`, `config.yaml` and logs."""
     front: Literal["certain", "probable"] | None = None
     """Membership of the final Pareto front; None: not on it."""
+    simulated: bool = False
+    """Whether integers were computed in floating point: its latency is not that of the integers."""
+    kernels: str = ""
+    """Identity of the code that runs, numbers left out: records that share it differ in latency by noise alone."""
     machine: str = ""
     """Fingerprint of the machine that measured it."""

@@ -40,6 +40,12 @@ class TrialConfig(Config):
     target: Engine
 
     @property
+    def simulated(self) -> bool:
+        """Whether what needs integer kernels runs in floating point."""
+        quantize = self.compress.quantize
+        return self.target.engine == "float" and quantize is not None and not quantize.in_float
+
+    @property
     def name(self) -> str:
         """A name that decodes, such as `qat-w4s-a8a-prune50-T4`."""
         stages = self.compress.stages()
@@ -143,6 +149,9 @@ class Spec(Config):
         "latency_ms",
     )
     """Metrics that span the Pareto front."""
+    baselines: tuple[TrialConfig, ...] = ()
+    """Configs to measure beside the trials, such as what is in production now. The model as it is, bf16 and plain int8
+    stand there anyway."""
     constraints: Annotated[dict[str, Constraint], _names(Metrics.model_fields, "propertyNames")] = {}
     """Bounds of metrics, used by the sampler and by `qsweep best`; members of the front keep them."""
     search: Search = Search()
@@ -172,6 +181,14 @@ class Spec(Config):
         if set(bounds) - set(Metrics.model_fields):
             raise ValueError(f"must name metrics out of {sorted(Metrics.model_fields)}")
         return bounds
+
+    @field_validator("baselines")
+    @classmethod
+    def _accepted(cls, configs: tuple[TrialConfig, ...]) -> tuple[TrialConfig, ...]:
+        for number, config in enumerate(configs):
+            if (reason := config.target.refuses(config.compress)) is not None:
+                raise ValueError(f"number {number} must be one that its engine takes ({reason})")
+        return configs
 
     @model_validator(mode="after")
     def _possible(self) -> Spec:

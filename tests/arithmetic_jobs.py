@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from qsweep import alone
+
 
 def prepare(folder: Path) -> None:
     job = _job(folder)
@@ -50,6 +52,7 @@ def build(folder: Path) -> None:
 
 def measure(folder: Path) -> None:
     job = _job(folder)
+    alone.ask(folder)
     _count(job, f"measure {folder.name}")
     began = time.time()
     if _told(job, "measure", folder.name) == "slow":

@@ -14,9 +14,9 @@ from qsweep.study import membership, pareto
 OBJECTIVES = ("accuracy", "size_bytes")
 
 
-def record(number: int, state: str = "complete", **metrics: float) -> Record:
+def record(number: int, state: str = "complete", kernels: str = "", **metrics: float) -> Record:
     content: dict[str, Any] = {"number": number, "uid": str(number), "name": "x", "config": {}, "engine": "e"}
-    return Record(**content, state=state, folder="f", metrics=Metrics(**metrics))  # type: ignore[arg-type]
+    return Record(**content, state=state, kernels=kernels, folder="f", metrics=Metrics(**metrics))  # type: ignore[arg-type]
 
 
 def points(*pairs: tuple[float, float]) -> list[Record]:
@@ -106,3 +106,22 @@ def test_the_ratio_to_the_baseline_is_compared_rather_than_milliseconds() -> Non
         record(1, accuracy=0.89, latency_ms=10.0, latency_ratio=0.4),
     ]
     assert [member.number for member in pareto(disturbed, ("accuracy", "latency_ms"))] == [0]
+
+
+def test_records_of_the_same_kernels_share_the_median_of_their_latencies() -> None:
+    records = [
+        record(0, accuracy=0.90, latency_ms=2.0, latency_ratio=0.50, kernels="int8"),
+        record(1, accuracy=0.91, latency_ms=2.6, latency_ratio=0.65, kernels="int8"),
+        record(2, accuracy=0.89, latency_ms=1.6, latency_ratio=0.40, kernels="int8"),
+        record(3, accuracy=0.92, latency_ms=3.2, latency_ratio=0.80, kernels="bf16"),
+    ]
+    assert [r.number for r in pareto(records, ("accuracy", "latency_ms"))] == [1, 3]
+
+
+def test_files_that_differ_by_the_digits_of_their_scales_have_one_size() -> None:
+    records = [
+        record(0, accuracy=0.90, size_bytes=299_890),
+        record(1, accuracy=0.91, size_bytes=299_922),
+        record(2, accuracy=0.89, size_bytes=233_447),
+    ]
+    assert [r.number for r in pareto(records, ("accuracy", "size_bytes"))] == [1, 2]

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from qsweep.config import members
 from qsweep.errors import NotFinite
 from qsweep.hub.export import example_of, export
-from qsweep.hub.form import DEQUANTIZE_WEIGHT, QuantizedModel, constant, nodes_of, weight_bits_of
-from qsweep.hub.insert import insert_observers
+from qsweep.hub.form import QuantizedModel, constant, nodes_of, weight_bits_of
+from qsweep.hub.insert import Place, insert_observers
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import Quantization
 from qsweep.quantize import _calibrate as calibrate
-from qsweep.quantize._arithmetic import activation_grid, quantize_weight, weight_scale
+from qsweep.quantize._arithmetic import activation_grid, weight_levels
 from qsweep.quantize._norm import FoldedNorm, join_norms, split_norms
 from qsweep.quantize._observers import NearestWeight, RangeFakeQuantize
 from qsweep.quantize.base import Scheme, Uniform
@@ -206,16 +207,16 @@ matrices = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=4, max_siz
 @given(rows=matrices, bits=st.integers(2, 8))
 def test_a_quantized_weight_is_within_half_a_step(rows: list[list[float]], bits: int) -> None:
     weight = torch.tensor(rows)
-    scale = weight_scale(weight, bits)
-    error = (quantize_weight(weight, scale, bits) * scale[:, None] - weight).abs()
-    assert (scale > 0).all()
-    assert (error <= scale[:, None] * (0.5 + 1e-4)).all()
+    levels = weight_levels(weight, bits)
+    error = (levels.real(levels.integers(weight)) - weight).abs()
+    assert (levels.scale > 0).all()
+    assert (error <= levels.scale * (0.5 + 1e-4)).all()
 
 
 @given(value=st.floats(-1e3, 1e3, width=32).filter(lambda value: abs(value) > 1e-3), bits=st.integers(2, 8))
 def test_a_constant_channel_is_on_the_last_level_and_a_zero_channel_on_zero(value: float, bits: int) -> None:
     weight = torch.stack([torch.full((3, 3), value), torch.zeros(3, 3)])
-    integers = quantize_weight(weight, weight_scale(weight, bits), bits)
+    integers = weight_levels(weight, bits).integers(weight)
     assert (integers[0].abs() == 2 ** (bits - 1) - 1).all()
     assert (integers[1] == 0).all()
 
@@ -229,7 +230,7 @@ def test_channels_of_zeros_keep_their_bias(tmp_path: Path) -> None:
 
 @given(low=st.floats(-10, -0.1), high=st.floats(0.1, 10), bits=st.integers(2, 8))
 def test_gradients_pass_straight_through_inside_the_grid_and_stop_outside(low: float, high: float, bits: int) -> None:
-    fake = RangeFakeQuantize(QAT(activation_bits=max(4, bits)), nonnegative=False)
+    fake = RangeFakeQuantize(QAT(activation_bits=bits), Place((), edge=False))
     fake.low.fill_(low)
     fake.high.fill_(high)
     fake.enabled = True
@@ -245,11 +246,9 @@ def test_gradients_pass_straight_through_inside_the_grid_and_stop_outside(low: f
 def training_graph(config: QAT, model: nn.Module, found: Context) -> QuantizedModel:
     """The graph as it is trained: observers enabled, norms joined."""
     live = export(model, example_of(found))
-    insert_observers(
-        live, lambda nonnegative: RangeFakeQuantize(config, nonnegative=nonnegative), lambda: NearestWeight(config)
-    )
+    insert_observers(live, lambda place: RangeFakeQuantize(config, place), lambda place: NearestWeight(config, place))
     join_norms(live.graph)
-    calibrate.observe(live.graph, calibrate.calibration_inputs(60, found))
+    calibrate.observe(live.graph, calibrate.calibration_inputs(config, found))
     for module in live.graph.modules():
         if isinstance(module, RangeFakeQuantize | NearestWeight):
             module.enabled = True

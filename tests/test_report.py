@@ -109,7 +109,7 @@ def test_units_are_in_the_titles_and_values_are_rounded() -> None:
 
 
 def test_a_note_longer_than_mlflow_takes_is_cut_between_rows() -> None:
-    many = [record(i, f"trial-{i}", 0.5 + i / 1000, 1e4 + i, 1.0) for i in range(200)]
+    many = [record(i, f"trial-{i}", 0.5 + i / 1000, 1e4 + 20 * i, 1.0) for i in range(200)]
     text = note(many, spec())
     assert len(text) < 8000
     assert re.search(r"… and \d+ more in `front.csv`", text)

@@ -127,14 +127,14 @@ def test_domains_fit_wherever_a_value_does(quantize: str) -> None:
         "{weight_bits: 4}",
         "{method: magic}",
         "{method: ptq, epochs: 3}",
-        "{method: ptq, weight_bits: 9}",
+        "{method: ptq, weight_bits: 17}",
         "{method: ptq, weight_bits: {choice: []}}",
-        "{method: ptq, weight_bits: {choice: [4, 9]}}",
-        "{method: ptq, weight_bits: {range: [2, 9]}}",
+        "{method: ptq, weight_bits: {choice: [4, 17]}}",
+        "{method: ptq, weight_bits: {range: [2, 17]}}",
         "{method: ptq, weight_bits: {range: [2]}}",
         "{method: ptq, weight_bits: {range: [2, 8], steps: 2}}",
         "{method: ptq, activation_scheme: {range: [0, 1]}}",
-        "{choice: [{method: ptq, weight_bits: 9}]}",
+        "{choice: [{method: ptq, weight_bits: 17}]}",
     ],
 )
 def test_what_cannot_be_does_not_fit(quantize: str) -> None:

@@ -97,7 +97,7 @@ def test_stages_come_in_their_order() -> None:
         ),
         (
             {"compress": {"quantize": {"method": "ptq", "weight_bits": 9}}},
-            "`compress.quantize.ptq.weight_bits`: must be less than or equal to 8 (got 9)",
+            "`compress.quantize.ptq.weight_bits`: must be 2 to 8, or 16 (got 9)",
         ),
         (
             {"compress": {"quantize": {"method": "ptq", "weight_bits": {"range": [1, 8]}}}},

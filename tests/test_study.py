@@ -11,10 +11,12 @@ from pathlib import Path
 import optuna
 import pytest
 from arithmetic_jobs import build
+from pydantic import ValidationError
 from small_sweep import REAL, calls, small_spec, states, sweep, told
 
 from qsweep.domains import Choice, Range
 from qsweep.errors import DataError, DiskFull, SpecError, SweepError, TaskFailure, TrialFailure
+from qsweep.spec import TrialConfig
 from qsweep.study import SweepFolder, baselines, plan, run
 from qsweep.study.search import encode, suggested, violations
 
@@ -310,6 +312,17 @@ def test_what_an_engine_refuses_as_a_baseline_runs_on_float() -> None:
     ]  # fmt: skip
     reference = baselines(small_spec(target={"engine": "reference"}))
     assert (reference[0].name, reference[0].target.engine) == ("fp32", "float")
+
+
+def test_configs_of_the_users_own_stand_beside_the_trials() -> None:
+    eager = {"target": {"engine": "float", "compile": False}}
+    assert baselines(small_spec(baselines=[eager, eager]))[3:] == [TrialConfig.model_validate(eager)]
+
+
+def test_a_baseline_that_its_engine_refuses_is_refused_with_the_spec() -> None:
+    integers = {"compress": {"quantize": {"method": "ptq"}}, "target": {"engine": "float"}}
+    with pytest.raises(ValidationError, match="number 0 must be one that its engine takes"):
+        small_spec(baselines=[integers])
 
 
 def test_the_plan_counts_configs_shared_stages_and_refusals() -> None:

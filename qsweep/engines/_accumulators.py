@@ -8,13 +8,13 @@ from qsweep.errors import Refused
 from qsweep.hub.form import (
     COMPUTE,
     DEQUANTIZE,
-    DEQUANTIZE_WEIGHT,
     QuantizedModel,
     constant,
     grid_of,
     nodes_of,
     source,
 )
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
 _LIMIT = 2**31
 

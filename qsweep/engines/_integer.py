@@ -19,7 +19,6 @@ from qsweep.hub.form import (
     BINARY,
     COMPUTE,
     DEQUANTIZE,
-    DEQUANTIZE_WEIGHT,
     POOLS,
     QUANTIZE,
     RECTIFIERS,
@@ -28,6 +27,7 @@ from qsweep.hub.form import (
     aten,
     pool_count,
 )
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
 if TYPE_CHECKING:
     from qsweep.engines.base import Runner

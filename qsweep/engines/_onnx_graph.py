@@ -21,7 +21,6 @@ from torch import Tensor
 from qsweep.errors import Refused
 from qsweep.hub.form import (
     DEQUANTIZE,
-    DEQUANTIZE_WEIGHT,
     QUANTIZE,
     QuantizedModel,
     aten,
@@ -32,6 +31,7 @@ from qsweep.hub.form import (
     set_constant,
     source,
 )
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.save import structure
 
 if TYPE_CHECKING:

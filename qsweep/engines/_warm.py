@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from qsweep.engines._torch import compiled
 from qsweep.engines._torch_graph import unsigned
-from qsweep.hub.form import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, aten, set_constant
+from qsweep.hub.form import DEQUANTIZE, QUANTIZE, aten, set_constant
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
 
 def _network() -> fx.GraphModule:

@@ -14,16 +14,23 @@ if TYPE_CHECKING:
 
 
 class Float(EngineConfig):
-    """PyTorch in floating point, channels last: the baselines, fp32 and bf16, eager or compiled."""
+    """PyTorch in floating point, channels last, eager or compiled: the baselines fp32, bf16 and fp16, and models of
+    which only the weights are quantized."""
 
     engine: Literal["float"] = "float"
     compile: bool = True
     """`torch.compile` with freezing; false runs eagerly."""
 
+    simulate: bool = False
+    """Take what needs integer kernels too and compute it in floating point: its accuracy and size, not its speed. Such
+    records are marked as simulated wherever they are shown."""
+
     def refuses(self, config: Compression) -> str | None:
-        if config.quantize is None or config.quantize.method == "cast":
+        if config.quantize is None or config.quantize.in_float or self.simulate:
             return None
-        return "the float engine has no integer kernels; use `inductor`, `onnxruntime` or `reference`"
+        return (
+            "the float engine has no integer kernels; use `inductor`, `onnxruntime` or `reference`, or `simulate: true`"
+        )
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.hub.save import save
@@ -33,7 +40,7 @@ class Float(EngineConfig):
     def load(self, folder: Path) -> Runner:
         from qsweep.engines._torch import runner
 
-        return runner(folder, self, compile=self.compile)
+        return runner(folder, self, compile=self.compile, integers=False)
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
         return 0.0

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qsweep.engines.base import EngineConfig, Runner
 
@@ -27,14 +27,8 @@ class Inductor(EngineConfig):
         return None
 
     def refuses(self, config: Compression) -> str | None:
-        if config.quantize is None or config.quantize.method == "cast":
-            return "this engine is for integers; `float` with `compile: true` is the same compiler in floating point"
-        return None
-
-    def baselines(self) -> list[dict[str, Any]]:
-        eager = {"engine": "float", "compile": False, "batch_size": self.batch_size, "threads": self.threads}
-        bf16 = {"quantize": {"method": "cast", "dtype": "bf16"}}
-        return [*super().baselines(), {"target": eager}, {"compress": bf16, "target": eager}]
+        reason = "no stage quantizes" if config.quantize is None else config.quantize.not_integer
+        return reason and f"integer kernels cannot run it: {reason}; `float` is the same compiler in floating point"
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.engines._accumulators import check_accumulators
@@ -46,7 +40,7 @@ class Inductor(EngineConfig):
     def load(self, folder: Path) -> Runner:
         from qsweep.engines._torch import runner
 
-        return runner(folder, self, compile=True)
+        return runner(folder, self, compile=True, integers=True)
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
         from qsweep.engines._torch import integer_macs

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qsweep.engines.base import EngineConfig, Runner
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class OnnxRuntime(EngineConfig):
     """ONNX Runtime on the CPU, explicit quantize/dequantize (QDQ) with uint8 activations and int8 weights."""
 
+    preload: ClassVar[tuple[str, ...]] = ("onnxscript.function_libs.torch_lib",)
+    """The export's. Not onnxruntime: its import starts a thread, and takes no time."""
     engine: Literal["onnxruntime"] = "onnxruntime"
 
     def available(self) -> str | None:
@@ -25,9 +27,8 @@ class OnnxRuntime(EngineConfig):
         return f"`{missing[0]}` is not installed: `pip install {missing[0]}`" if missing else None
 
     def refuses(self, config: Compression) -> str | None:
-        if config.quantize is not None and config.quantize.method == "cast":
-            return "ONNX Runtime's CPU kernels do not compute in bf16; use `float`"
-        return None
+        reason = config.quantize and config.quantize.not_integer
+        return f"ONNX Runtime's integer kernels cannot run it: {reason}; use `float`" if reason else None
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.engines._accumulators import check_accumulators

@@ -19,9 +19,12 @@ class Reference(EngineConfig):
     engine: Literal["reference"] = "reference"
 
     def refuses(self, config: Compression) -> str | None:
-        if config.quantize is None or config.quantize.method == "cast":
-            return "the reference computes in integers; give `quantize` a method with integer grids"
-        return None
+        reason = "no stage quantizes" if config.quantize is None else config.quantize.not_integer
+        return (
+            f"the reference computes in integers and cannot run it: {reason}; give `quantize` integer grids"
+            if reason
+            else None
+        )
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.engines._accumulators import check_accumulators

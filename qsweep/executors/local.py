@@ -8,6 +8,7 @@ While it lives it holds `flock` on `worker.lock` in its folder: that is how a la
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib
 import multiprocessing
 import os
@@ -152,6 +153,7 @@ def work(folder: str, job: str, name: str) -> None:
     """The life of a worker."""
     path = Path(folder)
     os.setsid()
+    gc.freeze()  # the server's imports are never garbage: Inductor compiles a tenth faster without looking at them
     _log_to(path / "log.txt")
     with (path / LOCK).open("a") as lock:
         # Waits only where a driver was killed just after it had asked for a worker: that one may be about to start.

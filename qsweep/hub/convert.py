@@ -11,7 +11,6 @@ from qsweep.errors import NotFinite
 from qsweep.hub.form import (
     BINARY,
     DEQUANTIZE,
-    DEQUANTIZE_WEIGHT,
     POOLS,
     QUANTIZE,
     RECTIFIERS,
@@ -26,6 +25,7 @@ from qsweep.hub.form import (
 from qsweep.hub.insert import ActivationObserver, WeightObserver
 from qsweep.hub.norm import own_name
 from qsweep.hub.ties import settle_mean, settle_sum
+from qsweep.hub.weights import Channels
 
 
 def convert(model: QuantizedModel) -> QuantizedModel:
@@ -82,7 +82,7 @@ def _settled_mean(pool: fx.Node, observed: fx.Node, given: Grid, grid: Grid) -> 
 
 
 def _convert_activation(graph: fx.GraphModule, node: fx.Node, grid: Grid) -> None:
-    arguments = (*grid, torch.int8)
+    arguments = (*grid, torch.int8 if grid.high < 128 else torch.int16)
     with graph.graph.inserting_before(node):
         integers = graph.graph.call_function(QUANTIZE, (node.args[0], *arguments))
     for user in list(node.users):  # one dequantize a reader: runtimes match the pair
@@ -102,18 +102,12 @@ def _convert_weight(graph: fx.GraphModule, node: fx.Node) -> None:
     if bias is not None and step is not None:  # the bias must fit an int32 accumulator with room for the sum
         smallest = _finite(graph, source(compute, 2)).abs() / (step * 2**30)
     observer = cast(WeightObserver, graph.get_submodule(str(node.target)))
-    integers, scale, low, high = observer.integers(weight, smallest)
-    name = own_name(graph, original, compute)
-    set_constant(graph, name, integers)
-    set_constant(graph, f"{name}_scale", scale)
-    set_constant(graph, f"{name}_zero_point", torch.zeros(len(weight), dtype=torch.int64))
-    with graph.graph.inserting_before(node):
-        parts = [graph.graph.get_attr(f"{name}{suffix}") for suffix in ("", "_scale", "_zero_point")]
-        dequantized = graph.graph.call_function(DEQUANTIZE_WEIGHT, (*parts, 0, low, high, torch.int8))
+    stored = observer.stored(weight, smallest)
+    dequantized = stored.write(graph, own_name(graph, original, compute), before=node)
     node.replace_all_uses_with(dequantized)
     graph.graph.erase_node(node)
-    if bias is not None and step is not None:
-        _snap_bias(graph, compute, bias, torch.tensor(step) * scale)
+    if bias is not None and step is not None and isinstance(stored, Channels):
+        _snap_bias(graph, compute, bias, torch.tensor(step) * stored.scale)
 
 
 def _snap_bias(graph: fx.GraphModule, compute: fx.Node, bias: Tensor, step: Tensor) -> None:

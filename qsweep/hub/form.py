@@ -1,8 +1,9 @@
 """The hub form: what every quantization method leaves and every engine reads.
 
 An ATen graph of the model in inference form, batch norm folded, in which `quantized_decomposed.quantize_per_tensor` and
-`dequantize_per_tensor` (int8 container, `quant_min` and `quant_max` of the bit width) stand on activations and
-`dequantize_per_channel` on constant int8 weights. Biases are float32 multiples of their accumulator's step.
+`dequantize_per_tensor` (integer container, `quant_min` and `quant_max` of the bit width) stand on activations and
+`dequantize_per_channel` on constant int8 weights; `qsweep.hub.weights` has the other ways of storing weights. Biases
+beside integer activations are float32 multiples of their accumulator's step.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
+
+from qsweep.hub.ops import DEQUANTIZE_GROUPS, LOOK_UP, STORED
 
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed
 
 QUANTIZE = quantized.quantize_per_tensor.default
 DEQUANTIZE = quantized.dequantize_per_tensor.default
-DEQUANTIZE_WEIGHT = quantized.dequantize_per_channel.default
 
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default}
 LINEARS = {aten.linear.default}
@@ -85,7 +86,7 @@ class QuantizedModel:
 
     def cast_to(self, dtype: str) -> QuantizedModel:
         """The same model with weights and arithmetic in another floating-point type."""
-        return replace(self, dtype={"bf16": torch.bfloat16}[dtype])
+        return replace(self, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
 
     def layers(self) -> list[Layer]:
         """Its convolutions and linears, in order of execution."""
@@ -97,7 +98,7 @@ class QuantizedModel:
     def _layer(self, node: fx.Node, shape: torch.Size) -> Layer:
         given, stored = source(node), source(node, 1)
         weight_bits = input_bits = 8 * self.dtype.itemsize
-        if stored.target is DEQUANTIZE_WEIGHT:
+        if stored.target in STORED:
             weight_bits = weight_bits_of(stored)
             stored = source(stored)
         if given.target is DEQUANTIZE:
@@ -125,8 +126,11 @@ def grid_of(node: fx.Node) -> Grid:
 
 
 def weight_bits_of(node: fx.Node) -> int:
-    """Bit width of the integers behind a weight's dequantize node: levels go from 1 - 2^(bits-1) to 2^(bits-1) - 1."""
-    return (cast(int, node.args[5]) + 1).bit_length()
+    """Bit width of the integers behind a node of STORED."""
+    if node.target is LOOK_UP:
+        return cast(int, node.args[2])
+    low, high = (3, 4) if node.target is DEQUANTIZE_GROUPS else (4, 5)
+    return (cast(int, node.args[high]) - cast(int, node.args[low])).bit_length()
 
 
 def keeps_grid(node: fx.Node) -> bool:
@@ -155,8 +159,8 @@ def pool_count(node: fx.Node, height: int, width: int) -> int | None:
 
 
 def constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
-    """The constant behind `node`: that of a get_attr, or the integers behind a weight's dequantize; else None."""
-    if isinstance(node, fx.Node) and node.target is DEQUANTIZE_WEIGHT:
+    """The constant behind `node`: that of a get_attr, or the integers of stored weights; else None."""
+    if isinstance(node, fx.Node) and node.target in STORED:
         node = source(node)
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None

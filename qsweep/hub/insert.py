@@ -8,6 +8,7 @@ concatenation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, fx, nn
@@ -27,6 +28,7 @@ from qsweep.hub.form import (
     nodes_of,
     source,
 )
+from qsweep.hub.weights import Stored
 
 
 class ActivationObserver(Protocol):
@@ -35,17 +37,30 @@ class ActivationObserver(Protocol):
 
 
 class WeightObserver(Protocol):
-    def integers(self, weight: Tensor, smallest_scale: Tensor) -> tuple[Tensor, Tensor, int, int]:
-        """Integers (int8), scale (C,) no smaller than `smallest_scale`, lowest and highest level."""
+    def stored(self, weight: Tensor, smallest_scale: Tensor) -> Stored:
+        """`weight` (C, ...) as it is shipped, its scales no smaller than `smallest_scale` (C,)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an observer stands."""
+
+    layers: tuple[str, ...]
+    """Names of the weights of the convolutions and linears that read the value, such as `conv1.weight`."""
+    edge: bool
+    """Whether one of them is the first or the last of the model."""
+    nonnegative: bool = False
 
 
 def insert_observers(
-    model: QuantizedModel, activation: Callable[[bool], nn.Module], weight: Callable[[], nn.Module]
+    model: QuantizedModel,
+    activation: Callable[[Place], nn.Module | None],
+    weight: Callable[[Place], nn.Module | None],
 ) -> None:
     """Put observers (or fake quantizers) on every value that will be quantized, in place.
 
-    `activation(nonnegative)` and `weight()` make them. A group of values on one grid shares one observer, named after
-    the first: `observe_relu_3`.
+    `activation(place)` and `weight(place)` make them; None leaves the value as it is. A group of values on one grid
+    shares one observer, named after the first: `observe_relu_3`.
     """
     graph = model.graph
     ShapeProp(graph).propagate(model.example)
@@ -53,17 +68,26 @@ def insert_observers(
     groups = _groups(graph, wanted)
     signs = [all(map(_nonnegative, group)) for group in groups]
     readers = {value: [user for user in value.users if _reads_integers(user, value, wanted)] for value in wanted}
+    layers = {node: str(source(node, 1).target) for node in nodes_of(graph, COMPUTE) if _has_weight(graph, node)}
+    edges = {next(iter(layers), None), next(reversed(layers), None)}
     for group, nonnegative in zip(groups, signs, strict=True):
-        name = f"observe_{group[0].name}"
-        graph.add_submodule(name, activation(nonnegative))
-        for value in group:
-            _observe(graph, value, name, readers[value])
-    for node in nodes_of(graph, COMPUTE):
-        if constant(graph, node.args[1]) is not None:
+        users = [user for value in group for user in readers[value] if user in layers]
+        place = Place(tuple(layers[user] for user in users), not edges.isdisjoint(users), nonnegative)
+        if (observer := activation(place)) is not None:
+            name = f"observe_{group[0].name}"
+            graph.add_submodule(name, observer)
+            for value in group:
+                _observe(graph, value, name, readers[value])
+    for node, layer in layers.items():
+        if (observer := weight(Place((layer,), node in edges))) is not None:
             name = f"observe_{node.name}_weight"
-            graph.add_submodule(name, weight())
+            graph.add_submodule(name, observer)
             _observe(graph, source(node, 1), name, [node])
     graph.recompile()
+
+
+def _has_weight(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return constant(graph, node.args[1]) is not None
 
 
 def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.Node]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, fx
 
 from qsweep.errors import BundleError
 from qsweep.hub.form import (
-    DEQUANTIZE_WEIGHT,
     QuantizedModel,
     attributes,
     nodes_of,
@@ -21,13 +20,14 @@ from qsweep.hub.form import (
     source,
     weight_bits_of,
 )
+from qsweep.hub.ops import STORED
 from qsweep.hub.packing import pack, unpack
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 DAMAGE = (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError)
 """What reading a damaged file raises."""
 _FORMAT = 1
-_PREFIXES = ("aten.", "quantized_decomposed.")
+_PREFIXES = ("aten.", "quantized_decomposed.", "qsweep.")
 """Namespaces of ops that a saved graph may call: nothing else is looked up when one is loaded."""
 
 
@@ -45,15 +45,17 @@ def save(model: QuantizedModel, folder: Path) -> None:
     (folder / GRAPH).write_text(json.dumps(content, separators=(",", ":")))
 
 
-def structure(model: QuantizedModel) -> str:
-    """The graph without its grids: equal for models that differ in scales, zero points and bits alone."""
+def structure(model: QuantizedModel, *, widths: bool = False) -> str:
+    """The graph without its grids: equal for models that differ in scales, zero points and bits alone; with `widths`
+    only where each grid of an activation has as many levels, and the arithmetic beside them one type."""
     names = {node: f"n{i}" for i, node in enumerate(model.graph.graph.nodes)}
     rows = [_node(node, names) for node in model.graph.graph.nodes]
     for row in rows:
         if row[1].startswith("quantized_decomposed."):
-            row[2] = [argument for argument in row[2] if isinstance(argument, dict)]
+            levels = row[2][4] - row[2][3] if widths and "per_tensor" in row[1] else 0
+            row[2] = [*(argument for argument in row[2] if isinstance(argument, dict)), levels]
     shapes = {name: [list(value.shape), str(value.dtype)] for name, value in attributes(model.graph)}
-    return json.dumps([rows, shapes, list(model.example.shape)])
+    return json.dumps([rows, shapes, list(model.example.shape), str(model.dtype) if widths else ""])
 
 
 def save_weights(model: QuantizedModel, folder: Path) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _constants(folder: Path, packed: dict[str, Any]) -> torch.nn.Module:
 
 def _bits(graph: fx.GraphModule) -> dict[str, int]:
     """Bit width of the integer weights, by name."""
-    return {str(source(node).target): weight_bits_of(node) for node in nodes_of(graph, {DEQUANTIZE_WEIGHT})}
+    return {str(source(node).target): weight_bits_of(node) for node in nodes_of(graph, STORED)}
 
 
 def _node(node: fx.Node, names: dict[fx.Node, str]) -> list[Any]:

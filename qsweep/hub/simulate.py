@@ -7,7 +7,9 @@ import copy
 import torch
 from torch import fx
 
-from qsweep.hub.form import DEQUANTIZE, DEQUANTIZE_WEIGHT, QUANTIZE, QuantizedModel, constant, set_constant
+from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, set_constant
+from qsweep.hub.ops import STORED
+from qsweep.hub.weights import real_weight
 
 
 def simulation(model: QuantizedModel) -> fx.GraphModule:
@@ -24,11 +26,9 @@ def simulation(model: QuantizedModel) -> fx.GraphModule:
                 node.replace_all_uses_with(
                     graph.graph.call_function(torch.fake_quantize_per_tensor_affine, (value, *grid))
                 )
-        elif node.target is DEQUANTIZE_WEIGHT:
-            integers, scale = constant(graph, node.args[0]), constant(graph, node.args[1])
-            assert integers is not None and scale is not None
+        elif node.target in STORED:
             name = f"{node.args[0].target}_simulated"
-            set_constant(graph, name, integers * scale.reshape(-1, *[1] * (integers.dim() - 1)))
+            set_constant(graph, name, real_weight(graph, node))
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(name))
     graph.graph.eliminate_dead_code()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -29,23 +31,89 @@ def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonne
     return Grid(scale.item(), max(bottom, min(top, zero_point)), bottom, top)
 
 
-def weight_scale(weight: Tensor, bits: int, smallest: Tensor | None = None) -> Tensor:
-    """(C,) float32 scales that put the largest absolute value of each output channel on the last level.
+@dataclass(frozen=True)
+class WeightLevels:
+    """The levels of weights (C, ...): `scale` and `zero_point` (C, G), one for each of G equal parts of a channel."""
 
-    A channel of zeros has no scale of its own: it gets 2^-12 of the largest one, so that its bias keeps its precision.
+    scale: Tensor
+    zero_point: Tensor
+    low: int
+    high: int
+
+    @property
+    def symmetric_channels(self) -> bool:
+        """Whether integer kernels take them: one scale a channel, zero in the middle."""
+        return self.scale.shape[1] == 1 and self.low == -self.high
+
+    def integers(self, weight: Tensor) -> Tensor:
+        """Nearest levels (half to even), float32, of the shape of `weight`.
+
+        Multiplies by 1/scale, as `torch.fake_quantize_per_channel_affine` does: what was trained is what is stored.
+        """
+        parts = weight.reshape(*self.scale.shape, -1) * (1 / self.scale).unsqueeze(-1)
+        return (parts.round() + self.zero_point.unsqueeze(-1)).clamp(self.low, self.high).reshape(weight.shape)
+
+    def real(self, integers: Tensor) -> Tensor:
+        parts = integers.reshape(*self.scale.shape, -1) - self.zero_point.unsqueeze(-1)
+        return (parts * self.scale.unsqueeze(-1)).reshape(integers.shape)
+
+
+def weight_levels(
+    weight: Tensor,
+    bits: int,
+    *,
+    scheme: Scheme = "symmetric",
+    per_tensor: bool = False,
+    group_size: int | None = None,
+    mse: bool = False,
+    smallest: Tensor | None = None,
+) -> WeightLevels:
+    """Levels fitted to `weight` (C, ...): symmetric in [-(2^(b-1)-1), 2^(b-1)-1], asymmetric in [-2^(b-1), 2^(b-1)-1].
+
+    `mse`: of 50 shares of the largest weight, the end of the range that rounds with the least squared error. `smallest`
+    (C,): scales are no smaller.
     """
-    scale = weight.detach().abs().flatten(1).amax(1) / ((1 << (bits - 1)) - 1)
+    groups = weight[0].numel() // group_size if group_size and weight[0].numel() % group_size == 0 else 1
+    parts = weight.detach().reshape(1, 1, -1) if per_tensor else weight.detach().reshape(len(weight), groups, -1)
+    levels = _fitted(parts, bits, scheme, 1.0)
+    if mse:
+        levels = _least_error(parts, bits, scheme, levels)
+    scale, zero_point = (value.expand(len(weight), -1) for value in (levels.scale, levels.zero_point))
+    if smallest is not None:
+        scale = torch.maximum(scale, smallest.unsqueeze(1))
+    return replace(levels, scale=scale.contiguous(), zero_point=zero_point.contiguous())
+
+
+def _fitted(parts: Tensor, bits: int, scheme: Scheme, share: float) -> WeightLevels:
+    """Levels of `parts` (C, G, n) for `share` of their range.
+
+    A part of zeros has no scale of its own: it gets 2^-12 of the largest one, so that its bias keeps its precision.
+    """
+    top = (1 << (bits - 1)) - 1
+    if scheme == "symmetric":
+        low, scale = -top, share * parts.abs().amax(2) / top
+    else:
+        low, ends = -top - 1, (parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0))
+        scale = share * (ends[1] - ends[0]) / (top - low)
     largest = scale.max()
     floor = torch.where(largest > 0, largest * 2.0**-12, torch.full((), 2.0**-7))
     scale = torch.maximum(scale, floor)
-    return scale if smallest is None else torch.maximum(scale, smallest)
+    zero_point = torch.zeros_like(scale)
+    if scheme == "asymmetric":
+        zero_point = (low - (share * ends[0] / scale).round()).clamp(low, top)
+    return WeightLevels(scale, zero_point, low, top)
 
 
-def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """int8 levels in [-(2^(bits-1)-1), 2^(bits-1)-1], rounded half to even; `scale` (C,) over the first dimension.
+def _least_error(parts: Tensor, bits: int, scheme: Scheme, best: WeightLevels) -> WeightLevels:
+    error = _error(parts, best)
+    for step in range(1, 50):
+        tried = _fitted(parts, bits, scheme, 1 - step / 60)
+        found = _error(parts, tried)
+        scale = torch.where(found < error, tried.scale, best.scale)
+        zero_point = torch.where(found < error, tried.zero_point, best.zero_point)
+        best, error = replace(best, scale=scale, zero_point=zero_point), torch.minimum(found, error)
+    return best
 
-    Multiplies by 1/scale, as `torch.fake_quantize_per_channel_affine` does: what was trained is what is stored.
-    """
-    top = (1 << (bits - 1)) - 1
-    inverse = (1 / scale).reshape(-1, *[1] * (weight.dim() - 1))
-    return (weight * inverse).round().clamp(-top, top).to(torch.int8)
+
+def _error(parts: Tensor, levels: WeightLevels) -> Tensor:
+    return (levels.real(levels.integers(parts)) - parts).square().sum(2)

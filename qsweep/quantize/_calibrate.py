@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.insert import insert_observers
+from qsweep.hub.insert import Place, insert_observers
 from qsweep.quantize._observers import NearestWeight, RangeObserver
 from qsweep.quantize.base import Uniform
 from qsweep.stage import Context
@@ -24,23 +24,29 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
     What they saw does not depend on bits or scheme, so it is computed once for all trials that share the rest.
     """
     observed = float_graph(model, context)
-    insert_observers(
-        observed, lambda nonnegative: RangeObserver(config, nonnegative=nonnegative), lambda: NearestWeight(config)
-    )
+    insert_observers(observed, lambda place: _range(config, place), lambda place: NearestWeight(config, place))
+    if config.activation_bits is None:
+        return observed
+    seed = context.seed if config.calibration_seed is None else config.calibration_seed
 
     def compute(folder: Path) -> None:
-        observe(observed.graph, calibration_inputs(config.calibration_samples, context))
+        observe(observed.graph, calibration_inputs(config, context))
         save_file(ranges(observed.graph), folder / "ranges.safetensors")
 
-    key = context.store.key("ranges", 2, context.key, config.calibration_samples, context.seed, torch.__version__)
+    key = context.store.key("ranges", 3, context.key, config.calibration_samples, seed, torch.__version__)
     set_ranges(observed.graph, load_file(context.store.folder(key, compute) / "ranges.safetensors"))
     return observed
 
 
-def calibration_inputs(count: int, context: Context) -> Tensor:
-    """(count, ...) float32: training samples drawn without replacement by the context's seed."""
+def _range(config: Uniform, place: Place) -> RangeObserver | None:
+    return RangeObserver(config, place) if config.activation_bits is not None else None
+
+
+def calibration_inputs(config: Uniform, context: Context) -> Tensor:
+    """(`calibration_samples`, ...) float32: training samples drawn without replacement by `calibration_seed`."""
     stored = context.task.samples("train").inputs
-    drawn = torch.randperm(len(stored), generator=torch.Generator().manual_seed(context.seed))[:count]
+    seed = context.seed if config.calibration_seed is None else config.calibration_seed
+    drawn = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))[: config.calibration_samples]
     return context.task.transform(stored[drawn.sort().values])
 
 

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from qsweep.errors import NotFinite
 from qsweep.hub.form import Grid
-from qsweep.quantize._arithmetic import activation_grid, quantize_weight, weight_scale
+from qsweep.hub.insert import Place
+from qsweep.hub.weights import Channels, Groups, Stored
+from qsweep.quantize._arithmetic import WeightLevels, activation_grid, weight_levels
 from qsweep.quantize.base import Uniform
 
 
@@ -17,9 +19,11 @@ class RangeObserver(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, config: Uniform, *, nonnegative: bool) -> None:
+    def __init__(self, config: Uniform, place: Place) -> None:
         super().__init__()
-        self.config, self.nonnegative = config, nonnegative
+        assert config.activation_bits is not None
+        self.scheme, self.nonnegative = config.activation_scheme, place.nonnegative
+        self.bits = config.edge_bits if place.edge and config.edge_bits else config.activation_bits
         self.register_buffer("low", torch.tensor(0.0))
         self.register_buffer("high", torch.tensor(0.0))
 
@@ -34,14 +38,8 @@ class RangeObserver(nn.Module):
         return values
 
     def grid(self) -> Grid:
-        config = self.config
-        return activation_grid(
-            self.low.item(),
-            self.high.item(),
-            config.activation_bits,
-            config.activation_scheme,
-            nonnegative=self.nonnegative,
-        )
+        low, high = self.low.item(), self.high.item()
+        return activation_grid(low, high, self.bits, self.scheme, nonnegative=self.nonnegative)
 
 
 class RangeFakeQuantize(RangeObserver):
@@ -66,24 +64,44 @@ class RangeFakeQuantize(RangeObserver):
 
 
 class NearestWeight(nn.Module):
-    """Weights to the nearest level of their channel: in training once enabled, and when a graph is converted."""
+    """Weights to the nearest of their levels: in training once enabled, and when a graph is converted."""
 
     enabled = False
+    levels: WeightLevels | None = None
+    """Set by what has fitted the weights to levels already; None: fitted when they are needed."""
 
-    def __init__(self, config: Uniform) -> None:
+    def __init__(self, config: Uniform, place: Place) -> None:
         super().__init__()
-        self.bits = config.weight_bits
+        self.config = config
+        self.bits = config.edge_bits if place.edge and config.edge_bits else config.weight_bits
+
+    def fitted(self, weight: Tensor, smallest_scale: Tensor | None = None) -> WeightLevels:
+        """The levels of `weight` (C, ...)."""
+        config = self.config
+        return self.levels or weight_levels(
+            weight,
+            self.bits,
+            scheme=config.weight_scheme,
+            per_tensor=config.weight_granularity == "tensor",
+            group_size=config.group_size,
+            mse=config.weight_range == "mse",
+            smallest=smallest_scale,
+        )
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:
             return weight
-        top = (1 << (self.bits - 1)) - 1
-        scale = weight_scale(weight, self.bits)
-        zero_point = torch.zeros(len(scale), dtype=torch.int32, device=scale.device)
-        return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -top, top)
+        levels = self.fitted(weight)
+        if levels.symmetric_channels:
+            zero_point = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+            grid = (levels.scale[:, 0], zero_point, 0, levels.low, levels.high)
+            return torch.fake_quantize_per_channel_affine(weight, *grid)
+        return weight + (levels.real(levels.integers(weight)) - weight).detach()
 
-    def integers(self, weight: Tensor, smallest_scale: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    def stored(self, weight: Tensor, smallest_scale: Tensor) -> Stored:
         """See `qsweep.hub.insert.WeightObserver`."""
-        scale = weight_scale(weight, self.bits, smallest_scale)
-        top = (1 << (self.bits - 1)) - 1
-        return quantize_weight(weight, scale, self.bits), scale, -top, top
+        levels = self.fitted(weight, smallest_scale)
+        integers = levels.integers(weight).to(torch.int8 if self.bits <= 8 else torch.int16)
+        if levels.symmetric_channels:
+            return Channels(integers, levels.scale[:, 0].contiguous(), levels.low, levels.high)
+        return Groups(integers, levels.scale, levels.zero_point, levels.low, levels.high)

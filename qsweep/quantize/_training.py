@@ -31,10 +31,12 @@ def trained(config: QAT, model: nn.Module, context: Context) -> QuantizedModel:
 def _train(config: QAT, model: nn.Module, context: Context) -> QuantizedModel:
     live = export(model, example_of(context))
     insert_observers(
-        live, lambda nonnegative: RangeFakeQuantize(config, nonnegative=nonnegative), lambda: NearestWeight(config)
+        live,
+        lambda place: RangeFakeQuantize(config, place) if config.activation_bits else None,
+        lambda place: NearestWeight(config, place),
     )
     join_norms(live.graph)
-    observe(live.graph, calibration_inputs(config.calibration_samples, context))
+    observe(live.graph, calibration_inputs(config, context))
     for module in live.graph.modules():
         if isinstance(module, RangeFakeQuantize | NearestWeight):
             module.enabled = True

@@ -3,7 +3,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from qsweep.stage import Context, Stage
 
@@ -13,27 +13,95 @@ if TYPE_CHECKING:
     from qsweep.hub.form import QuantizedModel
 
 Scheme = Literal["symmetric", "asymmetric"]
+Calibration = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
+
+
+def _eight_or_sixteen(bits: int) -> int:
+    if 8 < bits < 16:
+        raise ValueError("must be 2 to 8, or 16")
+    return bits
+
+
+Bits = Annotated[int, Field(ge=2, le=16), AfterValidator(_eight_or_sixteen)]
 
 
 class Quantization(Stage):
-    """Makes the hub form: a graph whose weights and activations lie on integer grids."""
+    """Makes the hub form: a graph whose weights and activations lie on grids."""
 
     @abstractmethod
     def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
         """Return the hub form of `model`, which is not changed."""
 
+    @property
+    def not_integer(self) -> str | None:
+        """Why integer kernels cannot compute it, or None."""
+        return None
+
+    @property
+    def in_float(self) -> bool:
+        """Whether arithmetic in floating point is what it is for: weights are made smaller, activations are not."""
+        return False
+
 
 class Uniform(Quantization):
-    """Equally spaced levels: symmetric weights per output channel, activations per tensor."""
+    """Equally spaced levels. Integer kernels take symmetric weights, per channel or tensor, of 8 bits at most."""
 
-    weight_bits: Annotated[int, Field(ge=2, le=8)] = 8
+    weight_bits: Bits = 8
     """Under 8 bits the kernels stay int8 and the file gets smaller."""
-    activation_bits: Annotated[int, Field(ge=4, le=8)] = 8
+    weight_scheme: Scheme = "symmetric"
+    weight_granularity: Literal["channel", "tensor"] = "channel"
+    """What shares a scale: an output channel or the whole tensor."""
+    group_size: Annotated[int, Field(ge=2)] | None = None
+    """Scales for groups of so many weights of an output channel, in storage order; it must divide their number. A layer
+    it does not divide keeps one scale a channel."""
+    weight_range: Literal["minmax", "mse"] = "minmax"
+    """What the scale is fitted to: the largest weight, or the least squared error of the rounding."""
+    activation_bits: Bits | None = 8
+    """null: activations stay in floating point, only weights are quantized."""
     activation_scheme: Scheme = "asymmetric"
     """Symmetric fixes zero at the middle of the grid (at its lower end for tensors that are never negative, such as a
     ReLU's output); asymmetric fits the grid to the range seen."""
+    edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
+    """Bits of the first and the last layer, where they are to have more: weights and the activations they read."""
+    calibration: Calibration = "minmax"
+    """How ranges follow from what calibration saw."""
     calibration_samples: Annotated[int, Field(ge=1)] = 512
-    """Training samples, drawn with the sweep's seed, whose activations set the ranges."""
+    """Training samples whose activations set the ranges."""
+    calibration_seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of their draw; null: the sweep's."""
+
+    @model_validator(mode="after")
+    def _one_granularity(self) -> Uniform:
+        if self.group_size is not None and self.weight_granularity == "tensor":
+            raise ValueError("`group_size` must be null where `weight_granularity` is `tensor`")
+        return self
+
+    @property
+    def not_integer(self) -> str | None:
+        if self.activation_bits is None:
+            return "only weights are quantized (`activation_bits: null`)"
+        if 16 in (self.weight_bits, self.activation_bits):
+            return "they take 8 bits at most"
+        if self.weight_scheme == "asymmetric":
+            return "their weights must be symmetric"
+        return "their weights have one scale a channel, not `group_size`" if self.group_size else None
+
+    @property
+    def in_float(self) -> bool:
+        return self.activation_bits is None
 
     def label(self) -> str:
-        return f"{self.method}-w{self.weight_bits}s-a{self.activation_bits}{self.activation_scheme[0]}"
+        """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-mse`, `-n128`."""
+        weights = f"w{self.weight_bits}{self.weight_scheme[0]}"
+        parts = [self.method, weights]
+        if self.activation_bits is not None:
+            parts.append(f"a{self.activation_bits}{self.activation_scheme[0]}")
+        if self.weight_granularity == "tensor":
+            parts.append("tensor")
+        if self.group_size:
+            parts.append(f"g{self.group_size}")
+        if self.activation_bits is not None and self.calibration != "minmax":
+            parts.append(self.calibration)
+        if self.activation_bits is not None and self.calibration_samples != 512:
+            parts.append(f"n{self.calibration_samples}")
+        return "-".join(parts)

@@ -15,7 +15,15 @@ class Cast(Quantization):
     """Weights and arithmetic in a shorter floating-point type; no calibration."""
 
     method: Literal["cast"] = "cast"
-    dtype: Literal["bf16"] = "bf16"
+    dtype: Literal["bf16", "fp16"] = "bf16"
+
+    @property
+    def not_integer(self) -> str | None:
+        return f"it computes in {self.dtype}"
+
+    @property
+    def in_float(self) -> bool:
+        return True
 
     def label(self) -> str:
         return self.dtype

@@ -11,13 +11,15 @@ from qsweep.study.points import targets
 
 
 def baselines(spec: Spec) -> list[TrialConfig]:
-    """fp32 on the first engine option, to which all others are compared; then whatever each engine offers.
+    """fp32 on the first engine option, to which all others are compared; then whatever each engine offers, and the
+    spec's own.
 
     What an engine refuses, `float` runs in its place with the same batch size and threads, so that bf16 stands beside
     int8 in every table; what that refuses too is left out.
     """
     offered = [_on(engine, content) for engine in targets(spec) for content in engine.baselines()]
-    return list({config.uid(): config for config in offered if config is not None}.values())
+    configs = [*(config for config in offered if config is not None), *spec.baselines]
+    return list({config.uid(): config for config in configs}.values())
 
 
 def _on(engine: EngineConfig, content: dict[str, Any]) -> TrialConfig | None:

@@ -31,11 +31,9 @@ PRELOAD = (
     "torch",
     "torch._inductor.compile_fx",
     "sympy.physics.units",  # Inductor's compilation
-    "onnxscript.function_libs.torch_lib",  # the export to ONNX
     "qsweep.jobs",
 )
-"""What workers of `qsweep.jobs` need and what takes long to import. Not onnxruntime: its import starts a thread, and
-takes no time."""
+"""What workers of `qsweep.jobs` need and what takes long to import."""
 PATIENCE = 100
 """A sampler that proposes so many known or refused configs in a row has nothing new to offer."""
 
@@ -146,7 +144,7 @@ class Driver:
 
     def _prepared(self, evaluation: Evaluation) -> bool:
         while evaluation in self.pipeline.active and not self.stopping():
-            self.pipeline.step(0.2)
+            self.pipeline.step()
         if evaluation.failure:
             raise failure(evaluation.failure.kind, evaluation.failure.message)
         return not self.stopping()
@@ -174,7 +172,7 @@ class Driver:
             if not self.pipeline.active or self.stopping():
                 yield from final
                 return
-            for evaluation in self.pipeline.step(0.2):
+            for evaluation in self.pipeline.step():
                 final += self._finish(evaluation)
 
     def _next(self) -> Pending | None:
@@ -268,7 +266,7 @@ class Driver:
 
     def _test(self, numbers: list[int]) -> dict[int, dict[str, float]]:
         """`accuracy_test` of these records. One that fails stays without, and is tried again by the next run."""
-        pipeline = Pipeline(self.executor, self.jobs, self.spec.run, alone=())
+        pipeline = Pipeline(self.executor, self.jobs, self.spec.run)
         todo, found = list(numbers), {}
         while (todo or pipeline.active) and not self.stopping():
             while todo and pipeline.free > 0:
@@ -276,6 +274,6 @@ class Driver:
                 content = self._job(self.records[todo.pop(0)].config, self.folder.trial(0))
                 outcome.forget_failure(folder, "test")
                 pipeline.add(Evaluation(folder, content, jobs=("test",)))
-            for evaluation in pipeline.step(0.2):
+            for evaluation in pipeline.step():
                 found[int(evaluation.folder.name)] = evaluation.merged("metrics")
         return found

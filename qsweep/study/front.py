@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 Member = Literal["certain", "probable"]
 _TIMES = ("latency_ms", "latency_ratio")
-RESOLUTION = 0.10
-"""Latencies within this share of each other are one latency: versions that run the same kernels differ by noise alone,
-and twelve such versions would else be put on the front, or left out, by chance."""
+RESOLUTION = {"latency_ms": 0.10, "latency_ratio": 0.10, "size_bytes": 0.001}
+"""Values within this share of each other are one value: two runs of one artifact differ so much in latency, and files
+whose scales have more digits or fewer so much in size."""
 CERTAIN = 0.95
 """Share of the resamples in which a certain member is on the front."""
 
@@ -63,29 +63,42 @@ def _values(records: Sequence[Record], name: str) -> ndarray:
 
 
 def _judged(records: Sequence[Record], name: str, values: ndarray) -> ndarray:
-    """(..., n) values of an objective; latencies by their ratio to the baseline, where all have one, and tied.
+    """(..., n) values of an objective, those within RESOLUTION tied.
 
-    The ratio was measured in turns with the baseline: it survives what disturbs the milliseconds.
+    Latencies are judged by their ratio to the baseline, where all have one: measured in turns with it, it survives what
+    disturbs the milliseconds. Of records that run the same kernels each counts as the median of all.
     """
     import numpy as np
 
-    if name not in _TIMES:
-        return values
-    ratios = [record.metrics.latency_ratio for record in records]
-    times = np.array([getattr(record.metrics, name) for record in records], dtype=float)
-    if None not in ratios:
-        values = values / times * np.array(ratios, dtype=float)
-    tied: ndarray = np.apply_along_axis(_tied, -1, values)
-    return tied
+    if name in _TIMES:
+        ratios = [record.metrics.latency_ratio for record in records]
+        times = np.array([getattr(record.metrics, name) for record in records], dtype=float)
+        if None not in ratios:
+            values = values / times * np.array(ratios, dtype=float)
+        values = _pooled(values, [record.kernels or str(record.number) for record in records])
+    if name in RESOLUTION:
+        values = np.apply_along_axis(_tied, -1, values, RESOLUTION[name])
+    return values
 
 
-def _tied(values: ndarray) -> ndarray:
-    """Each value as the least of its group; a group reaches from its least value to RESOLUTION above it."""
+def _pooled(values: ndarray, groups: Sequence[str]) -> ndarray:
+    """(..., n): each value as the median of its group."""
+    import numpy as np
+
+    pooled = np.array(values)
+    for group in set(groups):
+        members = [i for i, name in enumerate(groups) if name == group]
+        pooled[..., members] = np.median(pooled[..., members], axis=-1, keepdims=True)
+    return pooled
+
+
+def _tied(values: ndarray, resolution: float) -> ndarray:
+    """Each value as the least of its group; a group reaches from its least value to `resolution` above it."""
     import numpy as np
 
     leaders: list[float] = []
     for value in np.sort(values):
-        if not leaders or value > leaders[-1] * (1 + RESOLUTION):
+        if not leaders or value > leaders[-1] * (1 + resolution):
             leaders.append(value)
     return np.array(leaders)[np.searchsorted(leaders, values, side="right") - 1]
 

@@ -31,10 +31,12 @@ def record(
         "config": candidate.plain,
         "engine": candidate.engine,
         "folder": f"trials/{number:04d}",
+        "simulated": candidate.simulated,
     }
     if evaluation is None:
         return Record(state="refused", failure=_failed(Refused(candidate.refusal)), **known)
     known["attempts"] = evaluation.attempts
+    known["kernels"] = evaluation.results.get("build", {}).get("kernels", "")
     known["machine"] = evaluation.results.get("measure", {}).get("machine", "")
     try:
         known["seconds"] = evaluation.merged("seconds")

@@ -1,20 +1,23 @@
-"""Configs on their way through the jobs: build side by side, measure alone, retry what may help, give up in time."""
+"""Configs on their way through the jobs: side by side until one asks to be alone; with retries and time limits."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qsweep import alone
 from qsweep.errors import Crashed, DiskFull, TimedOut, failure
 from qsweep.executors.local import Local, Worker
 from qsweep.records import Failure
 from qsweep.spec import Run
 from qsweep.study.folder import write_atomically
+
+_POLL_SECONDS, _IDLE_SECONDS = 0.02, 0.2
+"""How long a step waits: little, so that who asks to be alone does not wait; longer, not to disturb who is."""
 
 
 @dataclass
@@ -58,10 +61,10 @@ class Evaluation:
 
 
 class Pipeline:
-    """At most `run.workers` evaluations at a time; the jobs named in `alone` with all others paused."""
+    """At most `run.workers` evaluations at a time; a job that has asked to be alone runs with all others paused."""
 
-    def __init__(self, executor: Local, jobs: str, run: Run, alone: Sequence[str] = ("measure",)) -> None:
-        self.executor, self.jobs, self.run, self.alone = executor, jobs, run, alone
+    def __init__(self, executor: Local, jobs: str, run: Run) -> None:
+        self.executor, self.jobs, self.run = executor, jobs, run
         self.active: list[Evaluation] = []
 
     @property
@@ -77,23 +80,27 @@ class Pipeline:
         if evaluation.worker is not None:
             evaluation.count(on=True)
         self.active.append(evaluation)
-        self._continue(evaluation, alone=False)
+        self._continue(evaluation)
         self._give_way()
 
     @property
     def measuring(self) -> bool:
-        """Whether a job that must be alone runs now. None begins but in `step`."""
-        return any(e.worker is not None and e.worker.name in self.alone for e in self.active)
+        """Whether a job is alone now. None comes to be but in `step`."""
+        return any(e.worker is not None and alone.granted(e.folder) for e in self.active)
 
-    def step(self, seconds: float) -> list[Evaluation]:
-        """Begin what waits, wait up to `seconds` for a worker to end, return the evaluations that are over.
+    def step(self) -> list[Evaluation]:
+        """Begin what waits, let one be alone if it asks, wait a moment, return the evaluations that are over.
 
         Raises DiskFull.
         """
         for evaluation in self.active:
-            self._continue(evaluation, alone=not self.measuring)
-        self._give_way()
-        self.executor.wait(seconds)
+            self._continue(evaluation)
+        if not self.measuring:
+            asking = [e for e in self.active if e.worker is not None and alone.asked(e.folder)]
+            for evaluation in asking[:1]:
+                self._give_way(to=evaluation)
+                alone.grant(evaluation.folder)
+        self.executor.wait(_IDLE_SECONDS if self.measuring else _POLL_SECONDS)
         for evaluation in self.active:
             self._advance(evaluation)
         over = [e for e in self.active if e.worker is None and (e.failure or e.job is None)]
@@ -147,33 +154,36 @@ class Pipeline:
         evaluation.results.pop(job, None)
         (evaluation.folder / f"{job}.json").unlink(missing_ok=True)
 
-    def _continue(self, evaluation: Evaluation, alone: bool) -> None:
-        """Start its next job if it has no worker; one that must be alone only where `alone` says so."""
+    def _continue(self, evaluation: Evaluation) -> None:
+        """Start its next job if it has no worker."""
         if evaluation.worker is not None or evaluation.failure is not None:
             return
         evaluation.collect()
         self._judge(evaluation)
         job = evaluation.job
-        if job is None or evaluation.failure is not None or (job in self.alone and not alone):
+        if job is None or evaluation.failure is not None:
             return
+        alone.forget(evaluation.folder)
         content = {**evaluation.content, "attempt": evaluation.attempts}
         write_atomically(evaluation.folder / "job.json", json.dumps(content, indent=1))
         evaluation.worker = self.executor.start(evaluation.folder, f"{self.jobs}:{job}", job)
         evaluation.count(on=True)
 
-    def _give_way(self) -> None:
-        """Pause all others while a job that must be alone runs; let them go on after it."""
-        working = [e for e in self.active if e.worker is not None]
-        busy = self.measuring
-        for evaluation in working:
+    def _give_way(self, to: Evaluation | None = None) -> None:
+        """Pause all others while one is alone, or is about to be; let them go on after it.
+
+        The clock of `seconds` rests for those that are paused or wait to be alone.
+        """
+        first = to or next((e for e in self.active if e.worker is not None and alone.granted(e.folder)), None)
+        for evaluation in self.active:
             worker = evaluation.worker
-            assert worker is not None
-            if busy and worker.name not in self.alone:
+            if worker is None:
+                continue
+            if first is not None and evaluation is not first:
                 worker.pause()
-                evaluation.count(on=False)
             else:
                 worker.resume()
-                evaluation.count(on=True)
+            evaluation.count(on=evaluation is first or (first is None and not alone.asked(evaluation.folder)))
 
 
 def _failed(error: Crashed | TimedOut) -> Failure:

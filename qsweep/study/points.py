@@ -56,6 +56,10 @@ class Candidate:
         return self.config.name if self.config else "invalid"
 
     @property
+    def simulated(self) -> bool:
+        return self.config is not None and self.config.simulated
+
+    @property
     def engine(self) -> str:
         return self.config.target.engine if self.config else str(self.plain["target"].get("engine", ""))
 

@@ -42,6 +42,7 @@ def tags(record: Record) -> dict[str, str]:
         "qsweep.uid": record.uid,
         "qsweep.state": record.state,
         "qsweep.engine": record.engine,
+        "qsweep.simulated": "yes" if record.simulated else "",
         "qsweep.front": record.front or "no",
         "qsweep.machine": record.machine,
         "qsweep.attempts": str(record.attempts),

@@ -141,9 +141,10 @@ def value_of(record: Record, key: str, members: set[int]) -> Value:
 
 
 def engine_text(record: Record) -> str:
-    """The engine, and whether it runs eagerly: float baselines differ in nothing else."""
+    """The engine, whether it runs eagerly, and whether it only simulates."""
     eager = record.config.get("target", {}).get("compile") is False
-    return f"{record.engine} (eager)" if eager else record.engine
+    notes = [note for note, on in (("eager", eager), ("simulated", record.simulated)) if on]
+    return f"{record.engine} ({', '.join(notes)})" if notes else record.engine
 
 
 def membership(record: Record, members: set[int]) -> str:

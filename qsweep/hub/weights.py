@@ -1,0 +1,97 @@
+"""How a layer's weights are stored in the hub form, and how their real values come back.
+
+Per output channel and symmetric is what integer kernels take: `quantized_decomposed.dequantize_per_channel`. All other
+forms are ops of qsweep's own, which runtimes in floating point replace by the real weights when they load an artifact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, fx
+
+from qsweep.hub.form import constant, set_constant, source
+from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT, LOOK_UP, dequantize_groups, look_up
+
+
+class Stored(Protocol):
+    """Weights as they are shipped."""
+
+    def write(self, graph: fx.GraphModule, name: str, before: fx.Node) -> fx.Node:
+        """Put the constants at `name` and beside it; returns the node, set in front of `before`, of the real ones."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Symmetric integers (int8) with a scale (C,) for each output channel."""
+
+    integers: Tensor
+    scale: Tensor
+    low: int
+    high: int
+
+    def write(self, graph: fx.GraphModule, name: str, before: fx.Node) -> fx.Node:
+        zero_point = torch.zeros(len(self.integers), dtype=torch.int64)
+        values = {"": self.integers, "_scale": self.scale, "_zero_point": zero_point}
+        rest = (0, self.low, self.high, self.integers.dtype)
+        return _write(graph, name, values, before, DEQUANTIZE_WEIGHT, rest)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Integers (int8 or int16) with scales and zero points (C, G) for G equal parts of each output channel."""
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    low: int
+    high: int
+
+    def write(self, graph: fx.GraphModule, name: str, before: fx.Node) -> fx.Node:
+        offsets = self.zero_point.to(self.integers.dtype)
+        values = {"": self.integers, "_scale": self.scale, "_offset": offsets}
+        return _write(graph, name, values, before, DEQUANTIZE_GROUPS, (self.low, self.high))
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Indices (int8, from -2^(bits-1)) into a table (1, 2^bits) or (C, 2^bits) of float32 values."""
+
+    integers: Tensor
+    table: Tensor
+    bits: int
+
+    def write(self, graph: fx.GraphModule, name: str, before: fx.Node) -> fx.Node:
+        return _write(graph, name, {"": self.integers, "_table": self.table}, before, LOOK_UP, (self.bits,))
+
+
+def _write(
+    graph: fx.GraphModule,
+    name: str,
+    values: dict[str, Tensor],
+    before: fx.Node,
+    op: torch._ops.OpOverload,
+    rest: tuple[object, ...],
+) -> fx.Node:
+    for suffix, value in values.items():
+        set_constant(graph, f"{name}{suffix}", value)
+    with graph.graph.inserting_before(before):
+        parts = [graph.graph.get_attr(f"{name}{suffix}") for suffix in values]
+        return graph.graph.call_function(op, (*parts, *rest))  # type: ignore[arg-type]
+
+
+def real_weight(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The values (float32) that a node of STORED gives."""
+    integers, second = constant(graph, source(node)), constant(graph, node.args[1])
+    assert integers is not None and second is not None
+    if node.target is LOOK_UP:
+        real: Tensor = look_up(integers, second, cast(int, node.args[2]))
+    elif node.target is DEQUANTIZE_GROUPS:
+        offsets = constant(graph, node.args[2])
+        assert offsets is not None
+        real = dequantize_groups(integers, second, offsets, *cast(tuple[int, int], node.args[3:5]))
+    else:
+        real = integers.float() * second.reshape(-1, *[1] * (integers.dim() - 1))
+    return real

@@ -39,7 +39,7 @@ SIMULATED = "simulated.safetensors"
 _ROOM = 4096
 """Bytes taken for the result before anything else is written, so that it can be told that the disk is full."""
 
-Result = dict[str, dict[str, float] | str]
+Result = dict[str, Any]
 
 
 class Job:
@@ -102,7 +102,8 @@ def _prepare(job: Job) -> Result:
     check(task, model)
     with job.clock("export"):
         metrics = work(float_graph(model, context))
-    return {"metrics": metrics, "seconds": job.clock.seconds}
+    about = job.task_config.about(job.root)
+    return {"metrics": metrics, "seconds": job.clock.seconds, "about": about}
 
 
 def _build(job: Job) -> Result:

@@ -51,6 +51,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
     plain = json.loads(small_spec().model_dump_json())
     content = {"hash": content_hash(plain), "spec": plain, "fingerprint": "f", "baselines": []}
     (folder.path / "spec.json").write_text(json.dumps(content))
+    (folder.path / "prepare").mkdir()
+    about = small_spec().task.about(folder.root)
+    (folder.path / "prepare" / "prepare.json").write_text(json.dumps({"about": about}))
     traced = trace(trained(), inputs(2))
     traced = type(traced)(fold_batch_norm(traced.graph), traced.example)
     for one in finished(records()):
@@ -75,6 +78,8 @@ def test_a_bundle_says_all_that_is_needed_to_run_and_to_trust_it(made: Path) -> 
     assert manifest.engine == {"engine": "onnxruntime", "batch_size": 4}
     assert manifest.input == {"shape": [1, 4, 4], "dtype": "float32"}
     assert manifest.task["data"] == {"method": "digits", "seed": 0}
+    assert manifest.task["classes"] == 10
+    assert manifest.task["preprocessing"]["mean"] == [4.9]
     assert "torch" in manifest.versions
     assert {"config.yaml", "metrics.json", "artifact/model.onnx", "artifact/weights.safetensors"} <= set(manifest.files)
 

@@ -437,3 +437,12 @@ def test_the_method_of_a_task_chooses_its_config() -> None:
     assert type(adapter.validate_python({"method": "python", "file": "a.py:B"})) is Python
     digits = {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": {"method": "digits"}}
     assert type(adapter.validate_python(digits)) is ImageClassification
+
+
+def test_what_a_task_says_of_its_preprocessing_is_what_it_does(tmp_path: Path) -> None:
+    config = ImageClassification.model_validate({"model": {"arch": "digits_cnn"}, "data": {"method": "digits"}})
+    said = config.about(tmp_path)["preprocessing"]
+    task = config.open(tmp_path)
+    pixels = task.samples("test").inputs[:3]
+    (mean,), (std,) = said["mean"], said["std"]
+    torch.testing.assert_close(task.transform(pixels), (pixels.float() - mean) / std)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 
@@ -68,6 +68,11 @@ class TaskConfig(Config, ABC):
 
         Raises DataError where a file is missing, damaged or does not fit, TaskFailure for the user's code.
         """
+
+    def about(self, root: Path) -> dict[str, Any]:
+        """What a person who deploys the model must know of inputs and outputs, as plain data: it stands in the manifest
+        of every bundle."""
+        return {}
 
     @property
     @abstractmethod

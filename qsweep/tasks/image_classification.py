@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qsweep.config import Config, content_hash
 from qsweep.models import Arch, build, load_checkpoint
@@ -42,6 +42,16 @@ class ImageClassification(TaskConfig):
             return model
 
         return ImageTask(images, new_model)
+
+    def about(self, root: Path) -> dict[str, Any]:
+        images = self.data.open(root)
+        scaled = "each channel of the pixels as they are stored, float32, less `mean`, by `std`"
+        channels = "RGB" if len(images.mean) == 3 else "grey"
+        return {
+            "classes": images.classes,
+            "output": "logits, one a class; the largest is the prediction",
+            "preprocessing": {"channels": channels, "scaled": scaled, "mean": images.mean, "std": images.std},
+        }
 
     @property
     def pretrained(self) -> bool:

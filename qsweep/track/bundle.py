@@ -103,7 +103,7 @@ def _describe(record: Record, sweep: Path, folder: Path) -> None:
         number=record.number,
         engine=record.config["target"],
         input=_input(folder / "artifact"),
-        task=spec.get("spec", spec).get("task", {}),
+        task=spec.get("spec", spec).get("task", {}) | read_json(sweep / "prepare" / "prepare.json").get("about", {}),
         versions=versions(),
         files={name: _file(path) for name, path in _walk(folder)},
     )

@@ -73,7 +73,7 @@ class NearestWeight(nn.Module):
     def __init__(self, config: Uniform, place: Place) -> None:
         super().__init__()
         self.config = config
-        self.bits = config.edge_bits if place.edge and config.edge_bits else config.weight_bits
+        self.bits = config.bits_of(next(iter(place.layers), ""), edge=place.edge)
 
     def fitted(self, weight: Tensor, smallest_scale: Tensor | None = None) -> WeightLevels:
         """The levels of `weight` (C, ...)."""

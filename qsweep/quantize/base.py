@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -43,11 +44,9 @@ class Quantization(Stage):
         return False
 
 
-class Uniform(Quantization):
+class Grids(Quantization):
     """Equally spaced levels. Integer kernels take symmetric weights, per channel or tensor, of 8 bits at most."""
 
-    weight_bits: Bits = 8
-    """Under 8 bits the kernels stay int8 and the file gets smaller."""
     weight_scheme: Scheme = "symmetric"
     weight_granularity: Literal["channel", "tensor"] = "channel"
     """What shares a scale: an output channel or the whole tensor."""
@@ -63,6 +62,9 @@ class Uniform(Quantization):
     ReLU's output); asymmetric fits the grid to the range seen."""
     edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
     """Bits of the first and the last layer, where they are to have more: weights and the activations they read."""
+    layer_bits: dict[str, Bits] = {}
+    """Bits of the weights of some layers, by a pattern of their names, such as `layer1.*: 6`; of several patterns that
+    match, the first counts. Goes before `edge_bits`. Each pattern must match a layer."""
     calibration: Calibration = "minmax"
     """How ranges follow from what calibration saw."""
     calibration_samples: Annotated[int, Field(ge=1)] = 512
@@ -71,7 +73,7 @@ class Uniform(Quantization):
     """Seed of their draw; null: the sweep's."""
 
     @model_validator(mode="after")
-    def _one_granularity(self) -> Uniform:
+    def _one_granularity(self) -> Grids:
         if self.group_size is not None and self.weight_granularity == "tensor":
             raise ValueError("`group_size` must be null where `weight_granularity` is `tensor`")
         return self
@@ -80,7 +82,7 @@ class Uniform(Quantization):
     def not_integer(self) -> str | None:
         if self.activation_bits is None:
             return "only weights are quantized (`activation_bits: null`)"
-        if 16 in (self.weight_bits, self.activation_bits):
+        if max(*self._widths(), self.activation_bits) > 8:
             return "they take 8 bits at most"
         if self.weight_scheme == "asymmetric":
             return "their weights must be symmetric"
@@ -90,18 +92,50 @@ class Uniform(Quantization):
     def in_float(self) -> bool:
         return self.activation_bits is None
 
+    @abstractmethod
+    def _widths(self) -> tuple[int, ...]:
+        """Every bit width that weights may have."""
+
+    @abstractmethod
+    def _width(self) -> str:
+        """The bits of weights as the label has them."""
+
+    def pattern_of(self, layer: str) -> str | None:
+        """The pattern of `layer_bits` that counts for the weight named `layer`."""
+        return next((pattern for pattern in self.layer_bits if fnmatchcase(layer, pattern)), None)
+
     def label(self) -> str:
         """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-mse`, `-n128`."""
-        weights = f"w{self.weight_bits}{self.weight_scheme[0]}"
-        parts = [self.method, weights]
+        parts = [self.method, f"w{self._width()}{self.weight_scheme[0]}"]
         if self.activation_bits is not None:
             parts.append(f"a{self.activation_bits}{self.activation_scheme[0]}")
         if self.weight_granularity == "tensor":
             parts.append("tensor")
         if self.group_size:
             parts.append(f"g{self.group_size}")
+        if self.layer_bits:
+            parts.append("layers" + ".".join(map(str, self.layer_bits.values())))
         if self.activation_bits is not None and self.calibration != "minmax":
             parts.append(self.calibration)
         if self.activation_bits is not None and self.calibration_samples != 512:
             parts.append(f"n{self.calibration_samples}")
         return "-".join(parts)
+
+
+class Uniform(Grids):
+    """Equally spaced levels, the same number for every layer that no other field singles out."""
+
+    weight_bits: Bits = 8
+    """Under 8 bits the kernels stay int8 and the file gets smaller."""
+
+    def _widths(self) -> tuple[int, ...]:
+        return self.weight_bits, *self.layer_bits.values()
+
+    def _width(self) -> str:
+        return str(self.weight_bits)
+
+    def bits_of(self, layer: str, *, edge: bool) -> int:
+        """The bits of the weight named `layer`; `edge`: the first or the last layer."""
+        if (pattern := self.pattern_of(layer)) is not None:
+            return self.layer_bits[pattern]
+        return self.edge_bits if edge and self.edge_bits else self.weight_bits

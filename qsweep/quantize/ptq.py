@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from qsweep.quantize.base import Uniform
+from qsweep.quantize.base import Grids, Uniform
 from qsweep.stage import Context
 
 if TYPE_CHECKING:
@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from qsweep.hub.form import QuantizedModel
 
 
-class PTQ(Uniform):
+class PostTraining(Grids):
+    """What a trained model can be given without training: fields that `ptq` and `mixed` share."""
+
+
+class PTQ(PostTraining, Uniform):
     """Post-training static quantization: fit every grid to what calibration saw, train nothing.
 
     Source: Nagel et al., "A White Paper on Neural Network Quantization" (2021), section 3.

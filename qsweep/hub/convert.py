@@ -14,6 +14,7 @@ from qsweep.hub.form import (
     POOLS,
     QUANTIZE,
     RECTIFIERS,
+    DynamicGrid,
     Grid,
     QuantizedModel,
     constant,
@@ -24,6 +25,7 @@ from qsweep.hub.form import (
 )
 from qsweep.hub.insert import ActivationObserver, WeightObserver
 from qsweep.hub.norm import own_name
+from qsweep.hub.ops import QUANTIZE_DYNAMIC
 from qsweep.hub.ties import settle_mean, settle_sum
 from qsweep.hub.weights import Channels
 
@@ -39,7 +41,10 @@ def convert(model: QuantizedModel) -> QuantizedModel:
     activations = [node for node in observers if node not in weights]
     grids = _settled(graph, activations)
     for node in activations:
-        _convert_activation(graph, node, grids[str(node.target)])
+        if (grid := grids.get(str(node.target))) is not None:
+            _convert_activation(graph, node, grid)
+        else:
+            _convert_dynamic(graph, node)
     for node in weights:
         _convert_weight(graph, node)
     for name in {str(node.target) for node in observers}:
@@ -54,10 +59,11 @@ def _is_observer(node: fx.Node) -> bool:
 
 
 def _settled(graph: fx.GraphModule, activations: list[fx.Node]) -> dict[str, Grid]:
-    """The grids by observer, those of sums and means moved to where every runtime rounds alike (`qsweep.hub.ties`)."""
+    """Fixed grids by observer, sums and means moved to where all runtimes round alike (`qsweep.hub.ties`)."""
     names = {str(node.target) for node in activations}
-    grids = {name: cast(ActivationObserver, graph.get_submodule(name)).grid() for name in sorted(names)}
-    for node in activations:
+    found = {name: cast(ActivationObserver, graph.get_submodule(name)).grid() for name in sorted(names)}
+    grids = {name: grid for name, grid in found.items() if isinstance(grid, Grid)}
+    for node in [node for node in activations if str(node.target) in grids]:
         value, grid = source(node), grids[str(node.target)]
         while value.target in RECTIFIERS:
             value = source(value)
@@ -88,6 +94,14 @@ def _convert_activation(graph: fx.GraphModule, node: fx.Node, grid: Grid) -> Non
     for user in list(node.users):  # one dequantize a reader: runtimes match the pair
         with graph.graph.inserting_before(user):
             user.replace_input_with(node, graph.graph.call_function(DEQUANTIZE, (integers, *arguments)))
+    graph.graph.erase_node(node)
+
+
+def _convert_dynamic(graph: fx.GraphModule, node: fx.Node) -> None:
+    grid = cast(ActivationObserver, graph.get_submodule(str(node.target))).grid()
+    assert isinstance(grid, DynamicGrid)
+    with graph.graph.inserting_before(node):
+        node.replace_all_uses_with(graph.graph.call_function(QUANTIZE_DYNAMIC, (node.args[0], *grid)))
     graph.graph.erase_node(node)
 
 

@@ -3,7 +3,8 @@
 An ATen graph of the model in inference form, batch norm folded, in which `quantized_decomposed.quantize_per_tensor` and
 `dequantize_per_tensor` (integer container, `quant_min` and `quant_max` of the bit width) stand on activations and
 `dequantize_per_channel` on constant int8 weights; `qsweep.hub.weights` has the other ways of storing weights. Biases
-beside integer activations are float32 multiples of their accumulator's step.
+beside integer activations are float32 multiples of their accumulator's step. Where each batch sets its own grids,
+`qsweep.quantize_dynamic` stands on what layers read, and all else stays in float.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.ops import DEQUANTIZE_GROUPS, LOOK_UP, STORED
+from qsweep.hub.ops import DEQUANTIZE_GROUPS, LOOK_UP, QUANTIZE_DYNAMIC, STORED
 
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed
@@ -58,6 +59,14 @@ class Grid(NamedTuple):
     high: int
 
 
+class DynamicGrid(NamedTuple):
+    """Integers from low to high whose scale and zero point each batch sets anew: QUANTIZE_DYNAMIC."""
+
+    low: int
+    high: int
+    symmetric: bool
+
+
 @dataclass(frozen=True)
 class Layer:
     """A convolution or linear of the graph."""
@@ -88,6 +97,11 @@ class QuantizedModel:
         """The same model with weights and arithmetic in another floating-point type."""
         return replace(self, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether ranges follow each batch: what a sample gives depends on those that it shares a batch with."""
+        return bool(nodes_of(self.graph, {QUANTIZE_DYNAMIC}))
+
     def layers(self) -> list[Layer]:
         """Its convolutions and linears, in order of execution."""
         with torch.no_grad():
@@ -104,6 +118,8 @@ class QuantizedModel:
         if given.target is DEQUANTIZE:
             grid = grid_of(given)
             input_bits = (grid.high - grid.low).bit_length()
+        elif given.target is QUANTIZE_DYNAMIC:
+            input_bits = (cast(int, given.args[2]) - cast(int, given.args[1])).bit_length()
         weight = constant(self.graph, stored)
         assert weight is not None
         macs = shape.numel() * weight[0].numel() // len(self.example)
@@ -128,7 +144,7 @@ def grid_of(node: fx.Node) -> Grid:
 def weight_bits_of(node: fx.Node) -> int:
     """Bit width of the integers behind a node of STORED."""
     if node.target is LOOK_UP:
-        return cast(int, node.args[2])
+        return cast(int, node.args[3])
     low, high = (3, 4) if node.target is DEQUANTIZE_GROUPS else (4, 5)
     return (cast(int, node.args[high]) - cast(int, node.args[low])).bit_length()
 

@@ -19,6 +19,7 @@ from qsweep.hub.form import (
     COMPUTE,
     POOLS,
     RECTIFIERS,
+    DynamicGrid,
     Grid,
     QuantizedModel,
     arguments,
@@ -32,7 +33,7 @@ from qsweep.hub.weights import Stored
 
 
 class ActivationObserver(Protocol):
-    def grid(self) -> Grid:
+    def grid(self) -> Grid | DynamicGrid:
         """The grid of this tensor; the scale is a float32 number."""
 
 
@@ -56,18 +57,23 @@ def insert_observers(
     model: QuantizedModel,
     activation: Callable[[Place], nn.Module | None],
     weight: Callable[[Place], nn.Module | None],
+    *,
+    layers_only: bool = False,
 ) -> None:
     """Put observers (or fake quantizers) on every value that will be quantized, in place.
 
     `activation(place)` and `weight(place)` make them; None leaves the value as it is. A group of values on one grid
-    shares one observer, named after the first: `observe_relu_3`.
+    shares one observer, named after the first: `observe_relu_3`. With `layers_only` they stand only on what layers
+    read, for them alone.
     """
     graph = model.graph
     ShapeProp(graph).propagate(model.example)
-    wanted = _wanted(graph)
+    wanted = _read_by_layers(graph) if layers_only else _wanted(graph)
     groups = _groups(graph, wanted)
     signs = [all(map(_nonnegative, group)) for group in groups]
     readers = {value: [user for user in value.users if _reads_integers(user, value, wanted)] for value in wanted}
+    if layers_only:
+        readers = {value: [user for user in users if user.target in COMPUTE] for value, users in readers.items()}
     layers = {node: str(source(node, 1).target) for node in nodes_of(graph, COMPUTE) if _has_weight(graph, node)}
     edges = {next(iter(layers), None), next(reversed(layers), None)}
     for group, nonnegative in zip(groups, signs, strict=True):
@@ -103,6 +109,10 @@ def _wanted(graph: fx.GraphModule) -> set[fx.Node]:
         if node.op != "get_attr" and any(_reads_integers(user, node, wanted) for user in node.users):
             wanted.add(node)
     return wanted
+
+
+def _read_by_layers(graph: fx.GraphModule) -> set[fx.Node]:
+    return {given for node in nodes_of(graph, COMPUTE) if (given := source(node)).op != "get_attr"}
 
 
 def _reads_integers(user: fx.Node, value: fx.Node, wanted: set[fx.Node]) -> bool:

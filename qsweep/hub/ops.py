@@ -1,4 +1,7 @@
-"""Ops of the hub form that are qsweep's own: real weights from integers that integer kernels do not take."""
+"""Ops of the hub form that are qsweep's own.
+
+Real weights from integers that integer kernels do not take, and activations on a grid that each batch sets anew.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,38 @@ def dequantize_groups(integers: Tensor, scale: Tensor, zero_point: Tensor, low: 
 
 
 @torch.library.custom_op("qsweep::look_up", mutates_args=())
-def look_up(integers: Tensor, table: Tensor, bits: int) -> Tensor:
-    """table[t, q + 2^(bits-1)]; `table` (T, 2^bits) has one row for `integers` (C, ...) or one for each channel."""
+def look_up(integers: Tensor, table: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """table[c, q + 2^(bits-1)] * scale[c], float32; `table` (C, 2^bits), `scale` (C,) for `integers` (C, ...), or
+    either with one row for all channels."""
     places = integers.long().flatten(1) + (1 << (bits - 1))
-    return table.expand(len(integers), -1).gather(1, places).reshape(integers.shape)
+    found = table.float().expand(len(integers), -1).gather(1, places)
+    return (found * scale.unsqueeze(1)).reshape(integers.shape)
+
+
+def dynamic_fake_quantize(values: Tensor, low: int, high: int, symmetric: bool) -> Tensor:
+    """`values` on the grid, integers from `low` to `high`, that covers their own range and has 0 on it.
+
+    `symmetric`: zero point 0 and the last level on the largest magnitude; else fitted to both ends. Values that are all
+    0 stay so; NaN or infinity among them makes all of them so. Gradients pass inside the grid.
+    """
+    smallest, largest = values.detach().aminmax()
+    smallest, largest = smallest.clamp(max=0.0), largest.clamp(min=0.0)
+    scale = torch.maximum(-smallest, largest) / high if symmetric else (largest - smallest) / (high - low)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny * 2**24, torch.ones_like(scale), scale)
+    fitted = (low - (smallest / scale).round()).clamp(low, high)
+    zero_point = torch.zeros_like(fitted) if symmetric else fitted
+    return torch.fake_quantize_per_tensor_affine(values, scale, zero_point.to(torch.int32), low, high)
+
+
+@torch.library.custom_op("qsweep::quantize_dynamic", mutates_args=())
+def quantize_dynamic(values: Tensor, low: int, high: int, symmetric: bool) -> Tensor:
+    """See `dynamic_fake_quantize`."""
+    return dynamic_fake_quantize(values, low, high, symmetric)
 
 
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
 DEQUANTIZE_GROUPS = torch.ops.qsweep.dequantize_groups.default
 LOOK_UP = torch.ops.qsweep.look_up.default
+QUANTIZE_DYNAMIC = torch.ops.qsweep.quantize_dynamic.default
 STORED = {DEQUANTIZE_WEIGHT, DEQUANTIZE_GROUPS, LOOK_UP}
 """Ops that give a layer its real weights from the integers that are their argument 0."""

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, set_constant
-from qsweep.hub.ops import STORED
+from qsweep.hub.ops import QUANTIZE_DYNAMIC, STORED, dynamic_fake_quantize
 from qsweep.hub.weights import real_weight
 
 
@@ -26,6 +26,8 @@ def simulation(model: QuantizedModel) -> fx.GraphModule:
                 node.replace_all_uses_with(
                     graph.graph.call_function(torch.fake_quantize_per_tensor_affine, (value, *grid))
                 )
+        elif node.target is QUANTIZE_DYNAMIC:
+            node.target = dynamic_fake_quantize  # compilers see through it
         elif node.target in STORED:
             name = f"{node.args[0].target}_simulated"
             set_constant(graph, name, real_weight(graph, node))

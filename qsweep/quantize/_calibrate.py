@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
-from qsweep.hub.export import float_graph
+from qsweep.errors import DataError, NotFinite
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.insert import Place, insert_observers
-from qsweep.quantize._observers import NearestWeight, RangeObserver
-from qsweep.quantize.base import Uniform
+from qsweep.hub.insert import insert_observers
+from qsweep.quantize._observers import NearestWeight, RangeObserver, activation_observer
+from qsweep.quantize._prepare import preparation, prepared
+from qsweep.quantize._ranges import BINS
+from qsweep.quantize.base import Grids, Uniform
 from qsweep.stage import Context
 
 _BATCH = 128
@@ -23,50 +26,91 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
 
     What they saw does not depend on bits or scheme, so it is computed once for all trials that share the rest.
     """
-    observed = float_graph(model, context)
-    insert_observers(observed, lambda place: _range(config, place), lambda place: NearestWeight(config, place))
-    if config.activation_bits is None:
+    observed = prepared(config, model, context, lambda: calibration_inputs(config, context))
+    insert_observers(
+        observed,
+        lambda place: activation_observer(config, place),
+        lambda place: NearestWeight(config, place),
+        layers_only=config.activation_mode == "dynamic",
+    )
+    found = list(_observers(observed.graph).values())
+    if not found:
         return observed
+
+    def statistics(what: str, run: Callable[[fx.GraphModule, Tensor], None]) -> dict[str, Tensor]:
+        def compute(folder: Path) -> None:
+            run(observed.graph, calibration_inputs(config, context))
+            save_file(_statistics(observed.graph), folder / "statistics.safetensors")
+
+        parents = (context.key, config.calibration_samples, seed, torch.__version__, *preparation(config))
+        folder = context.store.folder(context.store.key(what, 4, BINS, *parents), compute)
+        return load_file(folder / "statistics.safetensors")
+
     seed = context.seed if config.calibration_seed is None else config.calibration_seed
-
-    def compute(folder: Path) -> None:
-        observe(observed.graph, calibration_inputs(config, context))
-        save_file(ranges(observed.graph), folder / "ranges.safetensors")
-
-    key = context.store.key("ranges", 3, context.key, config.calibration_samples, seed, torch.__version__)
-    set_ranges(observed.graph, load_file(context.store.folder(key, compute) / "ranges.safetensors"))
+    _restore(observed.graph, statistics("ranges", see_extremes))
+    if any(observer.counts_values for observer in found):
+        _restore(observed.graph, statistics("histograms", see_counts))
+    for observer in found:
+        observer.fit()
     return observed
 
 
-def _range(config: Uniform, place: Place) -> RangeObserver | None:
-    return RangeObserver(config, place) if config.activation_bits is not None else None
-
-
-def calibration_inputs(config: Uniform, context: Context) -> Tensor:
-    """(`calibration_samples`, ...) float32: training samples drawn without replacement by `calibration_seed`."""
+def calibration_inputs(config: Grids, context: Context) -> Tensor:
+    """(`calibration_samples`, ...) float32: training samples drawn without replacement by `calibration_seed`;
+    all of them if there are fewer. Raises DataError if there are none."""
     stored = context.task.samples("train").inputs
+    if not len(stored):
+        raise DataError("`train`: must hold samples to calibrate on (got none)")
     seed = context.seed if config.calibration_seed is None else config.calibration_seed
     drawn = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))[: config.calibration_samples]
     return context.task.transform(stored[drawn.sort().values])
 
 
-@torch.no_grad()
 def observe(graph: fx.GraphModule, inputs: Tensor) -> None:
-    """Run `inputs` (N, ...) through `graph` in batches."""
+    """Fit the range of every observer in `graph`, in place, to `inputs` (N, ...).
+
+    Raises DataError for no samples, NotFinite for activations that are NaN or infinite.
+    """
+    see_extremes(graph, inputs)
+    found = _observers(graph).values()
+    if any(observer.counts_values for observer in found):
+        see_counts(graph, inputs)
+    for observer in found:
+        observer.fit()
+
+
+def see_extremes(graph: fx.GraphModule, inputs: Tensor) -> None:
+    """The first pass: the smallest and largest values. Raises as `observe`."""
+    _run(graph, inputs)
+    for name, observer in _observers(graph).items():
+        if not (observer.low.isfinite() and observer.high.isfinite()):
+            value = name.removeprefix("observe_").split(".")[0]
+            read = f", read by `{observer.readers[0]}`" if observer.readers else ""
+            raise NotFinite(f"`{value}`{read}: an activation is NaN or infinite on the calibration samples")
+
+
+def see_counts(graph: fx.GraphModule, inputs: Tensor) -> None:
+    """The second pass: values counted between the extremes of the first one."""
+    for observer in _observers(graph).values():
+        observer.begin_counting()
+    _run(graph, inputs)
+
+
+@torch.no_grad()
+def _run(graph: fx.GraphModule, inputs: Tensor) -> None:
     for batch in torch.split(inputs, _BATCH):
         graph(batch)
 
 
-def ranges(graph: fx.GraphModule) -> dict[str, Tensor]:
-    """(2,) lowest and highest value seen, by observer."""
-    found = {name: module for name, module in graph.named_modules() if isinstance(module, RangeObserver)}
-    return {name: torch.stack([observer.low, observer.high]) for name, observer in found.items()}
+def _observers(graph: fx.GraphModule) -> dict[str, RangeObserver]:
+    """By name, in order of execution."""
+    return {name: module for name, module in graph.named_modules() if isinstance(module, RangeObserver)}
 
 
-def set_ranges(graph: fx.GraphModule, values: dict[str, Tensor]) -> None:
-    """Put back what `ranges` gave."""
-    for name, (low, high) in values.items():
-        observer = graph.get_submodule(name)
-        assert isinstance(observer, RangeObserver)
-        observer.low.copy_(low)
-        observer.high.copy_(high)
+def _statistics(graph: fx.GraphModule) -> dict[str, Tensor]:
+    return {name: observer.statistics for name, observer in _observers(graph).items()}
+
+
+def _restore(graph: fx.GraphModule, values: dict[str, Tensor]) -> None:
+    for name, observer in _observers(graph).items():
+        observer.statistics = values[name]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -47,6 +47,8 @@ class Quantization(Stage):
 class Grids(Quantization):
     """Equally spaced levels. Integer kernels take symmetric weights, per channel or tensor, of 8 bits at most."""
 
+    takes_dynamic: ClassVar[bool] = False
+    """Whether `activation_mode: dynamic` is implemented."""
     weight_scheme: Scheme = "symmetric"
     weight_granularity: Literal["channel", "tensor"] = "channel"
     """What shares a scale: an output channel or the whole tensor."""
@@ -60,13 +62,20 @@ class Grids(Quantization):
     activation_scheme: Scheme = "asymmetric"
     """Symmetric fixes zero at the middle of the grid (at its lower end for tensors that are never negative, such as a
     ReLU's output); asymmetric fits the grid to the range seen."""
+    activation_mode: Literal["static", "dynamic"] = "static"
+    """static: ranges are fixed by calibration. dynamic: each batch sets the range of what convolutions and linears
+    read, so that samples of one batch share it and a result depends on its batch; sums and pools stay in floating
+    point, and there is no calibration. Counts where `activation_bits` is not null."""
     edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
     """Bits of the first and the last layer, where they are to have more: weights and the activations they read."""
     layer_bits: dict[str, Bits] = {}
     """Bits of the weights of some layers, by a pattern of their names, such as `layer1.*: 6`; of several patterns that
     match, the first counts. Goes before `edge_bits`. Each pattern must match a layer."""
     calibration: Calibration = "minmax"
-    """How ranges follow from what calibration saw."""
+    """How ranges follow from what calibration saw. minmax: the extremes. moving_average: means of the batches'
+    extremes, later ones weighing more. percentile: the range of 99.99 % of the values. entropy: the range that keeps
+    most of their distribution (Kullback-Leibler divergence; Migacz 2017). mse: the range that rounds and clips with the
+    least squared error. The last two need levels of 8 bits at most and are minmax for 16."""
     calibration_samples: Annotated[int, Field(ge=1)] = 512
     """Training samples whose activations set the ranges."""
     calibration_seed: Annotated[int, Field(ge=0)] | None = None
@@ -78,12 +87,20 @@ class Grids(Quantization):
             raise ValueError("`group_size` must be null where `weight_granularity` is `tensor`")
         return self
 
+    @model_validator(mode="after")
+    def _fixed_ranges_where_needed(self) -> Grids:
+        if self.activation_mode == "dynamic" and not self.takes_dynamic:
+            raise ValueError("`activation_mode` must be `static` for this method, which fits ranges beforehand")
+        return self
+
     @property
     def not_integer(self) -> str | None:
         if self.activation_bits is None:
             return "only weights are quantized (`activation_bits: null`)"
         if max(*self._widths(), self.activation_bits) > 8:
             return "they take 8 bits at most"
+        if self.activation_mode == "dynamic":
+            return "they need ranges fixed beforehand (`activation_mode: static`)"
         if self.weight_scheme == "asymmetric":
             return "their weights must be symmetric"
         return "their weights have one scale a channel, not `group_size`" if self.group_size else None
@@ -105,7 +122,7 @@ class Grids(Quantization):
         return next((pattern for pattern in self.layer_bits if fnmatchcase(layer, pattern)), None)
 
     def label(self) -> str:
-        """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-mse`, `-n128`."""
+        """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-mse`, `-dynamic`."""
         parts = [self.method, f"w{self._width()}{self.weight_scheme[0]}"]
         if self.activation_bits is not None:
             parts.append(f"a{self.activation_bits}{self.activation_scheme[0]}")
@@ -115,10 +132,11 @@ class Grids(Quantization):
             parts.append(f"g{self.group_size}")
         if self.layer_bits:
             parts.append("layers" + ".".join(map(str, self.layer_bits.values())))
-        if self.activation_bits is not None and self.calibration != "minmax":
-            parts.append(self.calibration)
-        if self.activation_bits is not None and self.calibration_samples != 512:
-            parts.append(f"n{self.calibration_samples}")
+        if self.activation_bits is not None and self.activation_mode == "dynamic":
+            parts.append("dynamic")
+        elif self.activation_bits is not None:
+            parts += [self.calibration] if self.calibration != "minmax" else []
+            parts += [f"n{self.calibration_samples}"] if self.calibration_samples != 512 else []
         return "-".join(parts)
 
 

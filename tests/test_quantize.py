@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +8,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Noise, context, digits, network
+from networks import Noise, context, network
 from torch import Tensor, nn
 
 from qsweep.config import members
 from qsweep.errors import NotFinite
-from qsweep.hub.export import example_of, export
 from qsweep.hub.form import QuantizedModel, constant, nodes_of, weight_bits_of
-from qsweep.hub.insert import Place, insert_observers
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import Quantization
 from qsweep.quantize import _calibrate as calibrate
 from qsweep.quantize._arithmetic import activation_grid, weight_levels
-from qsweep.quantize._norm import FoldedNorm, join_norms, split_norms
-from qsweep.quantize._observers import NearestWeight, RangeFakeQuantize
 from qsweep.quantize.base import Scheme, Uniform
 from qsweep.quantize.ptq import PTQ
-from qsweep.quantize.qat import QAT
-from qsweep.stage import Context
-from qsweep.tasks.base import Samples, SplitName
 
 METHODS: tuple[type[Quantization], ...] = members(Quantization, "qsweep.quantize")
 UNIFORM = [method for method in METHODS if issubclass(method, Uniform)]
@@ -150,13 +142,13 @@ def test_more_calibration_samples_than_there_are_means_all(uniform: type[Quantiz
 
 def test_calibration_runs_once_for_all_bit_widths_and_schemes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    observe = calibrate.observe
+    see = calibrate.see_extremes
 
     def counted(graph: torch.fx.GraphModule, inputs: Tensor) -> None:
         runs.append(len(inputs))
-        observe(graph, inputs)
+        see(graph, inputs)
 
-    monkeypatch.setattr(calibrate, "observe", counted)
+    monkeypatch.setattr(calibrate, "see_extremes", counted)
     schemes: tuple[Scheme, ...] = ("symmetric", "asymmetric")
     for bits in (2, 5, 8):
         for scheme in schemes:
@@ -226,113 +218,3 @@ def test_channels_of_zeros_keep_their_bias(tmp_path: Path) -> None:
     model[4].weight.data[2] = 0.0  # type: ignore[index, union-attr, operator]
     found = simulation(PTQ().apply(model, context(tmp_path)))(INPUTS)[:, 2]
     torch.testing.assert_close(found, model(INPUTS)[:, 2], atol=1e-3, rtol=0)
-
-
-@given(low=st.floats(-10, -0.1), high=st.floats(0.1, 10), bits=st.integers(2, 8))
-def test_gradients_pass_straight_through_inside_the_grid_and_stop_outside(low: float, high: float, bits: int) -> None:
-    fake = RangeFakeQuantize(QAT(activation_bits=bits), Place((), edge=False))
-    fake.low.fill_(low)
-    fake.high.fill_(high)
-    fake.enabled = True
-    fake.eval()
-    grid = fake.grid()
-    ends = [(level - grid.zero_point) * grid.scale for level in (grid.low, grid.high)]
-    values = torch.tensor([*ends, 0.0, 2 * low - grid.scale, 2 * high + grid.scale], requires_grad=True)
-    fake(values).sum().backward()
-    assert values.grad is not None
-    assert values.grad.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
-
-
-def training_graph(config: QAT, model: nn.Module, found: Context) -> QuantizedModel:
-    """The graph as it is trained: observers enabled, norms joined."""
-    live = export(model, example_of(found))
-    insert_observers(live, lambda place: RangeFakeQuantize(config, place), lambda place: NearestWeight(config, place))
-    join_norms(live.graph)
-    calibrate.observe(live.graph, calibrate.calibration_inputs(config, found))
-    for module in live.graph.modules():
-        if isinstance(module, RangeFakeQuantize | NearestWeight):
-            module.enabled = True
-    return live
-
-
-@pytest.mark.parametrize("name", ["digits_cnn", "mlp", "sequence", "depthwise"])
-def test_the_training_graph_gives_the_same_bits_before_and_after_its_norms_are_split(name: str, tmp_path: Path) -> None:
-    live = training_graph(QAT(weight_bits=4), network(name), context(tmp_path))
-    joined = [module for module in live.graph.modules() if isinstance(module, FoldedNorm)]
-    assert joined
-    nn.Module.train(live.graph, False)
-    with torch.no_grad():
-        before = live.graph(INPUTS)
-        split_norms(live.graph)
-        assert torch.equal(live.graph(INPUTS), before)
-
-
-def test_integers_that_were_trained_are_the_integers_that_are_shipped(tmp_path: Path) -> None:
-    from qsweep.hub.convert import convert
-
-    live = training_graph(QAT(weight_bits=3), network("digits_cnn"), context(tmp_path))
-    nn.Module.train(live.graph, False)
-    seen: dict[str, Tensor] = {}
-    split_norms(live.graph)
-    for node in live.graph.graph.nodes:
-        if node.op == "call_module" and isinstance(
-            quantizer := live.graph.get_submodule(str(node.target)), NearestWeight
-        ):
-            weight = constant(live.graph, node.args[0])
-            assert weight is not None
-            seen[str(node.args[0].target)] = quantizer(weight).detach()
-    found = convert(live)
-    for node in nodes_of(found.graph, {DEQUANTIZE_WEIGHT}):
-        integers, scale = (constant(found.graph, argument) for argument in node.args[:2])
-        assert integers is not None
-        assert scale is not None
-        name = str(node.all_input_nodes[0].target)
-        assert torch.equal(integers * scale.reshape(-1, *[1] * (integers.dim() - 1)), seen[name])
-
-
-class Watched(Noise):
-    """Real digits, with the losses that were seen."""
-
-    def __init__(self, count: int) -> None:
-        images, labels = digits()[1].task.samples("train")
-        super().__init__(inputs=digits()[1].task.transform(images[:count]))
-        self.labels, self.losses = labels[:count], list[float]()
-
-    def samples(self, split: SplitName) -> Samples:
-        return Samples(self.inputs, self.labels)
-
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        value = super().loss(outputs, labels)
-        self.losses.append(value.item())
-        return value
-
-
-def test_training_lowers_the_loss_moves_the_statistics_and_keeps_zeros(tmp_path: Path) -> None:
-    task = Watched(640)
-    model = pruned()
-    model.load_state_dict(digits()[0].state_dict())
-    keep = {name: p == 0 for name, p in pruned().named_parameters() if p.dim() == 4}
-    for name, parameter in model.named_parameters():
-        if name in keep:
-            parameter.data[keep[name]] = 0.0
-    found = replace(context(tmp_path, task=task))
-    plain = PTQ(weight_bits=3, calibration_samples=60).apply(model, found)
-    trained = QAT(weight_bits=3, epochs=2, calibration_samples=60).apply(model, found)
-    losses = [super(Watched, task).loss(simulation(each)(task.inputs), task.labels).item() for each in (plain, trained)]
-    assert losses[1] < 0.7 * losses[0]
-    assert sum(task.losses[-5:]) < sum(task.losses[:5])
-    stored = {layer.name: layer.weight for layer in trained.layers()}
-    assert all((stored[name][zeros] == 0).all() for name, zeros in keep.items())
-
-
-def test_running_statistics_follow_the_batches(tmp_path: Path) -> None:
-    live = training_graph(QAT(), network("digits_cnn"), context(tmp_path))
-    before = live.graph.get_buffer("stem.bn.running_mean").clone()
-    nn.Module.train(live.graph, True)
-    live.graph(INPUTS)
-    after = live.graph.get_buffer("stem.bn.running_mean")
-    outputs = live.graph.get_parameter("stem.conv.weight")
-    assert outputs.requires_grad
-    assert not torch.equal(before, after)
-    mean = torch.nn.functional.conv2d(INPUTS, outputs, padding=1).mean((0, 2, 3))
-    torch.testing.assert_close(after, (0.9 * before + 0.1 * mean).detach(), atol=0.02, rtol=0)

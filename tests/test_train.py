@@ -207,7 +207,7 @@ def test_a_result_is_computed_once_and_a_failure_is_not_kept(tmp_path: Path) -> 
     for fail in (True, False, True):
         model = Toy().model()
         try:
-            kept(model, Store(tmp_path), "ab" * 32, lambda model=model, fail=fail: compute_on(model, fail))  # type: ignore[misc]
+            kept(model, Store(tmp_path), "ab" * 32, lambda checkpoint, model=model, fail=fail: compute_on(model, fail))  # type: ignore[misc]
         except NotFinite:
             assert fail
     assert len(calls) == 2

@@ -9,6 +9,7 @@ from qsweep.stage import Context, stage_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -35,21 +36,10 @@ class Logits(Distillation):
         return f"T{self.temperature:.0f}" if self.temperature.is_integer() else f"T{self.temperature:.1f}"
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
-        from qsweep.train import fit, kept
+        from qsweep.train import fine_tune, kept
 
-        def compute() -> None:
-            fit(
-                model,
-                context.task,
-                context.training,
-                epochs=self.epochs,
-                learning_rate=self.learning_rate,
-                seed=context.seed,
-                device=context.device,
-                loss=self.loss(context),
-                keep_zeros=True,
-                progress=context.progress,
-            )
+        def compute(checkpoint: Path) -> None:
+            fine_tune(model, self, context, loss=self.loss(context), checkpoint=checkpoint)
 
         return kept(model, context.store, stage_key(self, context), compute)
 

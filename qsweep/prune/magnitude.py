@@ -8,6 +8,8 @@ from qsweep.prune.base import Pruning
 from qsweep.stage import Context, stage_key
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
 
@@ -35,20 +37,10 @@ class Magnitude(Pruning):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         from qsweep.prune._global import zero_smallest
-        from qsweep.train import fit, kept
+        from qsweep.train import fine_tune, kept
 
-        def compute() -> None:
+        def compute(checkpoint: Path) -> None:
             zero_smallest(model, self.sparsity)
-            fit(
-                model,
-                context.task,
-                context.training,
-                epochs=self.epochs,
-                learning_rate=self.learning_rate,
-                seed=context.seed,
-                device=context.device,
-                keep_zeros=True,
-                progress=context.progress,
-            )
+            fine_tune(model, self, context, checkpoint=checkpoint)
 
         return kept(model, context.store, stage_key(self, context), compute)

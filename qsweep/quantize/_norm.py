@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qsweep.hub.form import arguments, aten, constant, nodes_of, source
-from qsweep.hub.norm import joins, replace_weight
+from qsweep.hub.form import arguments, aten, constant, nodes_of, set_constant, source
+from qsweep.hub.norm import joins, own_name, replace_weight
+from qsweep.quantize._arithmetic import WeightLevels
+from qsweep.quantize._fake import FakeWeight
+from qsweep.quantize._observers import NearestWeight
+
+_NOTHING = 1e-12
+"""A channel that its norm multiplies by less is off: its weights count as zeros."""
 
 
 class FoldedNorm(nn.Module):
-    """A convolution or linear and its batch norm, with the weights rounded after folding.
+    """A convolution or linear and its batch norm, with weights that are shipped as integers times folded scales.
 
-    Training: y = batch_norm(op(x, q(w * f)) / f + b) with f = gamma / sqrt(running_var + eps), so that the batch's own
-    statistics normalise, and the running ones scale what is rounded (Krishnamoorthi 2018, section 3.2.2; Jacob et al.
-    2018, section 3.2). Evaluation: y = op(x, q(w * f)) + (b - running_mean) * f + beta.
+    With f = gamma / sqrt(running_var + eps), evaluation computes op(x, w_q * f) + (b - running_mean) * f + beta.
+
+    `fold_scales`: the integers are those of the weights as they are, and f goes into the scales of their channels (a
+    negative one turns the signs around), exactly; training is y = batch_norm(op(x, w_q) + b), as without folding.
+    Else, where channels share a scale: the weights are rounded after folding; training is
+    y = batch_norm(op(x, q(w * f)) / f + b), so that the batch's own statistics normalise, and the running ones scale
+    what is rounded (Krishnamoorthi 2018, section 3.2.2; Jacob et al. 2018, section 3.2).
     """
 
-    def __init__(self, op: Any, settings: tuple[Any, ...], eps: float, momentum: float, quantizer: nn.Module) -> None:
+    def __init__(
+        self, op: Any, settings: tuple[Any, ...], norm: dict[str, Any], quantizer: FakeWeight, *, fold_scales: bool
+    ) -> None:
         super().__init__()
-        self.op, self.settings, self.eps, self.momentum = op, settings, eps, momentum
-        self.quantizer = quantizer
+        self.op, self.settings, self.eps, self.momentum = op, settings, norm["eps"], norm["momentum"]
+        self.quantizer, self.fold_scales = quantizer, fold_scales
 
     def forward(
         self,
@@ -36,67 +49,102 @@ class FoldedNorm(nn.Module):
         var: Tensor,
     ) -> Tensor:
         if not self.training:
-            folded, shift = self.folded(weight, bias, gamma, beta, mean, var)
-            return cast(Tensor, self.op(inputs, self.quantizer(folded), shift, *self.settings))
+            folded = self.shipped(weight, bias, gamma, beta, mean, var)[0]
+            return cast(Tensor, self.op(inputs, folded, self.shift(bias, gamma, beta, mean, var), *self.settings))
+        if self.fold_scales:
+            outputs = self.op(inputs, self.quantizer(weight), bias, *self.settings)
+            return F.batch_norm(outputs, mean, var, gamma, beta, True, self.momentum, self.eps)
         factor = self._factor(gamma, var)
-        rounded = self.quantizer(weight * factor.reshape(-1, *[1] * (weight.dim() - 1)))
-        outputs = self.op(inputs, rounded, None, *self.settings)
+        outputs = self.op(inputs, self.quantizer(_times(weight, factor)), None, *self.settings)
         shape = (1, -1, *[1] * (outputs.dim() - 2))
-        outputs = outputs / torch.where(factor.abs() < 1e-12, 1.0, factor).reshape(shape)
+        outputs = outputs / torch.where(factor.abs() < _NOTHING, 1.0, factor).reshape(shape)
         if bias is not None:
             outputs = outputs + bias.reshape(shape)
         return F.batch_norm(outputs, mean, var, gamma, beta, True, self.momentum, self.eps)
 
-    def folded(
-        self,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Weight and bias with the running statistics folded in, by the same arithmetic as in training."""
-        assert weight is not None and mean is not None and var is not None
+    def constants(self, graph: fx.GraphModule, node: fx.Node) -> list[Any]:
+        """Weight, bias, gamma, beta, mean, variance at the `node` that calls this module."""
+        return [constant(graph, argument) for argument in node.args[1:]]
+
+    def trained_weight(
+        self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        """What the quantizer rounds in training."""
+        return weight if self.fold_scales else _times(weight, self._factor(gamma, var))
+
+    def shipped(
+        self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor
+    ) -> tuple[Tensor, WeightLevels | None]:
+        """The real weights that are shipped, norm folded, and their levels (None until the quantizer has started)."""
         factor = self._factor(gamma, var)
-        shift = (bias - mean if bias is not None else -mean) * factor
-        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1)), shift if beta is None else shift + beta
+        if not self.quantizer.enabled:
+            return _times(weight, factor), None
+        if self.fold_scales:
+            integers, levels = _scaled(*self.quantizer.integers(weight), factor)
+        else:
+            integers, levels = self.quantizer.integers(_times(weight, factor))
+        return levels.real(integers), levels
+
+    def shift(
+        self, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        """The bias with the norm folded in."""
+        shift = (bias - mean if bias is not None else -mean) * self._factor(gamma, var)
+        return shift if beta is None else shift + beta
 
     def _factor(self, gamma: Tensor | None, var: Tensor) -> Tensor:
-        factor = (var + self.eps).rsqrt()
+        factor: Tensor = (var + self.eps).rsqrt()
         return factor if gamma is None else gamma * factor
 
 
-def join_norms(graph: fx.GraphModule) -> None:
+def _times(weight: Tensor, factor: Tensor) -> Tensor:
+    scaled: Tensor = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    return scaled
+
+
+def _scaled(integers: Tensor, levels: WeightLevels, factor: Tensor) -> tuple[Tensor, WeightLevels]:
+    """The integers and levels of weights (C, ...) whose channels are multiplied by `factor` (C,)."""
+    off = factor.abs() < _NOTHING
+    scale = levels.scale * torch.where(off, 1.0, factor.abs()).unsqueeze(1)
+    turned, total = (factor < 0).unsqueeze(1), levels.low + levels.high
+    zero_point = torch.where(turned, total - levels.zero_point, levels.zero_point)
+    parts = integers.reshape(*scale.shape, -1)
+    parts = torch.where(turned.unsqueeze(-1), total - parts, parts)
+    parts = torch.where(off.reshape(-1, 1, 1), zero_point.unsqueeze(-1), parts)
+    return parts.reshape(integers.shape), replace(levels, scale=scale, zero_point=zero_point)
+
+
+def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
     """Replace each convolution or linear (its weight observed) and the batch norm after it by a FoldedNorm."""
     for norm in nodes_of(graph, {aten.batch_norm.default}):
         compute = source(norm)
         if not joins(compute):
             continue
-        observed, settings = source(compute, 1), arguments(norm)
+        observed = source(compute, 1)
         bias, *rest = compute.args[2:] or (None,)
         quantizer = graph.get_submodule(str(observed.target))
+        assert isinstance(quantizer, FakeWeight)
         name = f"folded_{compute.name}"
-        graph.add_submodule(
-            name, FoldedNorm(compute.target, tuple(rest), settings["eps"], settings["momentum"], quantizer)
-        )
+        joined = FoldedNorm(compute.target, tuple(rest), arguments(norm), quantizer, fold_scales=fold_scales)
+        graph.add_submodule(name, joined)
         with graph.graph.inserting_before(norm):
-            joined = graph.graph.call_module(name, (source(compute), source(observed), bias, *norm.args[1:5]))
-        norm.replace_all_uses_with(joined)
+            call = graph.graph.call_module(name, (source(compute), source(observed), bias, *norm.args[1:5]))
+        norm.replace_all_uses_with(call)
         for node in (norm, compute, observed):
             graph.graph.erase_node(node)
         graph.delete_submodule(str(observed.target))
     graph.recompile()
 
 
+@torch.no_grad()
 def split_norms(graph: fx.GraphModule) -> None:
-    """Undo `join_norms` after training: plain convolutions and linears with folded, observed weights, in place."""
+    """Undo `join_norms` after training: plain convolutions and linears with folded weights on their levels."""
     for node in [node for node in graph.graph.nodes if node.op == "call_module"]:
         module = graph.get_submodule(str(node.target))
         if not isinstance(module, FoldedNorm):
             continue
-        with torch.no_grad():
-            weight, bias = module.folded(*(constant(graph, argument) for argument in node.args[1:]))
+        constants = module.constants(graph, node)
+        (weight, levels), bias = module.shipped(*constants), module.shift(*constants[1:])
         with graph.graph.inserting_before(node):
             compute = graph.graph.call_function(module.op, (*node.args[:2], None, *module.settings))
         node.replace_all_uses_with(compute)
@@ -104,9 +152,34 @@ def split_norms(graph: fx.GraphModule) -> None:
         graph.delete_submodule(str(node.target))
         replace_weight(graph, compute, weight, bias)
         name = f"observe_{compute.name}_weight"
-        graph.add_submodule(name, module.quantizer)
+        graph.add_submodule(name, _shipped(module.quantizer, levels))
         with graph.graph.inserting_before(compute):
-            observed = graph.graph.call_module(name, (source(compute, 1),))
-        compute.update_arg(1, observed)
+            compute.update_arg(1, graph.graph.call_module(name, (source(compute, 1),)))
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+@torch.no_grad()
+def ship_weights(graph: fx.GraphModule) -> None:
+    """Put the weights behind fake quantizers on their levels, as `split_norms` does with those before norms."""
+    for node in [node for node in graph.graph.nodes if node.op == "call_module"]:
+        quantizer = graph.get_submodule(str(node.target))
+        if not isinstance(quantizer, FakeWeight) or not quantizer.enabled:
+            continue
+        (compute,) = node.users
+        weight = constant(graph, source(node))
+        assert weight is not None
+        integers, levels = quantizer.integers(weight)
+        name = own_name(graph, str(source(node).target), compute)
+        set_constant(graph, name, levels.real(integers), trainable=True)
+        graph.set_submodule(str(node.target), _shipped(quantizer, levels))
+        with graph.graph.inserting_before(node):
+            node.update_arg(0, graph.graph.get_attr(name))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _shipped(quantizer: FakeWeight, levels: WeightLevels | None) -> NearestWeight:
+    shipped = NearestWeight(quantizer.config, quantizer.place)
+    shipped.bits, shipped.levels, shipped.enabled = quantizer.bits, levels, quantizer.enabled
+    return shipped

@@ -4,54 +4,107 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 
 from qsweep.hub.convert import convert
 from qsweep.hub.export import example_of, export
-from qsweep.hub.form import QuantizedModel
+from qsweep.hub.form import QuantizedModel, constant
 from qsweep.hub.insert import insert_observers
 from qsweep.hub.save import load, save
 from qsweep.quantize._calibrate import calibration_inputs, observe
-from qsweep.quantize._norm import join_norms, split_norms
-from qsweep.quantize._observers import NearestWeight, RangeFakeQuantize
-from qsweep.quantize.qat import QAT
+from qsweep.quantize._fake import FakeActivation, FakeWeight
+from qsweep.quantize._norm import FoldedNorm, join_norms, ship_weights, split_norms
+from qsweep.quantize.trained import Trained
 from qsweep.stage import Context, stage_key
-from qsweep.train import fit
+from qsweep.train import fine_tune, resumable
 
 
-def trained(config: QAT, model: nn.Module, context: Context) -> QuantizedModel:
+def trained(config: Trained, model: nn.Module, context: Context) -> QuantizedModel:
     """The hub form of `model` after quantization-aware training; trained once, then kept."""
 
     def compute(folder: Path) -> None:
-        save(_train(config, model, context), folder)
+        with resumable(folder) as checkpoints:
+            save(_train(config, model, context, checkpoints), folder)
 
     return load(context.store.folder(stage_key(config, context), compute))
 
 
-def _train(config: QAT, model: nn.Module, context: Context) -> QuantizedModel:
+def _train(config: Trained, model: nn.Module, context: Context, checkpoints: Path) -> QuantizedModel:
+    live = prepared(config, model, context)
+    inputs = calibration_inputs(config, context) if config.activation_bits else None
+    for number, (bits, epochs) in enumerate(zip(config.widths(), config.epochs_at(), strict=True)):
+        start(live.graph, bits, inputs)
+        _fit(config, live.graph, context, epochs, checkpoints / f"{number}.pt")
+    return convert(finished(live))
+
+
+def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedModel:
+    """The graph of `model` with fake quantizers in place, not started, and its norms joined."""
     live = export(model, example_of(context))
-    insert_observers(
-        live,
-        lambda place: RangeFakeQuantize(config, place) if config.activation_bits else None,
-        lambda place: NearestWeight(config, place),
-    )
-    join_norms(live.graph)
-    observe(live.graph, calibration_inputs(config, context))
-    for module in live.graph.modules():
-        if isinstance(module, RangeFakeQuantize | NearestWeight):
-            module.enabled = True
-    fit(
-        live.graph,
-        context.task,
-        context.training,
-        epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        seed=context.seed,
-        device=context.device,
+    config.check_patterns(layer.name for layer in live.layers())
+    insert_observers(live, lambda place: config.activation(place) if config.activation_bits else None, config.weight)
+    join_norms(live.graph, fold_scales=config.weight_granularity == "channel")
+    return live
+
+
+def start(graph: fx.GraphModule, bits: int, inputs: Tensor | None) -> None:
+    """Let every fake quantizer round to `bits` bits, or its own if they are more, from what it sees of `inputs`."""
+    activations = [module for module in graph.modules() if isinstance(module, FakeActivation)]
+    weights = _weights(graph)
+    for quantizer, _ in weights:
+        quantizer.enabled = False
+    for activation in activations:
+        activation.watch(bits)
+    if inputs is not None:
+        observe(graph, inputs)
+    for activation in activations:
+        activation.start()
+    for quantizer, weight in weights:
+        quantizer.start(weight, bits)
+
+
+@torch.no_grad()
+def _weights(graph: fx.GraphModule) -> list[tuple[FakeWeight, Tensor]]:
+    found = []
+    for node in graph.graph.nodes:
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, FoldedNorm):
+            found.append((module.quantizer, module.trained_weight(*module.constants(graph, node))))
+        elif isinstance(module, FakeWeight):
+            weight = constant(graph, node.args[0])
+            assert weight is not None
+            found.append((module, weight))
+    return found
+
+
+def _fit(config: Trained, graph: fx.GraphModule, context: Context, epochs: int, checkpoint: Path) -> None:
+    quantizers = [module for module in graph.modules() if isinstance(module, FakeActivation | FakeWeight)]
+    if not any(parameter.requires_grad for parameter in graph.parameters()):
+        return
+
+    def settle(step: int) -> None:
+        for quantizer in quantizers:
+            quantizer.settle()
+
+    fine_tune(
+        graph,
+        config,
+        context,
+        epochs=epochs,
+        schedule=config.schedule,
+        weight_decay=config.weight_decay,
+        precision=config.precision,
         loss=context.loss,
-        keep_zeros=True,
+        checkpoint=checkpoint,
+        after_step=settle,
         progress=lambda text: context.progress(f"quantization-aware training, {text}"),
     )
-    live.graph.cpu()
+    graph.cpu()
+
+
+def finished(live: QuantizedModel) -> QuantizedModel:
+    """The trained graph with norms folded and every weight on its levels, ready to be converted, in place."""
     split_norms(live.graph)
-    return convert(live)
+    ship_weights(live.graph)
+    return live

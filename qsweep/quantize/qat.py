@@ -1,32 +1,33 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from qsweep.quantize.base import Uniform
-from qsweep.stage import Context
+from qsweep.quantize.trained import Trained
 
 if TYPE_CHECKING:
-    from torch import nn
+    from qsweep.hub.insert import Place
+    from qsweep.quantize._fake import FakeActivation, FakeWeight
 
-    from qsweep.hub.form import QuantizedModel
 
+class QAT(Trained):
+    """Quantization-aware training with gradients straight through the rounding; ranges follow the data.
 
-class QAT(Uniform):
-    """Quantization-aware training: fine-tune with the rounding in the forward pass.
+    Weights: the range of the weights of each step. Activations: moving averages of the ends of the batches. Gradients
+    pass where a value rounds to a level of the grid and stop beyond its ends.
 
-    Starts from the PTQ state. Gradients pass straight through the rounding and stop at the ends of the grid (Bengio et
-    al. 2013; Jacob et al. 2018, section 3). Batch norm stays live and is folded into the weights before they are
-    rounded (Krishnamoorthi 2018, section 3.2.2), so the integers that were trained are the integers that are shipped.
+    Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons" (2013); Jacob et al.,
+    "Quantization and Training of Neural Networks" (2018), section 3.
     """
 
     method: Literal["qat"] = "qat"
-    epochs: Annotated[int, Field(ge=1)] = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    """Peak of a one-cycle schedule."""
+    version: ClassVar[int] = 2
 
-    def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
-        from qsweep.quantize._training import trained
+    def activation(self, place: Place) -> FakeActivation:
+        from qsweep.quantize._fake_activations import MovingRange
 
-        return trained(self, model, context)
+        return MovingRange(self, place)
+
+    def weight(self, place: Place) -> FakeWeight:
+        from qsweep.quantize._fake_weights import RangeWeight
+
+        return RangeWeight(self, place)

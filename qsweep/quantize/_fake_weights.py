@@ -1,0 +1,67 @@
+"""Fake quantizers of weights (C, ...): a scale for each channel, or each group of one, or the whole tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qsweep.hub.insert import Place
+from qsweep.quantize._arithmetic import WeightLevels
+from qsweep.quantize._fake import FakeWeight, Level, learned_step, step_factor, straight_through
+from qsweep.quantize.base import Uniform
+
+_SMALLEST = 2.0**-10
+
+
+def _ends(levels: WeightLevels) -> tuple[Level, Level]:
+    """Lowest and highest level, less the zero point."""
+    if levels.low == -levels.high:  # symmetric: numbers are quicker than tensors
+        return float(levels.low), float(levels.high)
+    zero_point = levels.zero_point.unsqueeze(-1)
+    return levels.low - zero_point, levels.high - zero_point
+
+
+class RangeWeight(FakeWeight):
+    """Levels fitted to the weights of each step."""
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        levels = self.fitted(weight.detach())
+        parts = weight.reshape(*levels.scale.shape, -1)
+        return straight_through(parts, levels.scale.unsqueeze(-1), *_ends(levels)).reshape(weight.shape)
+
+
+class LearnedStepWeight(FakeWeight):
+    """A learned step for each channel or group, or one for the tensor; a fitted zero point stays as it is (LSQ)."""
+
+    steps: Tensor
+    smallest: Tensor
+    zero_point: Tensor
+
+    def __init__(self, config: Uniform, place: Place) -> None:
+        super().__init__(config, place)
+        self.per_tensor = config.weight_granularity == "tensor"
+
+    def begin(self, weight: Tensor) -> None:
+        levels = self.fitted(weight)
+        self.low, self.high, self.shape = levels.low, levels.high, tuple(levels.scale.shape)
+        self.steps = nn.Parameter(levels.scale[:1, 0].clone() if self.per_tensor else levels.scale.flatten())
+        self.register_buffer("smallest", self.steps.detach() * _SMALLEST)
+        self.register_buffer("zero_point", levels.zero_point)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        levels = WeightLevels(self.steps, self.zero_point, self.low, self.high)
+        parts = weight.reshape(1, 1, -1) if self.per_tensor else weight.reshape(*self.shape, -1)
+        scale = self.steps.reshape(*parts.shape[:2], 1)
+        bottom, top = _ends(replace(levels, zero_point=self.zero_point[:1] if self.per_tensor else self.zero_point))
+        return learned_step(parts, scale, bottom, top, step_factor(parts.shape[2], self.high)).reshape(weight.shape)
+
+    def integers(self, weight: Tensor) -> tuple[Tensor, WeightLevels]:
+        scale = self.steps.detach().reshape(-1, self.shape[1] if not self.per_tensor else 1).expand(self.shape)
+        levels = WeightLevels(scale.contiguous(), self.zero_point, self.low, self.high)
+        return levels.integers(weight), levels
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.steps.clamp_(min=self.smallest)

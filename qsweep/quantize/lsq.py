@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from qsweep.quantize.base import Calibration
+from qsweep.quantize.trained import Trained
+
+if TYPE_CHECKING:
+    from qsweep.hub.insert import Place
+    from qsweep.quantize._fake import FakeActivation, FakeWeight
+
+
+class LSQ(Trained):
+    """Learned step size quantization: the scales of weights and activations are trained like weights.
+
+    The gradient of a step is that of equation 3, times 1/sqrt(N * Qp) (section 2.2), N the weights or the features of
+    one sample that share it. Asymmetric tensors that can be negative learn their offset, too (LSQ+); zero stays on the
+    grid. Steps start from the calibrated grids, with the least squared error if no field says otherwise.
+
+    Source: Esser et al., "Learned Step Size Quantization" (2020), equations 1 to 5; Bhalgat et al., "LSQ+: Improving
+    low-bit quantization through learnable offsets and better initialization" (2020), equations 3 to 6.
+    """
+
+    method: Literal["lsq"] = "lsq"
+    weight_range: Literal["minmax", "mse"] = "mse"
+    """What a step starts from: the largest weight, or the least squared error of the rounding."""
+    calibration: Calibration = "mse"
+    """How ranges follow from what calibration saw: where the steps of activations start."""
+
+    def activation(self, place: Place) -> FakeActivation:
+        from qsweep.quantize._fake_activations import LearnedStep
+
+        return LearnedStep(self, place)
+
+    def weight(self, place: Place) -> FakeWeight:
+        from qsweep.quantize._fake_weights import LearnedStepWeight
+
+        return LearnedStepWeight(self, place)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qsweep.quantize.base import Bits, Uniform
+from qsweep.stage import Context
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qsweep.hub.form import QuantizedModel
+    from qsweep.hub.insert import Place
+    from qsweep.quantize._fake import FakeActivation, FakeWeight
+
+
+class Trained(Uniform):
+    """Fine-tunes with the rounding in the forward pass. A method is a pair of fake quantizers.
+
+    Starts from the PTQ state that the other fields describe. Batch norm stays live and is folded into the scales, so
+    the integers that were trained are the integers that are shipped. A training that was killed goes on from its last
+    whole epoch.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """Highest of the schedule."""
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    """one_cycle warms up from a 25th of the rate in the first 30 % of the steps; cosine begins at its highest."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """null: that of the task's training. Scales and clips of grids have none of it."""
+    bits_schedule: tuple[Bits, ...] = ()
+    """Bits to train at before `weight_bits`, highest first, such as [8, 4]; the epochs are split over all of them, and
+    each has a schedule of its own. Activations are lowered alike, not under `activation_bits`."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of convolutions and linears in training; bf16 is quicker where the processor multiplies it in hardware (AMX,
+    GPUs), slower elsewhere. Weights, scales and what is shipped are float32 either way."""
+
+    @model_validator(mode="after")
+    def _an_epoch_for_each_width(self) -> Trained:
+        widths = self.widths()
+        if widths != sorted(set(widths), reverse=True):
+            raise ValueError(f"`bits_schedule` must be falling (got {list(self.bits_schedule)})")
+        if self.epochs < len(widths):
+            raise ValueError(f"`epochs` must be at least {len(widths)}, one for each of the bits {widths}")
+        return self
+
+    def widths(self) -> list[int]:
+        """Weight bits in the order of training; those of the schedule that are not above `weight_bits` are left out."""
+        return [*(bits for bits in self.bits_schedule if bits > self.weight_bits), self.weight_bits]
+
+    def epochs_at(self) -> list[int]:
+        """Epochs for each of `widths`, as even as can be, the last ones the longer."""
+        count = len(self.widths())
+        return [(self.epochs + place) // count for place in range(count)]
+
+    @abstractmethod
+    def activation(self, place: Place) -> FakeActivation:
+        """The fake quantizer of the tensor at `place`."""
+
+    @abstractmethod
+    def weight(self, place: Place) -> FakeWeight:
+        """The fake quantizer of the weight at `place`."""
+
+    def label(self) -> str:
+        epochs = [f"e{self.epochs}"] if self.epochs != 1 else []
+        return "-".join([super().label(), *epochs, *(str(bits) for bits in self.widths()[:-1])])
+
+    def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
+        from qsweep.quantize._training import trained
+
+        return trained(self, model, context)

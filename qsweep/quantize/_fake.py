@@ -59,6 +59,10 @@ class FakeActivation(nn.Module):
             return self.rounded(values)
         return cast(Tensor, self.observer(values)) if self.observer is not None else values
 
+    def penalty(self) -> Tensor | None:
+        """What it adds to the loss."""
+        return None
+
     def settle(self) -> None:
         """Called after each optimizer step: bring parameters back to where they mean something."""
 

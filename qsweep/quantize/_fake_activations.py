@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from qsweep.hub.form import Grid
 from qsweep.hub.insert import Place
-from qsweep.quantize._fake import FakeActivation, learned_step, learned_step_and_offset, step_factor, straight_through
+from qsweep.quantize._fake import (
+    FakeActivation,
+    learned_clip,
+    learned_step,
+    learned_step_and_offset,
+    step_factor,
+    straight_through,
+)
 from qsweep.quantize.base import Uniform
 
 _SMALLEST = 2.0**-10
@@ -57,42 +64,95 @@ class LearnedStep(FakeActivation):
         self.scale.clamp_(min=self.smallest)
 
 
-class MovingRange(FakeActivation):
-    """A range that follows the batches: moving averages of their ends (Jacob et al. 2018, section 3.1)."""
+class EndsOfRange(FakeActivation):
+    """A grid between `lowest` and `highest`: zero on it, as `activation_grid` makes it, but in tensors."""
 
-    momentum = 0.01
     lowest: Tensor
     highest: Tensor
 
     def begin(self, grid: Grid) -> None:
         self.low, self.high = grid.low, grid.high
         ends = ((end - grid.zero_point) * grid.scale for end in (grid.low, grid.high))
-        for name, end in zip(("lowest", "highest"), ends, strict=True):
-            self.register_buffer(name, torch.tensor(end, dtype=torch.float32))
+        self.hold(*(torch.tensor(end, dtype=torch.float32) for end in ends))
+
+    def hold(self, lowest: Tensor, highest: Tensor) -> None:
+        self.register_buffer("lowest", lowest)
+        self.register_buffer("highest", highest)
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value as the scheme has them: differentiable."""
+        steps = self.high - self.low
+        if self.place.nonnegative:
+            return torch.zeros_like(self.highest), self.highest
+        if self.config.activation_scheme == "symmetric":
+            highest = torch.maximum(-self.lowest, self.highest)
+            return -highest * ((steps + 1) // 2) / (steps // 2), highest
+        return self.lowest, self.highest
+
+    @torch.no_grad()
+    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, lowest and highest level."""
+        lowest, highest = self.ends()
+        steps = self.high - self.low
+        scale = (highest - lowest) / steps
+        scale = torch.where(scale < torch.finfo(torch.float32).tiny * 2**24, torch.ones_like(scale), scale)
+        bottom = (lowest / scale).round().clamp(-steps, 0)
+        return scale, bottom, bottom + steps
+
+    def grid(self) -> Grid:
+        scale, bottom, _ = self.levels()
+        return Grid(scale.item(), self.low - int(bottom.item()), self.low, self.high)
+
+
+class MovingRange(EndsOfRange):
+    """A range that follows the batches: moving averages of their ends (Jacob et al. 2018, section 3.1)."""
+
+    momentum = 0.01
 
     def rounded(self, values: Tensor) -> Tensor:
         if self.training:
-            self._follow(values)
-        scale, bottom = self._grid()
-        return straight_through(values, scale, bottom, bottom + (self.high - self.low))
+            low, high = values.detach().aminmax()
+            self.lowest.lerp_(low.float().clamp(max=0.0), self.momentum)
+            self.highest.lerp_(high.float().clamp(min=0.0), self.momentum)
+        return straight_through(values, *self.levels())
 
-    def _follow(self, values: Tensor) -> None:
-        low, high = values.detach().aminmax()
-        self.lowest.lerp_(low.float().clamp(max=0.0), self.momentum)
-        self.highest.lerp_(high.float().clamp(min=0.0), self.momentum)
 
-    def _grid(self) -> tuple[Tensor, Tensor]:
-        """Scale and lowest level: as `activation_grid`, in tensors, so that it can be compiled."""
-        low, high, steps = self.lowest, self.highest, self.high - self.low
-        if self.place.nonnegative:
-            low = torch.zeros_like(low)
-        elif self.config.activation_scheme == "symmetric":
-            high = torch.maximum(-low, high)
-            low = -high * ((steps + 1) // 2) / (steps // 2)
-        scale = (high - low) / steps
-        scale = torch.where(scale < torch.finfo(torch.float32).tiny * 2**24, torch.ones_like(scale), scale)
-        return scale, (low / scale).round().clamp(-steps, 0)
+class FixedClip(EndsOfRange):
+    """The calibrated range; gradients stop at its ends (DoReFa)."""
 
-    def grid(self) -> Grid:
-        scale, bottom = self._grid()
-        return Grid(scale.item(), self.low - int(bottom.item()), self.low, self.high)
+    def rounded(self, values: Tensor) -> Tensor:
+        return learned_clip(values, *self.ends(), *self.levels())
+
+
+class LearnedClip(FixedClip):
+    """Learned ends (PACT): the upper one, and the lower one of asymmetric tensors that can be negative."""
+
+    smallest: Tensor
+
+    def __init__(self, config: Uniform, place: Place, decay: float) -> None:
+        super().__init__(config, place)
+        self.decay = decay
+        self.learns_lowest = config.activation_scheme == "asymmetric" and not place.nonnegative
+
+    def hold(self, lowest: Tensor, highest: Tensor) -> None:
+        self.highest = nn.Parameter(highest)
+        self.register_buffer("smallest", highest * _SMALLEST)
+        if self.learns_lowest:
+            self.lowest = nn.Parameter(lowest)
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        if self.learns_lowest or self.place.nonnegative:
+            return super().ends()
+        steps = self.high - self.low
+        return -self.highest * ((steps + 1) // 2) / (steps // 2), self.highest
+
+    def penalty(self) -> Tensor:
+        """What pulls the ends towards zero (section 3 of the paper)."""
+        squares = self.highest.square() + (self.lowest.square() if self.learns_lowest else 0)
+        return self.decay / 2 * squares
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.highest.clamp_(min=self.smallest)
+        if self.learns_lowest:
+            self.lowest.clamp_(max=0.0)

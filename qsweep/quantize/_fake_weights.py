@@ -32,6 +32,16 @@ class RangeWeight(FakeWeight):
         return straight_through(parts, levels.scale.unsqueeze(-1), *_ends(levels)).reshape(weight.shape)
 
 
+class TanhWeight(RangeWeight):
+    """Levels fitted to tanh of the weights of each step (DoReFa, equation 9)."""
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return super().rounded(weight.tanh())
+
+    def integers(self, weight: Tensor) -> tuple[Tensor, WeightLevels]:
+        return super().integers(weight.tanh())
+
+
 class LearnedStepWeight(FakeWeight):
     """A learned step for each channel or group, or one for the tensor; a fitted zero point stays as it is (LSQ)."""
 

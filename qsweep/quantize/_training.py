@@ -17,7 +17,7 @@ from qsweep.quantize._fake import FakeActivation, FakeWeight
 from qsweep.quantize._norm import FoldedNorm, join_norms, ship_weights, split_norms
 from qsweep.quantize.trained import Trained
 from qsweep.stage import Context, stage_key
-from qsweep.train import fine_tune, resumable
+from qsweep.train import Loss, fine_tune, resumable
 
 
 def trained(config: Trained, model: nn.Module, context: Context) -> QuantizedModel:
@@ -95,12 +95,27 @@ def _fit(config: Trained, graph: fx.GraphModule, context: Context, epochs: int, 
         schedule=config.schedule,
         weight_decay=config.weight_decay,
         precision=config.precision,
-        loss=context.loss,
+        loss=_loss(context, quantizers),
         checkpoint=checkpoint,
         after_step=settle,
         progress=lambda text: context.progress(f"quantization-aware training, {text}"),
     )
     graph.cpu()
+
+
+def _loss(context: Context, quantizers: list[FakeActivation | FakeWeight]) -> Loss | None:
+    """That of the trial, with what the quantizers add to it; None: the task's own, with nothing added."""
+    activations = [quantizer for quantizer in quantizers if isinstance(quantizer, FakeActivation)]
+    penalized = [quantizer for quantizer in activations if quantizer.penalty() is not None]
+    if not penalized:
+        return context.loss
+
+    def loss(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
+        own = context.loss(inputs, outputs, labels) if context.loss else context.task.loss(outputs, labels)
+        added = [penalty for quantizer in penalized if (penalty := quantizer.penalty()) is not None]
+        return own + torch.stack(added).sum()
+
+    return loss
 
 
 def finished(live: QuantizedModel) -> QuantizedModel:

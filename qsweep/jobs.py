@@ -114,7 +114,8 @@ def _build(job: Job) -> Result:
     with job.clock("simulate"):
         samples = task.samples("validation")
         stored, labels = (part[: job.measure.parity_samples] for part in samples)
-        simulated = predict(simulation(model), task, stored)
+        together = job.config.target.batch_size if model.dynamic else 256
+        simulated = predict(simulation(model), task, stored, together)
         accuracy = task.score(simulated, labels).float().mean().item()
     save_file({"outputs": simulated.contiguous()}, job.folder / SIMULATED)
     job.progress("lower")

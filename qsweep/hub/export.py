@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 
-from qsweep.errors import ExportFailure
+from qsweep.errors import DataError, ExportFailure
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.plain import plain
@@ -31,8 +31,11 @@ def float_graph(model: nn.Module, context: Context) -> QuantizedModel:
 
 
 def example_of(context: Context) -> Tensor:
-    """Two training samples as the model takes them."""
-    return context.task.transform(context.task.samples("train").inputs[:2]).to(torch.float32)
+    """Two training samples as the model takes them, or one twice. Raises DataError if there are none."""
+    stored = context.task.samples("train").inputs[:2]
+    if not len(stored):
+        raise DataError("`train`: must hold samples (got none)")
+    return context.task.transform(stored.expand(2, *stored.shape[1:])).to(torch.float32)
 
 
 def export(model: nn.Module, example: Tensor) -> QuantizedModel:

@@ -69,7 +69,8 @@ def insert_observers(
     graph = model.graph
     ShapeProp(graph).propagate(model.example)
     wanted = _read_by_layers(graph) if layers_only else _wanted(graph)
-    groups = _groups(graph, wanted)
+    alone = [[value] for value in graph.graph.nodes if value in wanted]
+    groups = alone if layers_only else _groups(graph, wanted)
     signs = [all(map(_nonnegative, group)) for group in groups]
     readers = {value: [user for user in value.users if _reads_integers(user, value, wanted)] for value in wanted}
     if layers_only:

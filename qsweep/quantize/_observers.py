@@ -13,6 +13,9 @@ from qsweep.quantize._arithmetic import WeightLevels, activation_grid, weight_le
 from qsweep.quantize._ranges import BINS, Histogram, fitted_range
 from qsweep.quantize.base import Grids, Uniform
 
+_PART = 1 << 22
+"""Values counted at once: counting takes six times their memory."""
+
 
 class RangeObserver(nn.Module):
     """Keeps of the values that pass what the range is fitted to: extremes in a first pass, counts in a second one.
@@ -55,7 +58,7 @@ class RangeObserver(nn.Module):
         return values
 
     def _extend(self, values: Tensor) -> None:
-        low, high = values.aminmax()
+        low, high = (end.float() for end in values.aminmax())
         self.low.copy_(torch.minimum(self.low, low))  # keeps NaN, for who reads the range
         self.high.copy_(torch.maximum(self.high, high))
         self.batches += 1
@@ -64,11 +67,11 @@ class RangeObserver(nn.Module):
 
     def _count(self, values: Tensor, counts: Tensor) -> None:
         width = torch.maximum(-self.low, self.high).double() / BINS
-        if width > torch.finfo(torch.float32).tiny:  # else they round to zero on any grid
-            found = values[values != 0]
-            places = (found.double() / width).floor().clamp(-BINS, BINS - 1).long() + BINS
-            counts[:-1] += torch.bincount(places.flatten(), minlength=2 * BINS)
-            counts[-1] += values.numel() - found.numel()
+        for part in torch.split(values.flatten(), _PART):
+            found = part[part != 0].double()
+            places = (found / width).floor().clamp(-BINS, BINS - 1).long() + BINS
+            counts[:-1] += torch.bincount(places, minlength=2 * BINS)
+            counts[-1] += part.numel() - found.numel()
 
     @property
     def statistics(self) -> Tensor:
@@ -108,27 +111,6 @@ class RangeObserver(nn.Module):
     def grid(self) -> Grid:
         low, high = self.low.item(), self.high.item()
         return activation_grid(low, high, self.bits, self.scheme, nonnegative=self.nonnegative)
-
-
-class RangeFakeQuantize(RangeObserver):
-    """Observes until it is enabled; then rounds to the grid, whose range, while training, follows the batches.
-
-    The gradient is 1 inside the grid and 0 beyond its ends (Bengio et al. 2013); the ends are moving averages (Jacob et
-    al. 2018, section 3.1).
-    """
-
-    momentum = 0.01
-    enabled = False
-
-    def forward(self, values: Tensor) -> Tensor:
-        if not self.enabled:
-            return super().forward(values)
-        if self.training:
-            low, high = values.detach().aminmax()
-            self.low.lerp_(low.clamp(max=0.0), self.momentum)
-            self.high.lerp_(high.clamp(min=0.0), self.momentum)
-        grid = self.grid()
-        return torch.fake_quantize_per_tensor_affine(values, *grid)
 
 
 class BatchObserver(nn.Module):

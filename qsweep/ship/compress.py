@@ -121,7 +121,8 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     settings = Measure()
     inputs, labels = task.samples("validation")
     deployed = outputs(config.target.load(artifact), task, "validation", config.target.batch_size)
-    simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples])
+    together = config.target.batch_size if quantized.dynamic else 256
+    simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples], together)
     found = parity(deployed[: len(simulated)], simulated, settings)
     found["accuracy"] = task.score(deployed, labels).float().mean().item()
     found["accuracy_simulated"] = task.score(simulated, labels[: len(simulated)]).float().mean().item()

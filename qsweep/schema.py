@@ -57,6 +57,8 @@ def _domain(field: Schema) -> Schema:
         return field
     about = {key: value for key, value in field.items() if key in _ABOUT}
     plain = {key: value for key, value in field.items() if key not in _ABOUT}
+    if isinstance(plain.get("additionalProperties"), dict):  # a mapping: each of its values too
+        plain["additionalProperties"] = _domain(plain["additionalProperties"])
     numbers = [kind for kind in plain.get("anyOf", [plain]) if kind.get("type") in ("integer", "number")]
     options = [*plain.get("anyOf", [plain]), *(_range(kind) for kind in numbers)]
     return about | {"anyOf": [*options, _choice(options)]}

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from qsweep.errors import Refused
 from qsweep.stage import Context, Stage
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class Grids(Quantization):
     """Bits of the first and the last layer, where they are to have more: weights and the activations they read."""
     layer_bits: dict[str, Bits] = {}
     """Bits of the weights of some layers, by a pattern of their names, such as `layer1.*: 6`; of several patterns that
-    match, the first counts. Goes before `edge_bits`. Each pattern must match a layer."""
+    match, the longest counts. Goes before `edge_bits`. Each pattern must match a layer."""
     calibration: Calibration = "minmax"
     """How ranges follow from what calibration saw. minmax: the extremes. moving_average: means of the batches'
     extremes, later ones weighing more. percentile: the range of 99.99 % of the values. entropy: the range that keeps
@@ -119,7 +121,16 @@ class Grids(Quantization):
 
     def pattern_of(self, layer: str) -> str | None:
         """The pattern of `layer_bits` that counts for the weight named `layer`."""
-        return next((pattern for pattern in self.layer_bits if fnmatchcase(layer, pattern)), None)
+        found = sorted(pattern for pattern in self.layer_bits if fnmatchcase(layer, pattern))
+        return max(found, key=len, default=None)  # the order of a mapping is no part of its identity
+
+    def check_patterns(self, layers: Iterable[str]) -> None:
+        """Raises Refused for a pattern of `layer_bits` that matches none of `layers`, the names of all weights."""
+        names = list(layers)
+        for pattern in self.layer_bits:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                known = ", ".join(names) or "none"
+                raise Refused(f"`layer_bits`: `{pattern}` must match the weight of a layer (there are: {known})")
 
     def label(self) -> str:
         """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-mse`, `-dynamic`."""
@@ -131,7 +142,7 @@ class Grids(Quantization):
         if self.group_size:
             parts.append(f"g{self.group_size}")
         if self.layer_bits:
-            parts.append("layers" + ".".join(map(str, self.layer_bits.values())))
+            parts.append("layers" + ".".join(str(bits) for _, bits in sorted(self.layer_bits.items())))
         if self.activation_bits is not None and self.activation_mode == "dynamic":
             parts.append("dynamic")
         elif self.activation_bits is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +16,15 @@ FLOAT_BITS = {"bf16": 16, "fp16": 16}
 def params(record: Record) -> dict[str, str]:
     """The config's values by their path, such as `compress.quantize.weight_bits`.
 
-    Beside them every trial has `quantize`, `prune` and `distill` (the method, or `none`), `weight_bits` and
-    `activation_bits` (32 for fp32): charts drop a run that lacks an axis.
+    Beside them every trial has `quantize`, `prune` and `distill` (the method, or `none`), `weight_bits` (the average
+    where layers differ) and `activation_bits` (32 for fp32): charts drop a run that lacks an axis.
     """
     compress = dict(record.config.get("compress", {}))
     stages = {name: compress.get(name) or {} for name in Compression.model_fields}
     width = FLOAT_BITS.get(str(stages["quantize"].get("dtype")), 32)
     axes = {name: stage.get("method", "none") for name, stage in stages.items()}
-    axes |= {name: stages["quantize"].get(name, width) for name in ("weight_bits", "activation_bits")}
+    axes["weight_bits"] = stages["quantize"].get("weight_bits", stages["quantize"].get("average_bits", width))
+    axes["activation_bits"] = stages["quantize"].get("activation_bits", width)
     return {key: str(value) for key, value in [*leaves(record.config), *axes.items()]}
 
 
@@ -52,7 +54,11 @@ def tags(record: Record) -> dict[str, str]:
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
+    """The values of plain data by their path; a mapping whose keys MLflow takes for no name, such as `layer1.*`, is
+    one value."""
+    if isinstance(node, dict) and not all(re.fullmatch(r"[\w. -]+", str(key)) for key in node):
+        yield path, ", ".join(f"{key}: {value}" for key, value in node.items())
+    elif isinstance(node, dict) and node:
         for key, value in node.items():
             yield from leaves(value, f"{path}.{key}".lstrip("."))
     elif isinstance(node, list | tuple):

@@ -58,7 +58,7 @@ def test_gradients_pass_straight_through_inside_the_grid_and_stop_outside(low: f
     bottom, top = float(round(low / scale.item())), float(round(low / scale.item()) + 2**bits - 1)
     ends = [bottom * scale, top * scale]
     values = torch.tensor([*ends, 0.0, 2 * low - scale, 2 * high + scale], requires_grad=True)
-    straight_through(values, scale, bottom, top).sum().backward()  # type: ignore[no-untyped-call]
+    straight_through(values, scale, bottom, top - bottom).sum().backward()  # type: ignore[no-untyped-call]
     assert values.grad is not None
     assert values.grad.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
 

@@ -11,7 +11,6 @@ from qsweep.quantize._fake import (
     FakeActivation,
     learned_clip,
     learned_step,
-    learned_step_and_offset,
     step_factor,
     straight_through,
 )
@@ -41,14 +40,11 @@ class LearnedStep(FakeActivation):
             self.offset = nn.Parameter(torch.tensor((grid.low - grid.zero_point) * grid.scale))
 
     def rounded(self, values: Tensor) -> Tensor:
-        factor = step_factor(values[0].numel(), self.high - self.zero_point)
-        if not self.learns_offset:
-            bottom, top = float(self.low - self.zero_point), float(self.high - self.zero_point)
-            return learned_step(values, self.scale, bottom, top, factor)
-        bottom_level = self._bottom()
-        top_level = bottom_level + (self.high - self.low)
-        factor = step_factor(values[0].numel(), self.high - self.low)
-        return learned_step_and_offset(values, self.scale, self.offset, bottom_level, top_level, factor)
+        features, steps = values[0].numel(), self.high - self.low
+        if self.learns_offset:
+            return learned_step(values, self.scale, self._bottom(), steps, step_factor(features, steps), self.offset)
+        factor = step_factor(features, self.high - self.zero_point)
+        return learned_step(values, self.scale, float(self.low - self.zero_point), steps, factor)
 
     def _bottom(self) -> Tensor:
         """Lowest level, at most 0 and such that 0 is on the grid."""
@@ -90,18 +86,17 @@ class EndsOfRange(FakeActivation):
         return self.lowest, self.highest
 
     @torch.no_grad()
-    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, lowest and highest level."""
+    def levels(self) -> tuple[Tensor, Tensor | float, int]:
+        """Scale, lowest level and their number less one."""
         lowest, highest = self.ends()
         steps = self.high - self.low
         scale = (highest - lowest) / steps
         scale = torch.where(scale < torch.finfo(torch.float32).tiny * 2**24, torch.ones_like(scale), scale)
-        bottom = (lowest / scale).round().clamp(-steps, 0)
-        return scale, bottom, bottom + steps
+        return scale, 0.0 if self.place.nonnegative else (lowest / scale).round().clamp(-steps, 0), steps
 
     def grid(self) -> Grid:
         scale, bottom, _ = self.levels()
-        return Grid(scale.item(), self.low - int(bottom.item()), self.low, self.high)
+        return Grid(scale.item(), self.low - int(bottom), self.low, self.high)
 
 
 class MovingRange(EndsOfRange):
@@ -111,7 +106,7 @@ class MovingRange(EndsOfRange):
 
     def rounded(self, values: Tensor) -> Tensor:
         if self.training:
-            low, high = values.detach().aminmax()
+            low, high = values.detach().amin(), values.detach().amax()  # aminmax takes 10 times as long as both
             self.lowest.lerp_(low.float().clamp(max=0.0), self.momentum)
             self.highest.lerp_(high.float().clamp(min=0.0), self.momentum)
         return straight_through(values, *self.levels())
@@ -121,7 +116,8 @@ class FixedClip(EndsOfRange):
     """The calibrated range; gradients stop at its ends (DoReFa)."""
 
     def rounded(self, values: Tensor) -> Tensor:
-        return learned_clip(values, *self.ends(), *self.levels())
+        low, high = self.ends()
+        return learned_clip(values, low, high, *self.levels())
 
 
 class LearnedClip(FixedClip):

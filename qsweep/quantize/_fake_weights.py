@@ -15,12 +15,10 @@ from qsweep.quantize.base import Uniform
 _SMALLEST = 2.0**-10
 
 
-def _ends(levels: WeightLevels) -> tuple[Level, Level]:
-    """Lowest and highest level, less the zero point."""
-    if levels.low == -levels.high:  # symmetric: numbers are quicker than tensors
-        return float(levels.low), float(levels.high)
-    zero_point = levels.zero_point.unsqueeze(-1)
-    return levels.low - zero_point, levels.high - zero_point
+def _grid(levels: WeightLevels) -> tuple[Level, int]:
+    """Lowest level, less the zero point, and the number of levels less one."""
+    bottom = float(levels.low) if levels.low == -levels.high else levels.low - levels.zero_point.unsqueeze(-1)
+    return bottom, levels.high - levels.low
 
 
 class RangeWeight(FakeWeight):
@@ -29,7 +27,7 @@ class RangeWeight(FakeWeight):
     def rounded(self, weight: Tensor) -> Tensor:
         levels = self.fitted(weight.detach())
         parts = weight.reshape(*levels.scale.shape, -1)
-        return straight_through(parts, levels.scale.unsqueeze(-1), *_ends(levels)).reshape(weight.shape)
+        return straight_through(parts, levels.scale.unsqueeze(-1), *_grid(levels)).reshape(weight.shape)
 
 
 class TanhWeight(RangeWeight):
@@ -64,8 +62,8 @@ class LearnedStepWeight(FakeWeight):
         levels = WeightLevels(self.steps, self.zero_point, self.low, self.high)
         parts = weight.reshape(1, 1, -1) if self.per_tensor else weight.reshape(*self.shape, -1)
         scale = self.steps.reshape(*parts.shape[:2], 1)
-        bottom, top = _ends(replace(levels, zero_point=self.zero_point[:1] if self.per_tensor else self.zero_point))
-        return learned_step(parts, scale, bottom, top, step_factor(parts.shape[2], self.high)).reshape(weight.shape)
+        grid = _grid(replace(levels, zero_point=self.zero_point[:1] if self.per_tensor else self.zero_point))
+        return learned_step(parts, scale, *grid, step_factor(parts.shape[2], self.high)).reshape(weight.shape)
 
     def integers(self, weight: Tensor) -> tuple[Tensor, WeightLevels]:
         scale = self.steps.detach().reshape(-1, self.shape[1] if not self.per_tensor else 1).expand(self.shape)

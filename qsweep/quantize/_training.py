@@ -33,7 +33,8 @@ def trained(config: Trained, model: nn.Module, context: Context) -> QuantizedMod
 def _train(config: Trained, model: nn.Module, context: Context, checkpoints: Path) -> QuantizedModel:
     live = prepared(config, model, context)
     inputs = calibration_inputs(config, context) if config.activation_bits else None
-    for number, (bits, epochs) in enumerate(zip(config.widths(), config.epochs_at(), strict=True)):
+    stages = [*config.widths()[:-1], 2]  # in the last one everything has its own bits, however few
+    for number, (bits, epochs) in enumerate(zip(stages, config.epochs_at(), strict=True)):
         start(live.graph, bits, inputs)
         _fit(config, live.graph, context, epochs, checkpoints / f"{number}.pt")
     return convert(finished(live))

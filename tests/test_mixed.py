@@ -344,6 +344,14 @@ def test_the_longest_pattern_that_matches_gives_a_layer_its_bits_before_edge_bit
     assert bits_of(made) == dict(zip(names, [8, 4, 3, 4, 8], strict=True))
 
 
+def test_training_ends_with_the_bits_of_the_patterns_and_of_the_activations(tmp_path: Path) -> None:
+    patterns = {"down*": 2, "top*": 6}
+    config = QAT(weight_bits=4, activation_bits=3, layer_bits=patterns, bits_schedule=(8,), epochs=2)
+    made = config.apply(network("digits_cnn"), context(tmp_path))
+    assert [layer.weight_bits for layer in made.layers()] == [4, 4, 2, 6, 4]
+    assert {layer.activation_bits for layer in made.layers()} == {3}
+
+
 @pytest.mark.parametrize("method", [PTQ, QAT, Mixed])
 def test_a_pattern_that_matches_no_layer_is_a_typed_failure(
     method: type[PTQ] | type[QAT] | type[Mixed], tmp_path: Path

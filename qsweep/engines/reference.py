@@ -21,7 +21,7 @@ class Reference(EngineConfig):
     def refuses(self, config: Compression) -> str | None:
         reason = "no stage quantizes" if config.quantize is None else config.quantize.not_integer
         return (
-            f"the reference computes in integers and cannot run it: {reason}; give `quantize` integer grids"
+            f"the reference computes in integers and cannot run it: {reason}; give `quantize` integer grids, or use `float`"
             if reason
             else None
         )

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import constant, set_constant, source
+from qsweep.hub.form import constant, set_constant
 from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT, LOOK_UP, dequantize_groups, look_up
 
 
@@ -57,14 +57,23 @@ class Groups:
 
 @dataclass(frozen=True)
 class Codebook:
-    """Indices (int8, from -2^(bits-1)) into a table (1, 2^bits) or (C, 2^bits) of float32 values."""
+    """Indices (int8, from -2^(bits-1)) into a table (1 or C, 2^bits) of float16 values, times a scale (1 or C,).
+
+    Float16 because tables weigh: the scale leaves its ten bits to the differences between values.
+    """
 
     integers: Tensor
     table: Tensor
+    scale: Tensor
     bits: int
 
     def write(self, graph: fx.GraphModule, name: str, before: fx.Node) -> fx.Node:
-        return _write(graph, name, {"": self.integers, "_table": self.table}, before, LOOK_UP, (self.bits,))
+        values = {"": self.integers, "_table": self.table, "_scale": self.scale}
+        return _write(graph, name, values, before, LOOK_UP, (self.bits,))
+
+    def real(self) -> Tensor:
+        """The values (C, ...), float32."""
+        return cast(Tensor, look_up(self.integers, self.table, self.scale, self.bits))
 
 
 def _write(
@@ -84,14 +93,12 @@ def _write(
 
 def real_weight(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     """The values (float32) that a node of STORED gives."""
-    integers, second = constant(graph, source(node)), constant(graph, node.args[1])
-    assert integers is not None and second is not None
+    integers, second, third = (constant(graph, argument) for argument in node.args[:3])
+    assert integers is not None and second is not None and third is not None
     if node.target is LOOK_UP:
-        real: Tensor = look_up(integers, second, cast(int, node.args[2]))
+        real: Tensor = look_up(integers, second, third, cast(int, node.args[3]))
     elif node.target is DEQUANTIZE_GROUPS:
-        offsets = constant(graph, node.args[2])
-        assert offsets is not None
-        real = dequantize_groups(integers, second, offsets, *cast(tuple[int, int], node.args[3:5]))
+        real = dequantize_groups(integers, second, third, *cast(tuple[int, int], node.args[3:5]))
     else:
         real = integers.float() * second.reshape(-1, *[1] * (integers.dim() - 1))
     return real

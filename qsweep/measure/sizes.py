@@ -7,11 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qsweep.hub.form import DEQUANTIZE, QuantizedModel, attributes
+from qsweep.hub.form import DEQUANTIZE, Layer, QuantizedModel, attributes, source
+from qsweep.hub.ops import STORED
+from qsweep.hub.weights import real_weight
 
 _ZSTD_LEVEL = 19
 _GRID_BITS = 64
 """Scale and zero point of one activation, 32 bits each."""
+_OF_WEIGHTS = ("_scale", "_offset", "_table")
+"""Ends of the names of what stands beside integer weights: stored, but no parameters."""
 
 
 def file_sizes(artifact: Path) -> dict[str, float]:
@@ -30,11 +34,14 @@ def work(model: QuantizedModel) -> dict[str, float]:
     """`macs`, `bit_operations`, `params`, `sparsity`, `size_theoretical_bytes` of one model."""
     layers = model.layers()
     bits = {layer.name: layer.weight_bits for layer in layers}
-    weights = {layer.name: layer.weight for layer in layers}
+    weights = {layer.name: _real(model, layer) for layer in layers}
     constants = {name: value for name, value in attributes(model.graph) if not name.endswith("_zero_point")}
     grids = {node.args[1:3] for node in model.graph.graph.nodes if node.target is DEQUANTIZE}
-    stored = sum(_stored_bits(value, bits.get(name, _float_bits(value, model))) for name, value in constants.items())
-    params = {name: value for name, value in constants.items() if not name.endswith("_scale")}
+    stored = sum(
+        _stored_bits(weights.get(name, value), bits.get(name, _value_bits(value, model)))
+        for name, value in constants.items()
+    )
+    params = {name: value for name, value in constants.items() if not name.endswith(_OF_WEIGHTS)}
     total = sum(weight.numel() for weight in weights.values())
     zeros = sum(int((weight == 0).sum()) for weight in weights.values())
     return {
@@ -46,8 +53,15 @@ def work(model: QuantizedModel) -> dict[str, float]:
     }
 
 
-def _float_bits(value: Tensor, model: QuantizedModel) -> int:
-    return 8 * (model.dtype.itemsize if value.is_floating_point() else value.element_size())
+def _real(model: QuantizedModel, layer: Layer) -> Tensor:
+    """The weights as numbers: which of them are zero, integers do not tell where zero points or tables are."""
+    stored = source(layer.node, 1)
+    return real_weight(model.graph, stored) if stored.target in STORED else layer.weight
+
+
+def _value_bits(value: Tensor, model: QuantizedModel) -> int:
+    size = value.element_size()
+    return 8 * (min(size, model.dtype.itemsize) if value.is_floating_point() else size)
 
 
 def _stored_bits(value: Tensor, bits: int) -> int:

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 class Cast(Quantization):
-    """Weights and arithmetic in a shorter floating-point type; no calibration."""
+    """Weights and arithmetic in a shorter floating-point type; no calibration.
+
+    fp16 ends at 65504: raises NotFinite for weights and biases beyond it. Activations beyond it are found when the
+    outputs are measured.
+    """
 
     method: Literal["cast"] = "cast"
     dtype: Literal["bf16", "fp16"] = "bf16"
@@ -30,5 +34,8 @@ class Cast(Quantization):
 
     def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
         from qsweep.hub.export import float_graph
+        from qsweep.quantize._finite import check_range
 
-        return float_graph(model, context).cast_to(self.dtype)
+        cast = float_graph(model, context).cast_to(self.dtype)
+        check_range(cast)
+        return cast

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qsweep.quantize.base import Quantization
+
+
+class Table(Quantization):
+    """Weights as indices into a table of values; activations and arithmetic stay in floating point."""
+
+    weight_bits: Annotated[int, Field(ge=2, le=8)] = 4
+    """Of an index: the table has 2^bits values."""
+    edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
+    """Bits of the first and the last layer, where they are to have more."""
+
+    @property
+    def not_integer(self) -> str | None:
+        return "only weights are quantized, to levels of unequal steps"
+
+    @property
+    def in_float(self) -> bool:
+        return True
+
+    def bits_of(self, *, edge: bool) -> int:
+        """Bits of a layer's weights; `edge`: the first or the last layer."""
+        return self.edge_bits if edge and self.edge_bits else self.weight_bits
+
+    def label(self) -> str:
+        """Such as `apot-w4`, with `-e8` where the first and last layer have 8 bits."""
+        return f"{self.method}-w{self.weight_bits}" + (f"-e{self.edge_bits}" if self.edge_bits else "")

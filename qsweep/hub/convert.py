@@ -69,6 +69,8 @@ def _settled(graph: fx.GraphModule, activations: list[fx.Node]) -> dict[str, Gri
             value = source(value)
         given = [argument for argument in value.args if isinstance(argument, fx.Node) and str(argument.target) in grids]
         scale = None
+        if any(each.high - each.low > 255 for each in (grid, *(grids[str(argument.target)] for argument in given))):
+            continue  # no integer kernel takes them, and their pairs are too many to look at
         if value.target in BINARY and len(given) == 2:
             left, right = (grids[str(argument.target)] for argument in given)
             scale = settle_sum(left, right, grid.scale, grid.zero_point)

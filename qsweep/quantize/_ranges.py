@@ -96,13 +96,13 @@ def divergence(seen: Histogram, grid: Grid) -> float:
     """Kullback-Leibler divergence of the values from what `grid` leaves of them (Migacz 2017).
 
     P: the bins within the grid, what is clipped added to the outermost ones. Q: the same bins without what is clipped,
-    each level's sum spread evenly over its bins that are not empty. Infinite for levels finer than the bins, which
-    would lose nothing.
+    each level's sum spread evenly over its bins that are not empty. Infinite for a grid with more levels than filled
+    bins: it would lose nothing, so that all values clipped into one bin would be best.
     """
     centres, counts = seen.filled()
     places = centres / grid.scale + grid.zero_point
     inside = (places >= grid.low - 0.5) & (places <= grid.high + 0.5)
-    if grid.scale < seen.width or not inside.any():
+    if inside.sum() <= grid.high - grid.low:
         return float("inf")
     first, last = inside.argmax(), len(inside) - inside[::-1].argmax()
     p, q = counts[first:last].copy(), counts[first:last]

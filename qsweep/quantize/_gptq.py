@@ -18,9 +18,7 @@ def gptq(layer: Layer, generator: torch.Generator) -> Tensor:
     groups = groups_of(layer.node)
     inputs, _ = patches(layer, generator)
     hessian = torch.zeros(groups, inputs.shape[2], inputs.shape[2], dtype=torch.float64)
-    for rows in torch.split(
-        inputs, _ROWS, dim=1
-    ):  # float32 products, float64 sums: as exact as is needed, twice as fast
+    for rows in torch.split(inputs, _ROWS, dim=1):  # products in float32, their sum in float64: exact enough, faster
         hessian += 2 * (rows.mT @ rows)
     scale, zero_point = flat_levels(layer.levels, layer.weight, groups)
     weight = as_rows(layer.weight.detach(), groups)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -28,6 +29,7 @@ _VIEWS = {
     aten.contiguous.default,
 }
 """Ops whose result may share memory with their input."""
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 
 
 def plain(graph: fx.GraphModule) -> fx.GraphModule:
@@ -37,7 +39,8 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    for rewrite in (_functional, _without_idle, _with_fixed_shapes, _with_pools, _with_flat_linears, _rectified_first):
+    rewrites = _functional, _without_idle, _without_tuples, _with_fixed_shapes, _with_pools, _with_flat_linears
+    for rewrite in (*rewrites, _rectified_first):
         rewrite(graph)
         graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -99,6 +102,32 @@ def _without_idle(graph: fx.GraphModule) -> None:
 def _takes_all(node: fx.Node) -> bool:
     given = arguments(node)
     return given["start"] in (None, 0) and given["end"] in (None, _WHOLE) and given["step"] == 1
+
+
+def _without_tuples(graph: fx.GraphModule) -> None:
+    """One part of a tensor that was split, as the op that takes this part alone."""
+    for node in [node for node in graph.graph.nodes if node.target is operator.getitem]:
+        split, index = source(node), cast(int, node.args[1])
+        with graph.graph.inserting_before(node):
+            part = _part(graph, split, index)
+        if part is not None:
+            _replace(node, part)
+
+
+def _part(graph: fx.GraphModule, split: fx.Node, index: int) -> fx.Node | None:
+    if split.target is aten.unbind.int:
+        return graph.graph.call_function(aten.select.int, (split.args[0], arguments(split)["dim"], index))
+    if split.target not in _SPLITS or (shape := _shape(source(split))) is None:
+        return None
+    _, sizes, dim = arguments(split).values()
+    if shape[dim] < 0 or index < 0 or split.all_input_nodes != [source(split)]:  # sizes known at run time only
+        return None
+    if split.target is aten.chunk.default:
+        sizes = -(-shape[dim] // sizes)
+    if isinstance(sizes, int):
+        sizes = [sizes] * (index + 1)
+    start = sum(sizes[:index])
+    return graph.graph.call_function(aten.slice.Tensor, (split.args[0], dim, start, start + sizes[index]))
 
 
 def _with_fixed_shapes(graph: fx.GraphModule) -> None:

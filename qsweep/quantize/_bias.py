@@ -109,13 +109,12 @@ def correct_biases(model: QuantizedModel, expected: dict[str, Tensor], inputs: T
     corrections: dict[str, Tensor] = {}
 
     def correct(node: fx.Node, outputs: _Batches) -> None:
-        if node.name in expected:
-            shift = expected[node.name] - _mean(node, outputs)
-            if not shift.isfinite().all():
-                raise NotFinite(f"`{node.name}`: a mean output is NaN or infinite on the calibration samples")
-            corrections[node.name] = shift
-            for part in outputs.parts:
-                part += _along_channels(node, shift.float(), part)
+        shift = expected[node.name] - _mean(node, outputs)
+        if not shift.isfinite().all():
+            raise NotFinite(f"`{node.name}`: a mean output is NaN or infinite on the calibration samples")
+        corrections[node.name] = shift
+        for part in outputs.parts:
+            part += _along_channels(node, shift.float(), part)
 
     _Lockstep(stored, correct).run(_Batches(list(torch.split(inputs, _BATCH))))
     for node in nodes_of(model.graph, COMPUTE):

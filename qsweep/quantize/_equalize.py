@@ -22,8 +22,9 @@ from qsweep.quantize._channels import (
 _SWEEPS = 100
 _SETTLED = 1e-4
 """Change of a scale, relative, below which a sweep over all pairs is the last."""
-_DEAD = 2.0**-12
-"""A channel whose range is a smaller share of its layer's keeps it: its bias would outgrow all activations."""
+_CONSTANT = 2.0**-8
+"""Weights that are a smaller share of their channel's bias make a constant of it: scaled up to the range of others, the
+bias would outgrow all activations."""
 
 
 class Pair(NamedTuple):
@@ -41,7 +42,7 @@ def equalize(model: QuantizedModel) -> int:
     read it are multiplied by it, r being the largest absolute weight; over all pairs until no scale changes. Exact but
     for float32 rounding. A pair is two convolutions or linears, the second the only reader of the first, with at most
     ReLU, leaky ReLU, pooling or a change of shape between them: ReLU6 and hardtanh do not let a scale pass. Layers that
-    share their weight are in no pair; channels without a finite range above 0 on both sides stay as they are.
+    share their weight are in no pair; channels that hold zeros alone, or little beside their bias, stay as they are.
 
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.1,
     equations 11 to 13.
@@ -78,12 +79,13 @@ def pairs(graph: fx.GraphModule) -> list[Pair]:
 def _balance(pair: Pair, weights: dict[fx.Node, Tensor], biases: dict[fx.Node, Tensor]) -> float:
     """Equalize one pair; returns the largest relative change of a scale."""
     given, taken = weights[pair.first].abs().flatten(1).amax(1), input_maxima(pair.second, weights[pair.second])
+    bias = biases.get(pair.first, torch.zeros(()))
     scale = (given / taken).sqrt()
-    dead = (given <= _DEAD * given.max()) | (taken <= _DEAD * taken.max()) | ~scale.isfinite()
-    scale = torch.where(dead, torch.ones_like(scale), scale)
+    live = scale.isfinite() & (scale > 0) & (given > _CONSTANT * bias.abs())
+    scale = torch.where(live, scale, torch.ones_like(scale))
     weights[pair.first] = scale_outputs(weights[pair.first], 1 / scale)
     if pair.first in biases:
-        biases[pair.first] = biases[pair.first] / scale
+        biases[pair.first] = bias / scale
     weights[pair.second] = scale_inputs(pair.second, weights[pair.second], scale)
     return (scale - 1).abs().max().item()
 

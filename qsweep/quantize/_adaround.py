@@ -25,8 +25,8 @@ def adaround(layer: Layer, iterations: int, generator: torch.Generator) -> Tenso
     Minimises |f(W x) - f(W~ x')|^2 over the layer's outputs, f the rectifier that follows, x' the inputs from the model
     rounded so far, with the rectified sigmoid h(V) in place of the choice and a regulariser that drives it to 0 or 1
     (Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", equations 21 to 25). A channel
-    keeps nearest rounding unless its output error, on all of the layer's inputs, becomes less than with that. Weights that
-    are exactly zero stay zero.
+    keeps nearest rounding unless its output error, on all of the layer's inputs, becomes less than with that. Weights
+    that are exactly zero stay zero.
     """
     nearest = layer.levels.integers(layer.weight)
     chosen = _learnt(layer, iterations, generator)

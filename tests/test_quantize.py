@@ -12,15 +12,21 @@ from networks import Noise, context, network
 from torch import Tensor, nn
 
 from qsweep.config import members
+from qsweep.engines.float import Float
+from qsweep.engines.inductor import Inductor
+from qsweep.engines.onnxruntime import OnnxRuntime
+from qsweep.engines.reference import Reference
 from qsweep.errors import NotFinite
-from qsweep.hub.form import QuantizedModel, constant, nodes_of, weight_bits_of
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+from qsweep.hub.form import Layer, QuantizedModel, constant, nodes_of, source, weight_bits_of
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
 from qsweep.hub.simulate import simulation
+from qsweep.hub.weights import real_weight
 from qsweep.quantize import Quantization
 from qsweep.quantize import _calibrate as calibrate
 from qsweep.quantize._arithmetic import activation_grid, weight_levels
 from qsweep.quantize.base import Scheme, Uniform
 from qsweep.quantize.ptq import PTQ
+from qsweep.spec import Compression
 
 METHODS: tuple[type[Quantization], ...] = members(Quantization, "qsweep.quantize")
 UNIFORM = [method for method in METHODS if issubclass(method, Uniform)]
@@ -35,6 +41,12 @@ def weights(model: QuantizedModel) -> dict[str, tuple[Tensor, int]]:
         assert integers is not None
         found[str(node.all_input_nodes[0].target)] = integers, weight_bits_of(node)
     return found
+
+
+def real(model: QuantizedModel, layer: Layer) -> Tensor:
+    """The weights of `layer` as numbers."""
+    stored = source(layer.node, 1)
+    return real_weight(model.graph, stored) if stored.target in STORED else layer.weight
 
 
 def pruned() -> nn.Module:
@@ -68,6 +80,27 @@ def test_integer_weights_lie_on_the_grid_of_their_bits(made: QuantizedModel) -> 
         assert integers.abs().max() <= 2 ** (bits - 1) - 1
 
 
+def test_real_weights_take_no_more_values_than_their_bits_allow(made: QuantizedModel) -> None:
+    for layer in made.layers():
+        if layer.weight_bits <= 8:
+            assert all(len(set(row.tolist())) <= 2**layer.weight_bits for row in real(made, layer).flatten(1))
+
+
+def test_what_is_not_for_integers_is_refused_by_their_engines_and_runs_in_float(
+    method: type[Quantization], made: QuantizedModel, tmp_path: Path
+) -> None:
+    config = Compression(quantize=small(method))  # type: ignore[arg-type]
+    engine = Float(batch_size=len(INPUTS), compile=False)
+    if not small(method).in_float:
+        assert all(each().refuses(config) is None for each in (Reference, Inductor, OnnxRuntime))
+        assert engine.refuses(config)
+        return
+    assert all("`float`" in (each().refuses(config) or "") for each in (Reference, Inductor, OnnxRuntime))
+    assert engine.refuses(config) is None
+    engine.lower(made, tmp_path, context(tmp_path / "store").store)
+    torch.testing.assert_close(engine.load(tmp_path)(INPUTS), simulation(made)(INPUTS), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("uniform", UNIFORM, ids=lambda method: method.__name__)
 def test_weight_bits_are_those_of_the_config(uniform: type[Quantization], bits: int, tmp_path: Path) -> None:
@@ -95,7 +128,7 @@ def test_the_uid_is_that_of_the_content(method: type[Quantization]) -> None:
 
 def test_weights_that_are_zero_stay_zero(made: QuantizedModel) -> None:
     masks = {name: value == 0 for name, value in pruned().named_parameters() if value.dim() == 4}
-    stored = {layer.name: layer.weight for layer in made.layers()}
+    stored = {layer.name: real(made, layer) for layer in made.layers()}
     assert all((stored[name][mask] == 0).all() for name, mask in masks.items())
     assert sum(int(mask.sum()) for mask in masks.values()) > 1000
 

@@ -168,7 +168,8 @@ def model_of(name: str) -> nn.Module:
         return network(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return MODELS[name]().eval()
+        model: nn.Module = MODELS[name]()
+        return model.eval()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,14 +12,17 @@ from networks import Noise, context, digits, network
 from torch import Tensor, nn
 
 from qsweep.config import members
+from qsweep.errors import NotFinite
 from qsweep.hub.convert import convert
 from qsweep.hub.form import QuantizedModel, constant, nodes_of
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import _calibrate as calibrate
 from qsweep.quantize import _training as training
-from qsweep.quantize._fake import FakeWeight, straight_through
+from qsweep.quantize._fake import FakeActivation, FakeWeight, learned_clip, learned_step, straight_through
 from qsweep.quantize._norm import FoldedNorm, split_norms
+from qsweep.quantize.base import Scheme
+from qsweep.quantize.lsq import LSQ
 from qsweep.quantize.ptq import PTQ
 from qsweep.quantize.qat import QAT
 from qsweep.quantize.trained import Trained
@@ -52,15 +55,114 @@ def training_graph(config: Trained, model: nn.Module, found: Context) -> Quantiz
     return live
 
 
-@given(low=st.floats(-10, -0.1), high=st.floats(0.1, 10), bits=st.integers(2, 8))
-def test_gradients_pass_straight_through_inside_the_grid_and_stop_outside(low: float, high: float, bits: int) -> None:
-    scale = torch.tensor((high - low) / (2**bits - 1))
-    bottom, top = float(round(low / scale.item())), float(round(low / scale.item()) + 2**bits - 1)
-    ends = [bottom * scale, top * scale]
-    values = torch.tensor([*ends, 0.0, 2 * low - scale, 2 * high + scale], requires_grad=True)
-    straight_through(values, scale, bottom, top - bottom).sum().backward()  # type: ignore[no-untyped-call]
-    assert values.grad is not None
-    assert values.grad.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+quarters = st.lists(st.integers(-80, 80), min_size=1, max_size=30)
+arriving = st.integers(0, 2**16)
+exponents = st.integers(-6, 6)
+
+
+def backward(outputs: Tensor, seed: int) -> Tensor:
+    """Send small random integers back through `outputs`; returns them."""
+    gradient = torch.randint(-8, 9, outputs.shape, generator=torch.Generator().manual_seed(seed)).float()
+    outputs.backward(gradient)  # type: ignore[no-untyped-call]
+    return gradient
+
+
+def leaf(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, requires_grad=True)
+
+
+def got(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+@given(
+    values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
+    scale=st.floats(2**-10, 100, width=32),
+    bits=st.integers(2, 8),
+    zero_point=st.integers(-128, 127),
+)
+def test_what_is_faked_is_what_is_shipped_bit_for_bit(
+    values: list[float], scale: float, bits: int, zero_point: int
+) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    zero_point = max(low, min(high, zero_point))
+    shipped = torch.fake_quantize_per_tensor_affine(torch.tensor(values), scale, zero_point, low, high)
+    grid = torch.tensor(scale), float(low - zero_point), high - low
+    moving = grid[0], torch.tensor(grid[1]), grid[2]
+    ends = torch.tensor(grid[1] * scale), torch.tensor((high - zero_point) * scale)
+    for outputs in (
+        straight_through(leaf(values), *grid),
+        straight_through(leaf(values), *moving),
+        learned_step(leaf(values), *grid, 1.0),
+        learned_step(leaf(values), *moving, 1.0, ends[0]),
+        learned_clip(leaf(values), *ends, *grid),
+    ):
+        assert torch.equal(outputs, shipped)
+
+
+@given(quarters=quarters, exponent=exponents, bottom=st.integers(-15, 0), steps=st.integers(1, 15), seed=arriving)
+def test_gradients_pass_straight_through_to_half_a_step_beyond_the_grid(
+    quarters: list[int], exponent: int, bottom: int, steps: int, seed: int
+) -> None:
+    values = leaf([2.0**exponent * quarter / 4 for quarter in quarters])
+    gradient = backward(straight_through(values, torch.tensor(2.0**exponent), float(bottom), steps), seed)
+    inside = torch.tensor([bottom - 0.5 < quarter / 4 < bottom + steps + 0.5 for quarter in quarters])
+    assert torch.equal(got(values), gradient * inside)
+
+
+@given(quarters=quarters, exponent=exponents, bottom=st.integers(-15, 0), steps=st.integers(1, 15), seed=arriving)
+def test_gradients_of_a_learned_step_are_those_of_equations_3_and_5(
+    quarters: list[int], exponent: int, bottom: int, steps: int, seed: int
+) -> None:
+    v, top = torch.tensor(quarters) / 4, bottom + steps
+    values, scale = leaf((v * 2.0**exponent).tolist()), leaf(2.0**exponent)
+    gradient = backward(learned_step(values, scale, float(bottom), steps, 0.125), seed)
+    slope = torch.where(v <= bottom, bottom, torch.where(v >= top, top, v.round() - v))
+    assert torch.equal(got(values), gradient * ((v > bottom) & (v < top)))
+    torch.testing.assert_close(got(scale), (gradient * slope).sum() * 0.125, atol=1e-4, rtol=1e-5)
+
+
+@given(quarters=quarters, exponent=exponents, bottom=st.integers(-15, 0), steps=st.integers(1, 15), seed=arriving)
+def test_gradients_of_a_learned_offset_are_those_of_lsq_plus(
+    quarters: list[int], exponent: int, bottom: int, steps: int, seed: int
+) -> None:
+    v, top = torch.tensor(quarters) / 4, bottom + steps
+    values, scale, offset = leaf((v * 2.0**exponent).tolist()), leaf(2.0**exponent), leaf(bottom * 2.0**exponent)
+    gradient = backward(learned_step(values, scale, torch.tensor(float(bottom)), steps, 0.125, offset), seed)
+    inside = (v > bottom) & (v < top)
+    slope = torch.where(v <= bottom, 0, torch.where(v >= top, steps, v.round() - v))
+    assert torch.equal(got(values), gradient * inside)
+    torch.testing.assert_close(got(scale), (gradient * slope).sum() * 0.125, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(got(offset), (gradient * ~inside).sum() * 0.125, atol=1e-4, rtol=1e-5)
+
+
+@given(quarters=quarters, exponent=exponents, below=st.integers(0, 8), above=st.integers(0, 8), seed=arriving)
+def test_gradients_of_a_learned_clip_are_those_of_equation_3(
+    quarters: list[int], exponent: int, below: int, above: int, seed: int
+) -> None:
+    unit, x = 2.0**exponent, torch.tensor(quarters) / 4
+    ends = -below, above if (below + above) in (1, 2, 4, 8, 16) else 16 - below  # a power of two apart: exact
+    values, low, high = leaf((x * unit).tolist()), leaf(ends[0] * unit), leaf(ends[1] * unit)
+    gradient = backward(learned_clip(values, low, high, torch.tensor(unit), float(-below), 3), seed)
+    assert torch.equal(got(values), gradient * ((x > ends[0]) & (x < ends[1])))
+    torch.testing.assert_close(got(high), (gradient * (x >= ends[1])).sum(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(got(low), (gradient * (x <= ends[0])).sum(), atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_are_the_same_in_another_layout_and_close_in_bf16() -> None:
+    inputs = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0))
+    arrives = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(1))
+    found = []
+    for layout, dtype in ((torch.contiguous_format, torch.float32), (torch.channels_last, torch.float32)):
+        values, scale = inputs.clone(memory_format=layout).requires_grad_(), leaf(0.3)
+        learned_step(values, scale, -4.0, 7, 0.1).backward(arrives)  # type: ignore[no-untyped-call]
+        found.append((got(values), got(scale), dtype))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+    values, scale = inputs.bfloat16().requires_grad_(), leaf(0.3)
+    learned_step(values, scale, -4.0, 7, 0.1).backward(arrives.bfloat16())  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(got(scale), found[0][1], atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("name", ["digits_cnn", "mlp", "sequence", "depthwise"])
@@ -147,3 +249,119 @@ def test_running_statistics_follow_the_batches(tmp_path: Path) -> None:
     assert not torch.equal(before, after)
     mean = torch.nn.functional.conv2d(INPUTS, outputs, padding=1).mean((0, 2, 3))
     torch.testing.assert_close(after, (0.9 * before + 0.1 * mean).detach(), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+def test_the_training_graph_compiles_whole_and_to_the_same_gradients(
+    method: type[Trained], scheme: Scheme, tmp_path: Path
+) -> None:
+    found = []
+    for compiled in (False, True):
+        config = method(weight_bits=4, activation_bits=4, activation_scheme=scheme)
+        live = training_graph(config, network("mlp"), context(tmp_path))
+        nn.Module.train(live.graph, True)
+        run = torch.compile(live.graph, fullgraph=True, backend="aot_eager") if compiled else live.graph
+        run(INPUTS).square().mean().backward()
+        found.append({name: got(value) for name, value in live.graph.named_parameters() if value.grad is not None})
+    torch.compiler.reset()
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-5, rtol=1e-4)
+
+
+class Interrupted(Noise):
+    """Its loss is interrupted once, after so many steps."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(130)
+        self.left, self.steps = after, 0
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        self.left, self.steps = self.left - 1, self.steps + 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return super().loss(outputs, labels)
+
+
+@pytest.mark.parametrize("after", [5, 11])
+def test_a_training_that_was_killed_goes_on_to_the_same_bits(method: type[Trained], after: int, tmp_path: Path) -> None:
+    config = method(weight_bits=3, activation_bits=4, epochs=4, bits_schedule=(8,), calibration_samples=60)
+    whole, task = Interrupted(0), Interrupted(after)  # 3 steps an epoch, 2 epochs at 8 bits, 2 at 3
+    expected = config.apply(network("mlp"), context(tmp_path / "whole", task=whole))
+    with pytest.raises(KeyboardInterrupt):
+        config.apply(network("mlp"), context(tmp_path, task=task))
+    assert len(list(tmp_path.rglob("*.pt"))) > 0
+    found = config.apply(network("mlp"), context(tmp_path, task=task))
+    assert (whole.steps, task.steps) == (12, 12 + (after - 1) % 3 + 1)
+    assert torch.equal(simulation(found)(INPUTS), simulation(expected)(INPUTS))
+    assert not list(tmp_path.rglob("*checkpoints*"))
+
+
+def test_bits_fall_to_those_of_the_config(tmp_path: Path) -> None:
+    config = LSQ(weight_bits=2, activation_bits=4, edge_bits=8, epochs=4, bits_schedule=(8, 4, 2))
+    assert (config.widths(), config.epochs_at()) == ([8, 4, 2], [1, 1, 2])
+    seen: list[list[int]] = []
+    live = training.prepared(config, network("digits_cnn"), context(tmp_path))
+    for bits in config.widths():
+        training.start(live.graph, bits, INPUTS)
+        quantizers = [module for module in live.graph.modules() if isinstance(module, FakeWeight | FakeActivation)]
+        seen.append(sorted({quantizer.bits for quantizer in quantizers}))
+        widths = {(q.grid().high - q.grid().low).bit_length() for q in quantizers if isinstance(q, FakeActivation)}
+        assert widths == {max(bits, 4), 8}
+    assert seen == [[8], [4, 8], [2, 4, 8]]
+    layers = config.apply(network("digits_cnn"), context(tmp_path)).layers()
+    assert [layer.weight_bits for layer in layers] == [8, *[2] * (len(layers) - 2), 8]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"bits_schedule": (4, 8)}, "must be falling"), ({"bits_schedule": (8, 4), "epochs": 2}, "at least 3")],
+)
+def test_a_schedule_of_bits_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LSQ.model_validate({"weight_bits": 2, "epochs": 9} | fields)
+
+
+def test_a_loss_that_is_not_finite_is_a_typed_failure_and_leaves_nothing(method: type[Trained], tmp_path: Path) -> None:
+    class Diverging(Noise):
+        def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            return super().loss(outputs, labels) * torch.inf
+
+    with pytest.raises(NotFinite, match="training loss"):
+        method().apply(network("mlp"), context(tmp_path, task=Diverging()))
+    assert not list(tmp_path.rglob("*checkpoints*"))
+
+
+class OneChannel(nn.Module):
+    """A layer of one channel, a channel of zeros, and two layers that share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.bn = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)
+        self.shared, self.other = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
+        self.other.weight = self.shared.weight
+        self.norms = nn.ModuleList([nn.BatchNorm2d(1), nn.BatchNorm2d(1)])
+        self.linear = nn.Linear(64, 10)
+        self.linear.weight.data[3] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.one(x)).relu()
+        x = self.norms[1](self.other(self.norms[0](self.shared(x)).relu()))
+        logits: Tensor = self.linear(x.flatten(1))
+        return logits
+
+
+def test_one_channel_zeros_and_shared_weights_train(method: type[Trained], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = OneChannel().eval()
+    found = method(weight_bits=4, epochs=1, calibration_samples=60).apply(model, context(tmp_path))
+    assert [layer.weight_bits for layer in found.layers()] == [4] * 4
+    assert (found.layers()[-1].weight[3] == 0).all()
+    assert simulation(found)(INPUTS).isfinite().all()
+
+
+def test_a_model_without_layers_comes_out_as_it_is(method: type[Trained], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Flatten())
+    found = method(calibration_samples=60).apply(model, context(tmp_path))
+    assert found.layers() == []
+    torch.testing.assert_close(simulation(found)(INPUTS), model(INPUTS), atol=0.02, rtol=0)

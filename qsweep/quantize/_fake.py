@@ -5,8 +5,8 @@ of a grid with zero point z is its integer less z, so `bottom` is `low - z` and 
 arithmetic is shipped. `bottom` is a number where it never changes, else a tensor.
 
 Each of these has few passes over its tensors: the gradient of a step, the sum of g * (n - v) inside the grid and g * n
-beyond it, is (g . y - p . x) / scale of inputs x, outputs y, gradients g that arrive and p that pass. Multiplying by a
-mask of booleans, as one would write it, took 4 times as long as all of this together.
+beyond it, is g . n - p . v with the gradients g that arrive and p that pass. Multiplying by a mask of booleans, as one
+would write it, took 4 times as long as all of this together.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class FakeActivation(nn.Module):
     """Stands on an activation: observes, then, once started, rounds as it will be rounded when shipped."""
 
     enabled = False
+    rectifies = False
+    """Whether it stands for the ReLU before it, too: a grid that begins at 0 does what that does."""
 
     def __init__(self, config: Uniform, place: Place) -> None:
         super().__init__()
@@ -64,6 +66,7 @@ class FakeActivation(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if self.enabled:
             return self.rounded(values)
+        values = values.relu() if self.rectifies else values
         return cast(Tensor, self.observer(values)) if self.observer is not None else values
 
     def penalty(self) -> Tensor | None:
@@ -106,9 +109,14 @@ class FakeWeight(NearestWeight):
         """Called after each optimizer step: bring parameters back to where they mean something."""
 
 
-def straight_through(values: Tensor, scale: Tensor, bottom: Level, steps: float) -> Tensor:
-    """`values` on the grid; the gradient is 1 less than half a step beyond its ends, 0 further out."""
-    return cast(Tensor, _StraightThrough.apply(values, scale, bottom, steps))  # type: ignore[no-untyped-call]
+def straight_through(values: Tensor, scale: Tensor, bottom: Level, steps: float, *, rectified: bool = False) -> Tensor:
+    """`values` on the grid; the gradient is 1 less than half a step beyond its ends, 0 further out.
+
+    `rectified`: 0 already from the lower end on, as that of a ReLU.
+    """
+    margins = (0.0 if rectified else 0.5, 0.5)
+    found = _StraightThrough.apply(values, scale, bottom, steps, margins)  # type: ignore[no-untyped-call]
+    return cast(Tensor, found)
 
 
 def learned_step(
@@ -140,31 +148,42 @@ def step_factor(shared_by: int, top: int) -> float:
     return 1.0 / math.sqrt(shared_by * top)
 
 
-def _on_grid(values: Tensor, scale: Tensor, bottom: Level, steps: float) -> Tensor:
-    levels = (values * (1 / scale)).round_()
+def _on_grid(values: Tensor, scale: Tensor, bottom: Level, steps: float) -> tuple[Tensor, Tensor]:
+    """`values` on the grid, and v - bottom or, where that is a number, v: what `_passed` needs."""
+    ratio = values * (1 / scale)
+    levels = ratio.round()
     if isinstance(bottom, Tensor):  # clamping between tensors takes 18 times as long as between numbers
-        return levels.sub_(bottom).clamp_(0, steps).add_(bottom).mul_(scale)
-    return levels.clamp_(bottom, bottom + steps).mul_(scale)
+        return levels.sub_(bottom).clamp_(0, steps).add_(bottom).mul_(scale), ratio.sub_(bottom)
+    return levels.clamp_(bottom, bottom + steps).mul_(scale), ratio
 
 
 def _passed(
-    gradient: Tensor, values: Tensor, scale: Tensor, bottom: Level, steps: float, margin: float = 0.0
+    gradient: Tensor, ratio: Tensor, bottom: Level, steps: float, margins: tuple[float, float] = (0.0, 0.0)
 ) -> Tensor:
-    """The gradient where the value, in steps, is less than `margin` beyond the ends of the grid, else 0."""
-    ratio = values * (1 / scale)
+    """The gradient where the value, in steps, is less than `margins` beyond the ends of the grid, else 0."""
     low = 0.0 if isinstance(bottom, Tensor) else bottom
-    if isinstance(bottom, Tensor):
-        ratio.sub_(bottom)
-    return cast(Tensor, _pass_between(gradient, ratio, low - margin, low + steps + margin))
+    return cast(Tensor, _pass_between(gradient, ratio, low - margins[0], low + steps + margins[1]))
 
 
-def _contract(pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
-    """a . b - c . d for pairs (a, b) and (c, d), summed to `shape`, in float32."""
-    (a, b), (c, d) = pairs
-    alike = len({(x.stride(), x.dtype) for x in (a, b, c, d)}) == 1
-    if not torch.compiler.is_compiling() and shape.numel() == 1 and alike and a.dtype is torch.float32 and _dense(a):
-        return (torch.dot(_flat(a), _flat(b)) - torch.dot(_flat(c), _flat(d))).reshape(shape)
-    return torch.addcmul(a * b, c, d, value=-1).float().sum_to_size(shape)
+def _alike(gradient: Tensor, other: Tensor) -> Tensor:
+    """`gradient` in the layout of `other`: what goes over both then goes over memory in one direction."""
+    return gradient if gradient.stride() == other.stride() else torch.empty_like(other).copy_(gradient)
+
+
+def _dot(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """a * b summed to `shape`, in float32; both in one layout."""
+    if shape.numel() > 1 or torch.compiler.is_compiling() or not _dense(a):
+        return (a * b).float().sum_to_size(shape)
+    if a.dtype is torch.float32:
+        return torch.dot(_flat(a), _flat(b)).reshape(shape)  # one pass instead of two
+    return _sum(a * b).reshape(shape)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """In float32."""
+    if values.dtype is torch.float32 or values.dim() < 2 or torch.compiler.is_compiling() or not _dense(values):
+        return values.sum(dtype=torch.float32)
+    return _flat(values).view(len(values), -1).sum(1).float().sum()  # bf16: sum(dtype=float32) takes 5 times as long
 
 
 def _dense(values: Tensor) -> bool:
@@ -178,17 +197,20 @@ def _flat(values: Tensor) -> Tensor:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor, bottom: Level, steps: float) -> Tensor:
-        ctx.save_for_backward(values, scale, bottom if isinstance(bottom, Tensor) else None)
-        ctx.bottom, ctx.steps = bottom if not isinstance(bottom, Tensor) else None, steps
-        return _on_grid(values, scale, bottom, steps)
+    def forward(
+        ctx: Any, values: Tensor, scale: Tensor, bottom: Level, steps: float, margins: tuple[float, float]
+    ) -> Tensor:
+        outputs, ratio = _on_grid(values, scale, bottom, steps)
+        ctx.save_for_backward(ratio, bottom if isinstance(bottom, Tensor) else None)
+        ctx.bottom, ctx.steps, ctx.margins = bottom if not isinstance(bottom, Tensor) else None, steps, margins
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, scale, bottom = ctx.saved_tensors
+        ratio, bottom = ctx.saved_tensors
         bottom = ctx.bottom if bottom is None else bottom
-        return _passed(gradient, values, scale, bottom, ctx.steps, margin=0.5), None, None, None
+        return _passed(_alike(gradient, ratio), ratio, bottom, ctx.steps, ctx.margins), None, None, None, None
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -196,22 +218,25 @@ class _LearnedStep(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, scale: Tensor, offset: Tensor | None, bottom: Level, steps: float, factor: float
     ) -> Tensor:
-        outputs = _on_grid(values, scale, bottom, steps)
-        ctx.save_for_backward(values, outputs, scale, offset, bottom if isinstance(bottom, Tensor) else None)
+        outputs, ratio = _on_grid(values, scale, bottom, steps)
+        ctx.save_for_backward(ratio, outputs, scale, bottom if isinstance(bottom, Tensor) else None)
         ctx.bottom, ctx.steps, ctx.factor = bottom if not isinstance(bottom, Tensor) else None, steps, factor
+        ctx.learns_offset = offset is not None
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, outputs, scale, offset, bottom = ctx.saved_tensors
-        bottom = ctx.bottom if bottom is None else bottom
-        passed = _passed(gradient, values, scale, bottom, ctx.steps)
-        step = _contract(((gradient, outputs), (passed, values)), scale.shape) / scale
+        ratio, outputs, scale, bottom = ctx.saved_tensors
+        gradient = _alike(gradient, ratio)
+        passed = _passed(gradient, ratio, ctx.bottom if bottom is None else bottom, ctx.steps)
+        step = _dot(gradient, outputs, scale.shape) / scale - _dot(passed, ratio, scale.shape)
         beyond = None
-        if offset is not None:  # the ends move with the offset: what they add to the scale's gradient is its own
-            beyond = gradient.sum(dtype=torch.float32) - passed.sum(dtype=torch.float32)
-            step, beyond = step - bottom * beyond, beyond * ctx.factor
+        if bottom is not None:  # `ratio` is v - bottom then
+            shape = scale.shape
+            step = step - bottom * (_sum(gradient) if ctx.learns_offset else passed.sum_to_size(shape))
+        if ctx.learns_offset:  # the ends move with the offset: what they add to the scale's gradient is its own
+            beyond = (_sum(gradient) - _sum(passed)) * ctx.factor
         return passed, step * ctx.factor, beyond, None, None, None
 
 
@@ -221,14 +246,17 @@ class _LearnedClip(torch.autograd.Function):
         ctx: Any, values: Tensor, low: Tensor, high: Tensor, scale: Tensor, bottom: Level, steps: float
     ) -> Tensor:
         ctx.save_for_backward(values, low, high)
-        return _on_grid(values, scale, bottom, steps)
+        return _on_grid(values, scale, bottom, steps)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, low, high = ctx.saved_tensors
         place = (values - low).mul_(1 / (high - low))
+        gradient = _alike(gradient, place)
         passed = _pass_between(gradient, place, 0.0, 1.0)
-        over = _contract(((gradient, place.clamp(0, 1)), (passed, place)), high.shape)
-        beyond = gradient.sum(dtype=torch.float32) - passed.sum(dtype=torch.float32)
-        return passed, beyond - over, over, None, None, None
+        lowered = raised = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            raised = _dot(gradient, place.clamp(0, 1), high.shape) - _dot(passed, place, high.shape)
+            lowered = _sum(gradient) - _sum(passed) - raised
+        return passed, lowered, raised, None, None, None

@@ -109,7 +109,7 @@ class MovingRange(EndsOfRange):
             low, high = values.detach().amin(), values.detach().amax()  # aminmax takes 10 times as long as both
             self.lowest.lerp_(low.float().clamp(max=0.0), self.momentum)
             self.highest.lerp_(high.float().clamp(min=0.0), self.momentum)
-        return straight_through(values, *self.levels())
+        return straight_through(values, *self.levels(), rectified=self.place.nonnegative)
 
 
 class FixedClip(EndsOfRange):

@@ -129,6 +129,7 @@ def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
         graph.add_submodule(name, joined)
         with graph.graph.inserting_before(norm):
             call = graph.graph.call_module(name, (source(compute), source(observed), bias, *norm.args[1:5]))
+        call.meta = dict(norm.meta)
         norm.replace_all_uses_with(call)
         for node in (norm, compute, observed):
             graph.graph.erase_node(node)
@@ -147,6 +148,7 @@ def split_norms(graph: fx.GraphModule) -> None:
         (weight, levels), bias = module.shipped(*constants), module.shift(*constants[1:])
         with graph.graph.inserting_before(node):
             compute = graph.graph.call_function(module.op, (*node.args[:2], None, *module.settings))
+        compute.meta = dict(node.meta)
         node.replace_all_uses_with(compute)
         graph.graph.erase_node(node)
         graph.delete_submodule(str(node.target))

@@ -15,6 +15,7 @@ from qsweep.hub.save import load, save
 from qsweep.quantize._calibrate import calibration_inputs, observe
 from qsweep.quantize._fake import FakeActivation, FakeWeight
 from qsweep.quantize._norm import FoldedNorm, join_norms, ship_weights, split_norms
+from qsweep.quantize._rectifiers import join_rectifiers, split_rectifiers
 from qsweep.quantize.trained import Trained
 from qsweep.stage import Context, stage_key
 from qsweep.train import Loss, fine_tune, resumable
@@ -46,6 +47,7 @@ def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedMo
     config.check_patterns(layer.name for layer in live.layers())
     insert_observers(live, lambda place: config.activation(place) if config.activation_bits else None, config.weight)
     join_norms(live.graph, fold_scales=config.weight_granularity == "channel")
+    join_rectifiers(live.graph)
     return live
 
 
@@ -121,6 +123,7 @@ def _loss(context: Context, quantizers: list[FakeActivation | FakeWeight]) -> Lo
 
 def finished(live: QuantizedModel) -> QuantizedModel:
     """The trained graph with norms folded and every weight on its levels, ready to be converted, in place."""
+    split_rectifiers(live.graph)
     split_norms(live.graph)
     ship_weights(live.graph)
     return live

@@ -32,9 +32,10 @@ class Mixed(PostTraining):
     """What costs: the bits of the weights, or multiply-accumulates times weight bits times activation bits."""
     candidates: Annotated[tuple[Bits, ...], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
     """The widths a layer may have."""
-    sensitivity: Literal["kl", "output_error", "fisher"] = "kl"
-    """How a layer's width is scored: Kullback-Leibler divergence of the outputs' softmax; squared error of the outputs;
-    squared error of the weights, each weighted by its Fisher information (it needs labels)."""
+    sensitivity: Literal["fisher", "output_error", "kl"] = "fisher"
+    """How a layer's width is scored. fisher: the squared error of its weights, each weighted by its Fisher information;
+    the quickest, and it needs labels. output_error: the squared error of the model's outputs. kl: the Kullback-Leibler
+    divergence of their softmax."""
     sensitivity_samples: Annotated[int, Field(ge=1)] = 256
     """Training samples that the scores are computed on."""
 
@@ -58,7 +59,7 @@ class Mixed(PostTraining):
         return f"{self.average_bits:g}"
 
     def label(self) -> str:
-        """As `ptq`, with the average of bits; `-bops`, `-fisher` and the like for what is not the default."""
+        """As `ptq`, with the average of bits; `-bops`, `-kl` and the like for what is not the default."""
         flags = ["bops"] if self.budget == "bit_operations" else []
         if self.sensitivity != type(self).model_fields["sensitivity"].default:
             flags.append(self.sensitivity)

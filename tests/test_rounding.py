@@ -267,6 +267,7 @@ FORMS: list[dict[str, Any]] = [
     {"activation_bits": 4, "group_size": 2},
     {"weight_bits": 2, "edge_bits": 8, "bias_correction": True},
     {"weight_bits": 4, "equalize": True},
+    {"activation_mode": "dynamic", "layer_bits": {"*": 5}},
 ]
 
 

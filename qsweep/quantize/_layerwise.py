@@ -34,7 +34,8 @@ class Layer:
 
     def outputs(self, weight: Tensor) -> Tensor:
         """The layer's outputs for its `inputs` with `weight`, before the rectifier."""
-        return cast(Tensor, self._op(self.inputs, weight, self.bias, *self.node.args[3:], **self.node.kwargs))
+        op: Any = self.node.target
+        return cast(Tensor, op(self.inputs, weight, self.bias, *self.node.args[3:], **self.node.kwargs))
 
     def rectified(self, values: Tensor) -> Tensor:
         """What the network goes on with: `values` after the rectifier, where one alone reads the layer's outputs."""
@@ -47,13 +48,7 @@ class Layer:
     def errors(self, weight: Tensor) -> Tensor:
         """(C,) squared errors of the rectified outputs with `weight`, summed over samples and positions."""
         squares = (self.rectified(self.outputs(weight)) - self.rectified(self.target)).square()
-        return (
-            squares.transpose(1, squares.dim() - 1 if self.weight.dim() == 2 else 1).transpose(0, 1).flatten(1).sum(1)
-        )
-
-    @property
-    def _op(self) -> Any:
-        return self.node.target
+        return squares.movedim(-1 if self.weight.dim() == 2 else 1, 0).flatten(1).sum(1)
 
 
 Rounding = Callable[[Layer, torch.Generator], Tensor]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Noise, context, digits, network
 from torch import Tensor, nn
@@ -76,6 +76,7 @@ def got(tensor: Tensor) -> Tensor:
     return tensor.grad
 
 
+@settings(deadline=None)  # the first call is slow
 @given(
     values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
     scale=st.floats(2**-10, 100, width=32),
@@ -101,6 +102,7 @@ def test_what_is_faked_is_what_is_shipped_bit_for_bit(
         assert torch.equal(outputs, shipped)
 
 
+@settings(deadline=None)  # the first call is slow
 @given(quarters=quarters, exponent=exponents, bottom=st.integers(-15, 0), steps=st.integers(1, 15), seed=arriving)
 def test_gradients_pass_straight_through_to_half_a_step_beyond_the_grid(
     quarters: list[int], exponent: int, bottom: int, steps: int, seed: int
@@ -111,6 +113,7 @@ def test_gradients_pass_straight_through_to_half_a_step_beyond_the_grid(
     assert torch.equal(got(values), gradient * inside)
 
 
+@settings(deadline=None)  # the first call is slow
 @given(quarters=quarters, exponent=exponents, bottom=st.integers(-15, 0), steps=st.integers(1, 15), seed=arriving)
 def test_gradients_of_a_learned_step_are_those_of_equations_3_and_5(
     quarters: list[int], exponent: int, bottom: int, steps: int, seed: int
@@ -123,6 +126,7 @@ def test_gradients_of_a_learned_step_are_those_of_equations_3_and_5(
     torch.testing.assert_close(got(scale), (gradient * slope).sum() * 0.125, atol=1e-4, rtol=1e-5)
 
 
+@settings(deadline=None)  # the first call is slow
 @given(quarters=quarters, exponent=exponents, bottom=st.integers(-15, 0), steps=st.integers(1, 15), seed=arriving)
 def test_gradients_of_a_learned_offset_are_those_of_lsq_plus(
     quarters: list[int], exponent: int, bottom: int, steps: int, seed: int
@@ -137,6 +141,7 @@ def test_gradients_of_a_learned_offset_are_those_of_lsq_plus(
     torch.testing.assert_close(got(offset), (gradient * ~inside).sum() * 0.125, atol=1e-4, rtol=1e-5)
 
 
+@settings(deadline=None)  # the first call is slow
 @given(quarters=quarters, exponent=exponents, below=st.integers(0, 8), above=st.integers(0, 8), seed=arriving)
 def test_gradients_of_a_learned_clip_are_those_of_equation_3(
     quarters: list[int], exponent: int, below: int, above: int, seed: int
@@ -251,6 +256,7 @@ def test_running_statistics_follow_the_batches(tmp_path: Path) -> None:
     torch.testing.assert_close(after, (0.9 * before + 0.1 * mean).detach(), atol=0.02, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning")  # its own, inside the compiler
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
 def test_the_training_graph_compiles_whole_and_to_the_same_gradients(
     method: type[Trained], scheme: Scheme, tmp_path: Path

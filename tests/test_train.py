@@ -278,3 +278,33 @@ def test_a_check_names_what_a_model_raises_or_returns_wrongly() -> None:
 
 def test_a_sound_task_passes_the_check() -> None:
     check(Toy(), Toy().model())
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+def test_a_training_that_was_killed_goes_on_from_its_checkpoint_to_the_same_bits(schedule: str, tmp_path: Path) -> None:
+    def stop(step: int) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    checkpoint, steps = tmp_path / "epoch.pt", list[int]()
+    whole = trained(Toy(dropout=0.5), schedule=schedule)
+    with pytest.raises(KeyboardInterrupt):
+        trained(Toy(dropout=0.5), schedule=schedule, checkpoint=checkpoint, after_step=stop)
+    assert checkpoint.exists()
+    found = trained(Toy(dropout=0.5), schedule=schedule, checkpoint=checkpoint, after_step=steps.append)
+    assert same(found, whole)
+    assert 1 < steps[0] <= 6
+
+
+def test_a_damaged_checkpoint_counts_as_none(tmp_path: Path) -> None:
+    for content in (b"", b"not a checkpoint"):
+        (tmp_path / "epoch.pt").write_bytes(content)
+        assert same(trained(Toy(), checkpoint=tmp_path / "epoch.pt"), trained(Toy()))
+
+
+def test_bf16_trains_float32_parameters(tmp_path: Path) -> None:
+    found, exact = trained(Toy(), precision="bf16"), trained(Toy())
+    assert not same(found, exact)
+    assert all(parameter.dtype is torch.float32 for parameter in found.parameters())
+    pairs = zip(found.parameters(), exact.parameters(), strict=True)
+    assert all(torch.allclose(one, other, atol=0.1) for one, other in pairs)

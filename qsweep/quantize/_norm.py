@@ -183,5 +183,5 @@ def ship_weights(graph: fx.GraphModule) -> None:
 
 def _shipped(quantizer: FakeWeight, levels: WeightLevels | None) -> NearestWeight:
     shipped = NearestWeight(quantizer.config, quantizer.place)
-    shipped.bits, shipped.levels, shipped.enabled = quantizer.bits, levels, quantizer.enabled
+    shipped.bits, shipped.levels = quantizer.bits, levels
     return shipped

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -142,9 +144,8 @@ def activation_observer(config: Grids, place: Place) -> RangeObserver | BatchObs
 
 
 class NearestWeight(nn.Module):
-    """Weights to the nearest of their levels: in training once enabled, and when a graph is converted."""
+    """Lets weights pass; says, when a graph is converted, what the nearest of their levels are."""
 
-    enabled = False
     levels: WeightLevels | None = None
     """Set by what has fitted the weights to levels already; None: fitted when they are needed."""
 
@@ -155,8 +156,12 @@ class NearestWeight(nn.Module):
 
     def fitted(self, weight: Tensor, smallest_scale: Tensor | None = None) -> WeightLevels:
         """The levels of `weight` (C, ...)."""
+        if self.levels is not None:
+            if smallest_scale is None:
+                return self.levels
+            return replace(self.levels, scale=torch.maximum(self.levels.scale, smallest_scale.unsqueeze(1)))
         config = self.config
-        return self.levels or weight_levels(
+        return weight_levels(
             weight,
             self.bits,
             scheme=config.weight_scheme,
@@ -167,14 +172,7 @@ class NearestWeight(nn.Module):
         )
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not self.enabled:
-            return weight
-        levels = self.fitted(weight)
-        if levels.symmetric_channels:
-            zero_point = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-            grid = (levels.scale[:, 0], zero_point, 0, levels.low, levels.high)
-            return torch.fake_quantize_per_channel_affine(weight, *grid)
-        return weight + (levels.real(levels.integers(weight)) - weight).detach()
+        return weight
 
     def stored(self, weight: Tensor, smallest_scale: Tensor) -> Stored:
         """See `qsweep.hub.insert.WeightObserver`."""

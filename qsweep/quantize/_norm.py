@@ -35,7 +35,8 @@ class FoldedNorm(nn.Module):
         self, op: Any, settings: tuple[Any, ...], norm: dict[str, Any], quantizer: FakeWeight, *, fold_scales: bool
     ) -> None:
         super().__init__()
-        self.op, self.settings, self.eps, self.momentum = op, settings, norm["eps"], norm["momentum"]
+        self.op, self.eps, self.momentum = op, norm["eps"], norm["momentum"]
+        self.settings = tuple(list(value) if isinstance(value, list) else value for value in settings)  # fx has its own
         self.quantizer, self.fold_scales = quantizer, fold_scales
 
     def forward(

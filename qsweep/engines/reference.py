@@ -20,11 +20,9 @@ class Reference(EngineConfig):
 
     def refuses(self, config: Compression) -> str | None:
         reason = "no stage quantizes" if config.quantize is None else config.quantize.not_integer
-        return (
-            f"the reference computes in integers and cannot run it: {reason}; give `quantize` integer grids, or use `float`"
-            if reason
-            else None
-        )
+        if reason is None:
+            return None
+        return f"the reference computes in integers: {reason}; give `quantize` integer grids, or use `float`"
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.engines._accumulators import check_accumulators

@@ -11,7 +11,7 @@ from torch import Tensor
 from qsweep.engines import Runner
 from qsweep.spec import Measure
 
-_WARM_UP_SECONDS = 0.2
+_WARM_UP_SECONDS = 0.1
 _WARM_UP_CALLS = 3
 _FEWEST_PAIRS = 10
 _TURN = 5

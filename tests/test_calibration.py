@@ -45,7 +45,7 @@ INPUTS = Noise(50).inputs
 
 def observer(values: list[Tensor], **fields: Any) -> RangeObserver:
     """An observer that has seen batches of one tensor, its range fitted."""
-    found = RangeObserver(PTQ.model_validate(fields), Place((), edge=False))
+    found = RangeObserver(PTQ.model_validate(fields), Place(("w",), edge=False))
     for batch in values:
         found(batch)
     if found.counts_values:
@@ -58,7 +58,7 @@ def observer(values: list[Tensor], **fields: Any) -> RangeObserver:
 
 def histogram(values: Tensor) -> Histogram:
     """What the two passes of an observer see of `values`."""
-    found = RangeObserver(PTQ(calibration="mse"), Place((), edge=False))
+    found = RangeObserver(PTQ(calibration="mse"), Place(("w",), edge=False))
     found(values)
     found.begin_counting()
     found(values)
@@ -271,7 +271,9 @@ def test_ranges_from_the_store_are_those_of_a_run(calibration: Calibration, tmp_
     live = calibrate.calibrated(PTQ(calibration_samples=1), network("pools"), found)
     for name, module in live.graph.named_modules():
         if isinstance(module, RangeObserver):
-            live.graph.set_submodule(name, RangeObserver(config, Place((), edge=False, nonnegative=module.nonnegative)))
+            live.graph.set_submodule(
+                name, RangeObserver(config, Place(("w",), edge=False, nonnegative=module.nonnegative))
+            )
     calibrate.observe(live.graph, calibrate.calibration_inputs(config, found))
     for name, module in first.named_modules():
         if isinstance(module, RangeObserver):

@@ -15,7 +15,9 @@ from qsweep.schema import json_schema
 from qsweep.yamlfile import read_mapping
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted(path for path in ROOT.glob("experiments/**/*.yaml") if "sweeps" not in path.parts)
+EXPERIMENTS = sorted(
+    path for path in ROOT.glob("experiments/**/*.yaml") if not {"sweeps", "mlartifacts"} & set(path.parts)
+)
 SCHEMA = json_schema()
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),

@@ -11,7 +11,9 @@ from qsweep.records import Metrics
 from qsweep.spec import Compression, Spec, TrialConfig, load_spec
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted(path for path in ROOT.glob("experiments/**/*.yaml") if "sweeps" not in path.parts)
+EXPERIMENTS = sorted(
+    path for path in ROOT.glob("experiments/**/*.yaml") if not {"sweeps", "mlartifacts"} & set(path.parts)
+)
 SPEC: dict[str, Any] = {
     "name": "small",
     "task": {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": {"method": "digits"}},

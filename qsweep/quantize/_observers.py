@@ -131,8 +131,13 @@ class BatchObserver(nn.Module):
 
 
 def activation_bits(config: Grids, place: Place) -> int:
-    """The bits of the activations at `place`; not for configs that leave them in floating point."""
+    """The bits of the activations at `place`; not for configs that leave them in floating point.
+
+    What no layer reads, only sums and pools, has 8: fewer save no arithmetic, and cost a ResNet-20 1.7 pp at 4 bits.
+    """
     assert config.activation_bits is not None
+    if not place.layers:
+        return max(8, config.activation_bits)
     return config.edge_bits if place.edge and config.edge_bits else config.activation_bits
 
 

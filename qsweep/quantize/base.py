@@ -60,7 +60,8 @@ class Grids(Quantization):
     weight_range: Literal["minmax", "mse"] = "minmax"
     """What the scale is fitted to: the largest weight, or the least squared error of the rounding."""
     activation_bits: Bits | None = 8
-    """null: activations stay in floating point, only weights are quantized."""
+    """Of what convolutions and linears read; what only sums and pools read has 8 at least. null: activations stay in
+    floating point, only weights are quantized."""
     activation_scheme: Scheme = "asymmetric"
     """Symmetric fixes zero at the middle of the grid (at its lower end for tensors that are never negative, such as a
     ReLU's output); asymmetric fits the grid to the range seen."""

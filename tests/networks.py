@@ -190,3 +190,12 @@ def digits() -> tuple[nn.Module, Context, Path]:
     store = Store(root / "sweeps" / "store")
     found = context_of(config, config.open(root), root, store, 0, lambda text: None)
     return found.teacher(), found, root
+
+
+def pruned() -> nn.Module:
+    """A network half of whose convolution weights are zero."""
+    model = network("digits_cnn")
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data *= torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    return model

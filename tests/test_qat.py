@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Noise, context, digits, network
+from networks import Noise, context, digits, network, pruned
 from torch import Tensor, nn
 
 from qsweep.config import members
@@ -37,15 +37,6 @@ INPUTS = Noise(50).inputs
 def method(request: pytest.FixtureRequest) -> type[Trained]:
     found: type[Trained] = request.param
     return found
-
-
-def pruned() -> nn.Module:
-    """A network half of whose convolution weights are zero."""
-    model = network("digits_cnn")
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data *= torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    return model
 
 
 def training_graph(config: Trained, model: nn.Module, found: Context) -> QuantizedModel:

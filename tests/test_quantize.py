@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Noise, context, network
-from torch import Tensor, nn
+from networks import Noise, context, network, pruned
+from torch import Tensor
 
 from qsweep.config import members
 from qsweep.engines.float import Float
@@ -47,15 +47,6 @@ def real(model: QuantizedModel, layer: Layer) -> Tensor:
     """The weights of `layer` as numbers."""
     stored = source(layer.node, 1)
     return real_weight(model.graph, stored) if stored.target in STORED else layer.weight
-
-
-def pruned() -> nn.Module:
-    """A network half of whose convolution weights are zero."""
-    model = network("digits_cnn")
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data *= torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    return model
 
 
 def small(method: type[Quantization], **changes: Any) -> Quantization:

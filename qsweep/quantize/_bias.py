@@ -76,7 +76,7 @@ def correct(config: PostTraining, model: nn.Module, context: Context, observed: 
         original = prepared(config, model, context, lambda: inputs)
         save_file(mean_outputs(original, inputs), folder / "means.safetensors")
 
-    seed = context.seed if config.calibration_seed is None else config.calibration_seed
+    seed = config.draw(context)
     parents = (context.key, config.calibration_samples, seed, torch.__version__, *preparation(config))
     folder = context.store.folder(context.store.key("mean_outputs", 1, *parents), compute)
     correct_biases(observed, load_file(folder / "means.safetensors"), inputs)

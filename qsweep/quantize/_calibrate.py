@@ -47,7 +47,7 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
         folder = context.store.folder(context.store.key(what, 4, BINS, *parents), compute)
         return load_file(folder / "statistics.safetensors")
 
-    seed = context.seed if config.calibration_seed is None else config.calibration_seed
+    seed = config.draw(context)
     _restore(observed.graph, statistics("ranges", see_extremes))
     if any(observer.counts_values for observer in found):
         _restore(observed.graph, statistics("histograms", see_counts))
@@ -62,7 +62,7 @@ def calibration_inputs(config: Grids, context: Context) -> Tensor:
     stored = context.task.samples("train").inputs
     if not len(stored):
         raise DataError("`train`: must hold samples to calibrate on (got none)")
-    seed = context.seed if config.calibration_seed is None else config.calibration_seed
+    seed = config.draw(context)
     drawn = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))[: config.calibration_samples]
     return context.task.transform(stored[drawn.sort().values])
 

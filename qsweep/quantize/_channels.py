@@ -77,6 +77,13 @@ def scale_outputs(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
+def wide_constant(graph: fx.GraphModule, node: fx.Node, index: int) -> Tensor:
+    """The constant that is argument `index` of `node`, as float64."""
+    value = constant(graph, node.args[index])
+    assert value is not None
+    return value.detach().double()
+
+
 def replace_constant(graph: fx.GraphModule, node: fx.Node, index: int, value: Tensor) -> None:
     """Make `value`, float32, the constant that is argument `index` of `node`; others that read the old one keep it."""
     name = own_name(graph, str(source(node, index).target), node)

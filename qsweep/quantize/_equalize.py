@@ -17,6 +17,7 @@ from qsweep.quantize._channels import (
     replace_constant,
     scale_inputs,
     scale_outputs,
+    wide_constant,
 )
 
 _SWEEPS = 100
@@ -51,8 +52,10 @@ def equalize(model: QuantizedModel) -> int:
         ShapeProp(model.graph).propagate(model.example)
     found = pairs(model.graph)
     layers = list(dict.fromkeys(layer for pair in found for layer in pair))
-    weights = {layer: _constant(model.graph, layer, 1) for layer in layers}
-    biases = {pair.first: _constant(model.graph, pair.first, 2) for pair in found if _has_bias(model.graph, pair.first)}
+    weights = {layer: wide_constant(model.graph, layer, 1) for layer in layers}
+    biases = {
+        pair.first: wide_constant(model.graph, pair.first, 2) for pair in found if _has_bias(model.graph, pair.first)
+    }
     for _ in range(_SWEEPS):
         if max((_balance(pair, weights, biases) for pair in found), default=0.0) < _SETTLED:
             break
@@ -92,9 +95,3 @@ def _balance(pair: Pair, weights: dict[fx.Node, Tensor], biases: dict[fx.Node, T
 
 def _has_bias(graph: fx.GraphModule, layer: fx.Node) -> bool:
     return len(layer.args) > 2 and constant(graph, layer.args[2]) is not None
-
-
-def _constant(graph: fx.GraphModule, layer: fx.Node, index: int) -> Tensor:
-    value = constant(graph, layer.args[index])
-    assert value is not None
-    return value.detach().double()

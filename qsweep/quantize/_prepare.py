@@ -30,7 +30,7 @@ def prepared(config: Grids, model: nn.Module, context: Context, inputs: Callable
         def compute(folder: Path) -> None:
             save_file(channel_maxima(graph, inputs()), folder / "maxima.safetensors")
 
-        seed = context.seed if config.calibration_seed is None else config.calibration_seed
+        seed = config.draw(context)
         parents = (context.key, config.equalize, config.calibration_samples, seed, torch.__version__)
         key = context.store.key("channel_maxima", 1, *parents)
         smooth(graph, load_file(context.store.folder(key, compute) / "maxima.safetensors"), config.smooth)

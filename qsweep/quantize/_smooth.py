@@ -10,7 +10,15 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.errors import NotFinite
 from qsweep.hub.form import QuantizedModel, aten, constant, nodes_of, source
-from qsweep.quantize._channels import input_maxima, output_axis, readers, replace_constant, scale_inputs, shape_of
+from qsweep.quantize._channels import (
+    input_maxima,
+    output_axis,
+    readers,
+    replace_constant,
+    scale_inputs,
+    shape_of,
+    wide_constant,
+)
 
 _BATCH = 128
 _AFFINE: dict[object, tuple[int, ...]] = {
@@ -94,13 +102,13 @@ def smooth(model: QuantizedModel, maxima: dict[str, Tensor], alpha: float) -> in
 
 
 def _smooth(graph: fx.GraphModule, site: Site, given: Tensor, alpha: float) -> None:
-    weights = {layer: _constant(graph, layer, 1) for layer in site.layers}
+    weights = {layer: wide_constant(graph, layer, 1) for layer in site.layers}
     taken = torch.stack([input_maxima(layer, weight) for layer, weight in weights.items()]).amax(0)
     scale = given.pow(alpha) / taken.pow(1 - alpha)
     scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
     for index in _AFFINE[site.norm.target]:
         if len(site.norm.args) > index and constant(graph, site.norm.args[index]) is not None:
-            replace_constant(graph, site.norm, index, _constant(graph, site.norm, index) / scale)
+            replace_constant(graph, site.norm, index, wide_constant(graph, site.norm, index) / scale)
     for layer, weight in weights.items():
         replace_constant(graph, layer, 1, scale_inputs(layer, weight, scale))
 
@@ -110,9 +118,3 @@ def _has_own_factor(graph: fx.GraphModule, norm: fx.Node) -> bool:
     index = _AFFINE[norm.target][0]
     factor = constant(graph, norm.args[index]) if len(norm.args) > index else None
     return factor is not None and factor.dim() == 1
-
-
-def _constant(graph: fx.GraphModule, node: fx.Node, index: int) -> Tensor:
-    value = constant(graph, node.args[index])
-    assert value is not None
-    return value.detach().double()

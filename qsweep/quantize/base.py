@@ -120,6 +120,10 @@ class Grids(Quantization):
     def _width(self) -> str:
         """The bits of weights as the label has them."""
 
+    def draw(self, context: Context) -> int:
+        """The seed that draws the calibration samples."""
+        return context.seed if self.calibration_seed is None else self.calibration_seed
+
     def pattern_of(self, layer: str) -> str | None:
         """The pattern of `layer_bits` that counts for the weight named `layer`."""
         found = sorted(pattern for pattern in self.layer_bits if fnmatchcase(layer, pattern))

@@ -29,7 +29,7 @@ venv-test: .venv/.installed-test
 	touch $@
 
 .venv/.installed-test: .venv/.installed
-	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,cuda]'
 	touch $@
 
 clean:  ## forget the environment and the results of sweeps

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qsweep.config import members
 from qsweep.engines import EngineConfig
-from qsweep.engines._integer import IntegerInterpreter
 from qsweep.engines._onnx import complete
 from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
@@ -21,6 +20,7 @@ from qsweep.engines.reference import Reference
 from qsweep.errors import BundleError, Refused
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, QuantizedModel, grid_of, nodes_of, set_constant
+from qsweep.hub.integer import IntegerInterpreter
 from qsweep.hub.simulate import simulation
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression

@@ -31,7 +31,7 @@ class Inductor(EngineConfig):
         return reason and f"integer kernels cannot run it: {reason}; `float` is the same compiler in floating point"
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
-        from qsweep.engines._accumulators import check_accumulators
+        from qsweep.hub.accumulators import check_accumulators
         from qsweep.hub.save import save
 
         check_accumulators(model)

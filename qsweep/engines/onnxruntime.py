@@ -31,8 +31,8 @@ class OnnxRuntime(EngineConfig):
         return f"ONNX Runtime's integer kernels cannot run it: {reason}; use `float`" if reason else None
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
-        from qsweep.engines._accumulators import check_accumulators
         from qsweep.engines._onnx import lower
+        from qsweep.hub.accumulators import check_accumulators
 
         check_accumulators(model)
         lower(model, folder, store)

@@ -25,19 +25,19 @@ class Reference(EngineConfig):
         return f"the reference computes in integers: {reason}; give `quantize` integer grids, or use `float`"
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
-        from qsweep.engines._accumulators import check_accumulators
+        from qsweep.hub.accumulators import check_accumulators
         from qsweep.hub.save import save
 
         check_accumulators(model)
         save(model, folder)
 
     def load(self, folder: Path) -> Runner:
-        from qsweep.engines._integer import IntegerInterpreter
+        from qsweep.hub.integer import IntegerInterpreter
         from qsweep.hub.save import load
 
         return IntegerInterpreter(load(folder).graph)
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
-        from qsweep.engines._integer import integer_macs
+        from qsweep.hub.integer import integer_macs
 
         return integer_macs(runner, inputs)

@@ -13,15 +13,16 @@ from qsweep.errors import DataError, ExportFailure
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.plain import plain
-from qsweep.hub.save import load, save
-from qsweep.stage import Context
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qsweep.stage import Context
+
 
 def float_graph(model: nn.Module, context: Context) -> QuantizedModel:
     """The folded float graph of `model`, the uncompressed or pruned one of `context`; exported once, then kept."""
+    from qsweep.hub.save import load, save
 
     def compute(folder: Path) -> None:
         live = export(model, example_of(context))

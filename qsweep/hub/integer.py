@@ -9,8 +9,9 @@ the only op that is not exact.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -28,9 +29,6 @@ from qsweep.hub.form import (
     pool_count,
 )
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
-
-if TYPE_CHECKING:
-    from qsweep.engines.base import Runner
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,7 @@ def _real(value: Any) -> Any:
     return value.real() if isinstance(value, Integers | Accumulator | Sum) else value
 
 
-def integer_macs(runner: Runner, inputs: Tensor) -> float:
+def integer_macs(runner: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
     """Share of integer multiply-accumulates in one call of an IntegerInterpreter."""
     assert isinstance(runner, IntegerInterpreter)
     runner(inputs)

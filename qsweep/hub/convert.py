@@ -114,9 +114,7 @@ def _convert_weight(graph: fx.GraphModule, node: fx.Node) -> None:
     bias = constant(graph, compute.args[2]) if len(compute.args) > 2 else None
     weight = _finite(graph, source(node))
     step = grid_of(given).scale if given.target is DEQUANTIZE else None
-    smallest = torch.zeros(len(weight))
-    if bias is not None and step is not None:  # the bias must fit an int32 accumulator with room for the sum
-        smallest = _finite(graph, source(compute, 2)).abs() / (step * 2**30)
+    smallest = least_scales(weight, None if bias is None else _finite(graph, source(compute, 2)), step)
     observer = cast(WeightObserver, graph.get_submodule(str(node.target)))
     stored = observer.stored(weight, smallest)
     dequantized = stored.write(graph, own_name(graph, original, compute), before=node)
@@ -124,6 +122,16 @@ def _convert_weight(graph: fx.GraphModule, node: fx.Node) -> None:
     graph.graph.erase_node(node)
     if bias is not None and step is not None and isinstance(stored, Channels):
         _snap_bias(graph, compute, bias, torch.tensor(step) * stored.scale)
+
+
+def least_scales(weight: Tensor, bias: Tensor | None, step: float | None) -> Tensor:
+    """(C,) the least scales of `weight` (C, ...) that let `bias` fit an int32 accumulator with room for the sum.
+
+    `step`: that of the activations; None where they are not on one fixed grid, and then any scale will do.
+    """
+    if bias is None or step is None:
+        return torch.zeros(len(weight))
+    return bias.detach().abs() / (step * 2**30)
 
 
 def _snap_bias(graph: fx.GraphModule, compute: fx.Node, bias: Tensor, step: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from qsweep.errors import NotFinite
+from qsweep.hub.convert import least_scales
 from qsweep.hub.form import COMPUTE, RECTIFIERS, DynamicGrid, Grid, QuantizedModel, constant, nodes_of, source
 from qsweep.hub.insert import ActivationObserver
 from qsweep.hub.ops import dynamic_fake_quantize
@@ -164,16 +165,16 @@ def _observer(graph: fx.GraphModule, node: fx.Node) -> NearestWeight | None:
 
 
 def _smallest(graph: fx.GraphModule, layers: dict[fx.Node, NearestWeight]) -> dict[str, Tensor]:
-    """(C,) smallest scales by the name of the weight, as `qsweep.hub.convert` will ask for them."""
+    """(C,) smallest scales by the name of the weight, as `convert` will ask for them."""
     found: dict[str, Tensor] = {}
     for node in layers:
         name, given = str(source(source(node, 1)).target), source(node)
         weight = constant(graph, source(source(node, 1)))
         bias = constant(graph, node.args[2]) if len(node.args) > 2 else None
         assert weight is not None
-        least = torch.zeros(len(weight))
-        if bias is not None and given.op == "call_module":
+        grid = None
+        if given.op == "call_module":
             grid = cast(ActivationObserver, graph.get_submodule(str(given.target))).grid()
-            least = bias.detach().abs() / (grid.scale * 2**30) if isinstance(grid, Grid) else least
+        least = least_scales(weight, bias, grid.scale if isinstance(grid, Grid) else None)
         found[name] = torch.maximum(least, found.get(name, least))
     return found

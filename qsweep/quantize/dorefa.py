@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qsweep.quantize.base import Calibration
 from qsweep.quantize.trained import Trained
@@ -23,6 +23,7 @@ class DoReFa(Trained):
     """
 
     method: Literal["dorefa"] = "dorefa"
+    version: ClassVar[int] = 2
     calibration: Calibration = "mse"
     """How ranges follow from what calibration saw: where activations are clipped."""
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qsweep.quantize.base import Calibration
 from qsweep.quantize.trained import Trained
@@ -22,6 +22,7 @@ class LSQ(Trained):
     """
 
     method: Literal["lsq"] = "lsq"
+    version: ClassVar[int] = 2
     # The paper starts from 2 * mean|w| / sqrt(Qp). On a ResNet-20 with 8-bit activations that is 85.1 % (4 bits) and
     # 65.5 % (3 bits) before the first step of training, the least squared error 85.9 % and 70.3 %.
     weight_range: Literal["minmax", "mse"] = "mse"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from glob import escape
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +26,7 @@ class Mixed(PostTraining):
     """
 
     method: Literal["mixed"] = "mixed"
+    version: ClassVar[int] = PTQ.version  # what it ends in
     average_bits: Annotated[float, Field(ge=2, le=16)] = 4.0
     """The budget: no more than what all layers of so many bits would cost."""
     budget: Literal["bytes", "bit_operations"] = "bytes"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ class PACT(Trained):
     """
 
     method: Literal["pact"] = "pact"
+    version: ClassVar[int] = 2
     clip_decay: Annotated[float, Field(ge=0)] = 2e-4
     """Weight of half the squared ends in the loss."""
     calibration: Calibration = "mse"

@@ -26,6 +26,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def no_gpu() -> str | None:
+    """Why there is no CUDA device that PyTorch can use, or None."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"`device: cuda` needs a PyTorch built with CUDA (this one is {torch.__version__})"
+    return None if torch.cuda.is_available() else "`device: cuda` needs a CUDA device (PyTorch finds none)"
+
+
 def fingerprint() -> str:
     """Figures of equal fingerprints may be compared: processor, its features, cores, system."""
     return f"{cpu()}; {cores()} cores; {' '.join(features())}; {platform.system()} {platform.machine()}"

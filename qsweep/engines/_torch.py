@@ -30,13 +30,13 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool, integers: bool)
     model = load(folder)
     graph = with_image_convolutions(unsigned(model.graph)) if integers else simulation(model)
     example = torch.zeros(engine.batch_size, *model.example.shape[1:])
-    call: Any = compiled(graph, _channels_last(example)) if compile else _eager(graph)
+    call: Any = compiled(graph, channels_last_input(example)) if compile else channels_last_weights(graph)
 
     def run(inputs: Tensor) -> Tensor:
         if compile and inputs.shape != example.shape:  # it would be compiled again, for seconds, without a word
             raise Refused(f"the compiled model takes inputs {list(example.shape)} (got {list(inputs.shape)})")
         with torch.no_grad():
-            return cast(Tensor, call(_channels_last(inputs)))
+            return cast(Tensor, call(channels_last_input(inputs)))
 
     try:
         run(example)
@@ -52,11 +52,12 @@ _OWN_WARNINGS = (
 """What PyTorch's compiler says about its own code."""
 
 
-def _channels_last(inputs: Tensor) -> Tensor:
+def channels_last_input(inputs: Tensor) -> Tensor:
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
 
 
-def _eager(graph: fx.GraphModule) -> fx.GraphModule:
+def channels_last_weights(graph: fx.GraphModule) -> fx.GraphModule:
+    """`graph` with images' weights channels last, in place."""
     for _, value in [*graph.named_parameters(), *graph.named_buffers()]:
         if value.dim() == 4:
             value.data = value.data.contiguous(memory_format=torch.channels_last)

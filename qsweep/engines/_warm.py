@@ -38,6 +38,8 @@ def _network() -> fx.GraphModule:
 
 
 def _warm_up() -> None:
+    if torch.cuda.is_available():  # the compiler asks for the GPU's properties, and no fork could use it afterwards
+        return
     tqdm.monitor_interval = 0  # the compiler's progress bars would start a thread
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

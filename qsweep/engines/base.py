@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from qsweep.store import Store
 
 Runner = Callable[["Tensor"], "Tensor"]
-"""Takes a float32 batch of exactly the target's batch size, gives the model's output."""
+"""Takes a float32 batch of exactly the target's batch size, gives the model's output; both on the engine's device.
+
+The output may lie in a buffer that the next call writes to.
+"""
 
 
 class EngineConfig(Config, ABC):
@@ -29,7 +32,7 @@ class EngineConfig(Config, ABC):
     preload: ClassVar[tuple[str, ...]] = ()
     """Modules that make the first use quick; imported once, before workers are forked."""
     engine: str
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     batch_size: Annotated[int, Field(ge=1)] = 1
     """Samples a call; accuracy and latency are measured at it."""
     threads: Annotated[int, Field(ge=1)] = 1
@@ -37,7 +40,9 @@ class EngineConfig(Config, ABC):
 
     def available(self) -> str | None:
         """Why this engine cannot work on this machine, or None."""
-        return None
+        from qsweep.machine import no_gpu
+
+        return no_gpu() if self.device == "cuda" else None
 
     @abstractmethod
     def refuses(self, config: Compression) -> str | None:
@@ -48,8 +53,9 @@ class EngineConfig(Config, ABC):
 
         Without a `target` it runs on this engine, or on `float` where this engine refuses it.
         """
-        bf16, int8 = {"quantize": {"method": "cast", "dtype": "bf16"}}, {"quantize": {"method": "ptq"}}
-        return [{}, {"compress": bf16}, {"compress": int8}]
+        types = ("bf16",) if self.device == "cpu" else ("bf16", "fp16")
+        stages = [{"method": "cast", "dtype": dtype} for dtype in types] + [{"method": "ptq"}]
+        return [{}, *({"compress": {"quantize": stage}} for stage in stages)]
 
     @abstractmethod
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 
 class Float(EngineConfig):
-    """PyTorch in floating point, channels last, eager or compiled: the baselines fp32, bf16 and fp16, and models of
-    which only the weights are quantized."""
+    """PyTorch in floating point, channels last, eager or compiled, on a CPU or a CUDA device: the baselines fp32, bf16
+    and fp16, and models of which only the weights are quantized."""
 
     engine: Literal["float"] = "float"
     compile: bool = True
-    """`torch.compile` with freezing; false runs eagerly."""
+    """`torch.compile`, with freezing on a CPU and as `max-autotune` on a GPU; false runs eagerly."""
+
+    capture: bool = True
+    """On a GPU: the kernels of a call are captured once in a CUDA graph and replayed; false launches each anew."""
 
     simulate: bool = False
     """Take what needs integer kernels too and compute it in floating point: its accuracy and size, not its speed. Such
@@ -38,6 +41,10 @@ class Float(EngineConfig):
         save(model, folder)
 
     def load(self, folder: Path) -> Runner:
+        if self.device == "cuda":
+            from qsweep.engines._torch_cuda import gpu_runner
+
+            return gpu_runner(folder, self, compile=self.compile, capture=self.capture)
         from qsweep.engines._torch import runner
 
         return runner(folder, self, compile=self.compile, integers=False)

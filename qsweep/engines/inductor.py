@@ -18,6 +18,7 @@ class Inductor(EngineConfig):
 
     preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._warm",)
     engine: Literal["inductor"] = "inductor"
+    device: Literal["cpu"] = "cpu"
 
     def available(self) -> str | None:
         import shutil

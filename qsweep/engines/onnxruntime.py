@@ -19,6 +19,7 @@ class OnnxRuntime(EngineConfig):
     preload: ClassVar[tuple[str, ...]] = ("onnxscript.function_libs.torch_lib",)
     """The export's. Not onnxruntime: its import starts a thread, and takes no time."""
     engine: Literal["onnxruntime"] = "onnxruntime"
+    device: Literal["cpu"] = "cpu"
 
     def available(self) -> str | None:
         from importlib.util import find_spec

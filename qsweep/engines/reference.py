@@ -17,6 +17,7 @@ class Reference(EngineConfig):
     """The integer contract, computed exactly and slowly: the oracle every other engine is held against."""
 
     engine: Literal["reference"] = "reference"
+    device: Literal["cpu"] = "cpu"
 
     def refuses(self, config: Compression) -> str | None:
         reason = "no stage quantizes" if config.quantize is None else config.quantize.not_integer

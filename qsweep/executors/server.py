@@ -47,6 +47,8 @@ def _leave_terminal(log: str) -> None:
     os.close(descriptor)
     # Importing Inductor would start a pool of compilers: children of the server, shared by nobody.
     os.environ.setdefault("TORCH_WARM_POOL", "0")
+    # Asking CUDA whether there is a device would leave it unusable in all workers, which are forked after it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 if VARIABLE in os.environ:

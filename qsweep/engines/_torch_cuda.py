@@ -1,0 +1,83 @@
+"""Float graphs on a CUDA device: eager or compiled, each call replayed from a CUDA graph or launched anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, fx
+
+from qsweep.engines._torch import channels_last_input, channels_last_weights
+from qsweep.errors import Refused
+from qsweep.hub.save import load
+from qsweep.hub.simulate import simulation
+from qsweep.machine import no_gpu
+
+if TYPE_CHECKING:
+    from qsweep.engines.base import EngineConfig, Runner
+
+_WARM_UP_CALLS = 3
+"""Before a capture: what is lazy (workspaces, cuDNN's choice of algorithms) must have happened."""
+
+
+def gpu_runner(folder: Path, engine: EngineConfig, *, compile: bool, capture: bool) -> Runner:
+    """The artifact on the GPU, weights resident, channels last, called once. Raises Refused where there is no device,
+    or the compiler or the capture cannot take the model; memory that runs out keeps its own type."""
+    if (reason := no_gpu()) is not None:
+        raise Refused(reason)
+    torch.backends.cudnn.benchmark = True  # a baseline is to be as fast as cuDNN can be
+    model = load(folder)
+    graph = channels_last_weights(simulation(model).to("cuda"))
+    example = channels_last_input(torch.zeros(engine.batch_size, *model.example.shape[1:], device="cuda"))
+    try:
+        call = compiled(graph, example) if compile else graph
+        return fixed(captured(call, example) if capture else call, example)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler raises dozens of types; all mean that it cannot take the model
+        raise Refused(f"the model cannot run on the GPU: {str(error).splitlines()[0][:300]}") from error
+
+
+def compiled(graph: fx.GraphModule, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """`graph` by `torch.compile`, kernels chosen by measuring; it captures nothing."""
+    call = torch.compile(graph, mode="max-autotune-no-cudagraphs", dynamic=False)
+    with torch.no_grad():
+        call(example)
+    return cast(Callable[[Tensor], Tensor], call)
+
+
+@torch.no_grad()
+def captured(call: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """`call` as one CUDA graph: takes inputs shaped as `example`, gives a buffer that the next call overwrites."""
+    given = example.clone()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP_CALLS):
+            call(given)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call(given)
+
+    def replay(inputs: Tensor) -> Tensor:
+        given.copy_(inputs)
+        graph.replay()
+        return result
+
+    return replay
+
+
+def fixed(call: Callable[[Tensor], Tensor], example: Tensor) -> Runner:
+    """`call` for batches of one size, without gradients; called once."""
+
+    def run(inputs: Tensor) -> Tensor:
+        if inputs.shape != example.shape:
+            raise Refused(f"the model on the GPU takes inputs {list(example.shape)} (got {list(inputs.shape)})")
+        with torch.no_grad():
+            return call(channels_last_input(inputs))
+
+    run(example)
+    return run

@@ -20,6 +20,7 @@ from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, DiskFull, OutOfMemory, QsweepError, TaskFailure, TrialFailure
+from qsweep.evaluate import check, predict
 from qsweep.hub.export import float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
@@ -31,7 +32,6 @@ from qsweep.measure.sizes import file_sizes, work
 from qsweep.spec import Measure, TrialConfig
 from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task, TaskConfig
-from qsweep.train import check, predict
 
 SIMULATED = "simulated.safetensors"
 """What the simulation gives on the parity samples, from `build` to `measure`."""
@@ -123,7 +123,8 @@ def _build(job: Job) -> Result:
         lower(model, job.config, job.artifact, job.store)
     metrics = {"accuracy_simulated": accuracy, **work(model), **file_sizes(job.artifact)}
     kernels = content_hash([structure(model, widths=True), job.config.target.uid()])
-    return {"metrics": metrics, "seconds": job.clock.seconds, "kernels": kernels}
+    about = {"kernels": kernels, "layer_bits": model.layer_bits()}
+    return {"metrics": metrics, "seconds": job.clock.seconds} | about
 
 
 def _measure(job: Job) -> Result:

@@ -101,6 +101,8 @@ class Record(BaseModel):  # no Config: its `uid` is that of the config it was ma
     """Membership of the final Pareto front; None: not on it."""
     simulated: bool = False
     """Whether integers were computed in floating point: its latency is not that of the integers."""
+    layer_bits: dict[str, int] = {}
+    """Bits of the weights of each layer as they are stored, whoever chose them, by the name of the weight."""
     kernels: str = ""
     """Identity of the code that runs, numbers left out: records that share it differ in latency by noise alone."""
     machine: str = ""

@@ -47,7 +47,9 @@ def build(folder: Path) -> None:
     elif told in ("NotFinite", "ExportFailure", "DiskFull"):
         _write(folder, "build", {"failure": {"kind": told, "message": "as told"}})
     else:
-        _write(folder, "build", {"metrics": {"size_bytes": _size(job)}, "seconds": {"quantize": 0.01}})
+        bits = {"stem.weight": 8, "head.weight": (job["config"]["compress"]["quantize"] or {}).get("weight_bits", 8)}
+        content = {"metrics": {"size_bytes": _size(job)}, "seconds": {"quantize": 0.01}, "layer_bits": bits}
+        _write(folder, "build", content)
 
 
 def measure(folder: Path) -> None:

@@ -15,6 +15,7 @@ from qsweep.study import SweepFolder
 
 FLOAT, BF16 = None, {"method": "cast", "dtype": "bf16"}
 MAGNITUDE = {"method": "magnitude", "sparsity": 0.5}
+BITS = {"conv1.weight": 8, "conv2.weight": 2, "linear.weight": 2}
 
 
 def record(number: int, name: str, accuracy: float, size: float, latency: float, **changes: Any) -> Record:
@@ -41,7 +42,7 @@ def records() -> list[Record]:
         record(0, "fp32", 0.97, 40_000.0, 1.0, kind="baseline", quantize=FLOAT),
         record(1, "bf16", 0.969, 20_000.0, 0.8, kind="baseline", quantize=BF16, engine="float"),
         record(2, "ptq-w8s-a8a", 0.968, 10_000.0, 0.5, kind="baseline"),
-        record(3, "ptq-w4s-a8a", 0.95, 5_000.0, 0.5, quantize={"method": "ptq", "weight_bits": 4}),
+        record(3, "ptq-w4s-a8a", 0.95, 5_000.0, 0.5, quantize={"method": "ptq", "weight_bits": 4}, layer_bits=BITS),
         record(4, "qat-w8s-a8a-prune50", 0.971, 9_000.0, 0.58, prune=MAGNITUDE, quantize={"method": "qat"}),
         record(5, "ptq-w6s-a8a", 0.94, 7_500.0, 0.6, quantize={"method": "ptq", "weight_bits": 6}),
         record(6, "ptq-w2s-a8a", 0.0, 0.0, 0.0, state="failed", failure=failed, metrics=Metrics()),

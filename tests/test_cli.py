@@ -125,6 +125,7 @@ def test_best_takes_the_best_by_a_metric_of_what_keeps_the_bounds(spec: Path) ->
     ).output
     assert bounded.splitlines()[0].endswith("ptq-w6s-a8a on onnxruntime")
     assert "weight_bits: 6" in bounded
+    assert "8 bits: stem.weight; 6 bits: head.weight" in bounded
 
 
 @pytest.mark.parametrize("command", [("best",), ("promote", "--name", "m"), ("export", "--out", "out")])

@@ -120,6 +120,17 @@ def test_a_config_is_prepared_built_measured_and_tested(
     assert not list(folder.rglob("*.unfinished"))
 
 
+def test_the_bits_that_were_chosen_by_layer_are_in_the_result(root: Path, baseline: Path, tmp_path: Path) -> None:
+    mixed = {"method": "mixed", "average_bits": 4, "edge_bits": 8, "calibration_samples": 60}
+    target = {"engine": "reference", "batch_size": 100}
+    folder = written(tmp_path / "trial", root, {"quantize": mixed}, target, baseline=str(baseline))
+    bits = did(folder, "build")["layer_bits"]
+    content = json.loads((folder / "artifact" / "graph.json").read_text())
+    assert {width for width, _ in content["packed"].values()} == set(bits.values()) - {8}
+    assert [name for name, width in bits.items() if width == 8][:1] == ["stem.conv.weight"]
+    assert len(set(bits.values())) > 1
+
+
 def test_a_config_is_built_and_measured_on_inductor(root: Path, baseline: Path, tmp_path: Path) -> None:
     folder = written(tmp_path / "trial", root, PTQ, {"engine": "inductor", "batch_size": 32}, baseline=str(baseline))
     found = metrics(folder, "build", "measure")

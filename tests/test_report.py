@@ -12,6 +12,7 @@ from qsweep.records import Metrics
 from qsweep.track import front_table, full_table, pareto_html
 from qsweep.track.charts import hover as hover_text
 from qsweep.track.runs import note
+from qsweep.track.table import mixed_bits
 
 
 class Page(HTMLParser):
@@ -53,6 +54,14 @@ def test_every_trial_is_on_the_page_and_failed_ones_say_why(html: str) -> None:
 def test_text_from_a_sweep_is_escaped(html: str) -> None:
     assert "<on w2>" not in html
     assert "&lt;i&gt;" in hover_text(record(0, "<i>", 0.9, 1.0, 1.0))
+
+
+def test_bits_that_differ_by_layer_are_told_at_the_points_and_in_the_table(html: str) -> None:
+    mixed, alike = records()[3], record(3, "p", 0.9, 1.0, 1.0, layer_bits={"conv1.weight": 4, "linear.weight": 4})
+    assert "layers: 1 of 8 bits, 2 of 2 bits" in hover_text(mixed)
+    assert "layers" not in hover_text(alike)
+    assert mixed_bits(alike) == ""
+    assert "8 bits: conv1.weight; 2 bits: conv2.weight, linear.weight" in html
 
 
 def test_both_charts_show_every_measured_trial_once_and_ring_the_front(html: str) -> None:

@@ -358,6 +358,18 @@ def test_a_config_is_applied_to_another_checkpoint_which_stays_as_it_was(tmp_pat
     assert not torch.allclose(again(inputs(9)), made(inputs(9)), atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter warns of itself
+def test_bits_by_layer_are_chosen_again_alike_and_told_in_the_bundle(tmp_path: Path) -> None:
+    mixed = {"method": "mixed", "average_bits": 4.5, "candidates": [3, 6], "sensitivity": "output_error"}
+    config = PTQ | {"compress": {"quantize": mixed}}
+    model, found = trained(), []
+    for source, out in ((config, "first"), (tmp_path / "first", "again")):
+        compress(model, source, Toy(), tmp_path / out)
+        found.append(json.loads((tmp_path / out / "metrics.json").read_text())["layer_bits"])
+    assert found[0] == found[1] == {"0.weight": 6, "5.weight": 3}  # 36 weights and 128: the budget has room for these
+    assert verify(tmp_path / "first").trial == verify(tmp_path / "again").trial
+
+
 def test_a_config_that_is_none_or_that_the_engine_refuses_is_said_before_anything_is_done(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"`compress.quantise`: there is no such key"):
         compress(trained(), {"compress": {"quantise": None}, "target": {"engine": "onnxruntime"}}, Toy())

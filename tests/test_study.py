@@ -36,6 +36,13 @@ def test_every_record_comes_once_and_members_of_the_front_once_more(tmp_path: Pa
     assert len({number for number, front in came if front}) == sum(front for _, front in came)
 
 
+def test_the_record_of_a_trial_has_the_bits_of_every_layer(tmp_path: Path) -> None:
+    found = sweep(tmp_path, small_spec())
+    trials = [record for record in found.values() if record.kind == "trial"]
+    assert sorted({record.layer_bits["head.weight"] for record in trials}) == [2, 4, 6]
+    assert {record.layer_bits["stem.weight"] for record in trials} == {8}
+
+
 def test_a_finished_sweep_runs_nothing_again_and_gives_the_same_records(tmp_path: Path) -> None:
     first = sweep(tmp_path, small_spec())
     before = calls(tmp_path)

@@ -64,6 +64,11 @@ def test_every_trial_has_a_finished_run_below_one_parent_and_a_copied_one_has_no
     assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 7 + ["FAILED"]
 
 
+def test_bits_that_differ_by_layer_are_a_file_of_the_run(swept: Path) -> None:
+    found = [files_of(swept, run.info.run_id) for run in runs_of(swept)[1:]]
+    assert [place for place, files in enumerate(found) if "layer_bits.json" in files] == [3]
+
+
 def test_params_are_flat_metrics_have_their_names_and_tags_say_what_a_run_is(swept: Path) -> None:
     run = runs_of(swept)[5]
     assert run.data.params["compress.quantize.method"] == "qat"

@@ -22,7 +22,7 @@ def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "a
     from qsweep.cli.console import say
     from qsweep.cli.sweep import choose
     from qsweep.records import Metrics
-    from qsweep.track.table import engine_text
+    from qsweep.track.table import engine_text, mixed_bits
 
     record, folder = choose(sweep, maxima, minima, by)
     say(f"#{record.number} {record.name} on {engine_text(record)}")
@@ -31,4 +31,6 @@ def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "a
         if value is not None:
             say(f"  {name:<22} {value:,.6g}")
     say(f"  {'artifact':<22} {folder.path / record.folder / 'artifact'}", "")
+    if bits := mixed_bits(record):
+        say(f"  {'layers':<22} {bits}", "")
     say(yaml.safe_dump(record.config, sort_keys=False).rstrip())

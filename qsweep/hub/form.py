@@ -109,6 +109,10 @@ class QuantizedModel:
         nodes = [node for node in nodes_of(self.graph, COMPUTE) if constant(self.graph, node.args[1]) is not None]
         return [self._layer(node, node.meta["tensor_meta"].shape) for node in nodes]
 
+    def layer_bits(self) -> dict[str, int]:
+        """Bits of the weights of each layer, as they are stored, by the name of the weight."""
+        return {layer.name: layer.weight_bits for layer in self.layers()}
+
     def _layer(self, node: fx.Node, shape: torch.Size) -> Layer:
         given, stored = source(node), source(node, 1)
         weight_bits = input_bits = 8 * self.dtype.itemsize

@@ -39,6 +39,7 @@ def compress(
 
     `config` is a TrialConfig, the same as plain data, a `config.yaml`, a bundle, or a registered one such as
     `models:/NAME@champion`. `task` gives the data; its own model is not looked at, and `model` is not changed.
+    What a config leaves to the model, such as the bits by layer of `mixed`, is chosen for `model` anew.
     `training` holds the settings of fine-tuning that a spec's task has. Raises SpecError for a config that is none, and
     the TrialFailure of what goes wrong; ParityFailure if the artifact disagrees with its simulation.
     """
@@ -79,9 +80,9 @@ def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, train
     import torch
 
     from qsweep import build
+    from qsweep.evaluate import check
     from qsweep.stage import Context
     from qsweep.store import Store
-    from qsweep.train import check
 
     original = copy.deepcopy(model).eval()
     check(task, original)
@@ -108,15 +109,16 @@ def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, train
         metrics=_measured(quantized, config, task, artifact),
         seconds=clock.seconds,
         folder="trials/0000",
+        layer_bits=quantized.layer_bits(),
     )
 
 
 def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifact: Path) -> Metrics:
     """Accuracy of the artifact as deployed, its agreement with the simulation, and its sizes."""
+    from qsweep.evaluate import predict
     from qsweep.hub.simulate import simulation
     from qsweep.measure.deployed import outputs, parity
     from qsweep.measure.sizes import file_sizes, work
-    from qsweep.train import predict
 
     settings = Measure()
     inputs, labels = task.samples("validation")

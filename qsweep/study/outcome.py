@@ -36,7 +36,8 @@ def record(
     if evaluation is None:
         return Record(state="refused", failure=_failed(Refused(candidate.refusal)), **known)
     known["attempts"] = evaluation.attempts
-    known["kernels"] = evaluation.results.get("build", {}).get("kernels", "")
+    built = evaluation.results.get("build", {})
+    known |= {"kernels": built.get("kernels", ""), "layer_bits": built.get("layer_bits", {})}
     known["machine"] = evaluation.results.get("measure", {}).get("machine", "")
     try:
         known["seconds"] = evaluation.merged("seconds")

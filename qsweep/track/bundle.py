@@ -3,7 +3,7 @@
 Its files:
 
     config.yaml      the TrialConfig
-    metrics.json     what was measured, on which machine
+    metrics.json     what was measured, on which machine; the bits of every layer
     artifact/        the engine's files
     manifest.json    SHA-256 and size of each of these, the engine, the input, the task, versions; format number
 """
@@ -94,6 +94,7 @@ def _describe(record: Record, sweep: Path, folder: Path) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(record.config, sort_keys=False), encoding="utf-8")
     measured = record.metrics.model_dump(exclude_none=True)
     about = {"metrics": measured, "seconds": record.seconds, "machine": record.machine, "front": record.front}
+    about["layer_bits"] = record.layer_bits
     (folder / "metrics.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     spec = read_json(sweep / "spec.json")
     manifest = Manifest(

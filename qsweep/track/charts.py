@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,6 +113,9 @@ def hover(record: Record) -> str:
     for stage, config in (record.config.get("compress") or {}).items():
         if config:
             lines.append(f"{stage}: " + escape(", ".join(f"{key}={value}" for key, value in config.items())))
+    counts = sorted(Counter(record.layer_bits.values()).items(), reverse=True)
+    if len(counts) > 1:
+        lines.append("layers: " + ", ".join(f"{count} of {bits} bits" for bits, count in counts))
     metrics = record.metrics
     lines += [f"accuracy {100 * metrics.accuracy:.2f} %"] if metrics.accuracy is not None else []
     lines += [f"{metrics.size_bytes / 1024:,.1f} KiB"] if metrics.size_bytes is not None else []

@@ -9,7 +9,7 @@ from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
 from qsweep.track.charts import scatter
 from qsweep.track.pareto import baseline, front
-from qsweep.track.table import TITLES, Column, value_of
+from qsweep.track.table import TITLES, Column, mixed_bits, value_of
 from qsweep.track.view import DASHBOARDS
 
 _COLUMNS = (
@@ -106,5 +106,6 @@ def _row(record: Record, columns: Sequence[Column], members: set[int]) -> dict[s
         raw = value_of(record, column.key, members)
         text, plain = column.text(raw), "" if raw is None else raw
         cells.append({"text": text, "raw": plain, "numeric": column.numeric, "badge": column.key == "front"})
+    about = (str(record.config.get("compress", "")), mixed_bits(record))
     mark = "on-front" if record.number in members else "baseline" if record.kind == "baseline" else ""
-    return {"mark": mark, "cells": cells, "config": str(record.config.get("compress", ""))}
+    return {"mark": mark, "cells": cells, "config": "\n".join(filter(None, about))}

@@ -20,7 +20,7 @@ from qsweep.track.environment import environment
 from qsweep.track.ledger import Ledger
 from qsweep.track.pareto import front, hypervolume
 from qsweep.track.report import pareto_html
-from qsweep.track.table import front_table, full_table
+from qsweep.track.table import front_table, full_table, mixed_bits
 from qsweep.track.view import set_view
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class Runs:
         self._log(run_id, flat.params(record) if new else {}, fresh, {} if known is None else flat.tags(record), end)
         if new:
             self.client.log_text(run_id, yaml_text(record.config), "config.yaml")
+            if mixed_bits(record):
+                self.client.log_text(run_id, json.dumps(record.layer_bits, indent=1), "layer_bits.json")
             if record.state == "failed" and (self.folder / record.folder / "log.txt").is_file():
                 self.client.log_artifact(run_id, str(self.folder / record.folder / "log.txt"))
         self.client.set_terminated(run_id, "FINISHED" if record.state == "complete" else "FAILED", end)

@@ -140,6 +140,14 @@ def value_of(record: Record, key: str, members: set[int]) -> Value:
     return value
 
 
+def mixed_bits(record: Record) -> str:
+    """The weights of each width, the widest first, such as `8 bits: conv1.weight; 4 bits: conv2.weight, fc.weight`;
+    empty where all have the same."""
+    widths = sorted(set(record.layer_bits.values()), reverse=True)
+    names = {width: [name for name, bits in record.layer_bits.items() if bits == width] for width in widths}
+    return "; ".join(f"{bits} bits: {', '.join(names[bits])}" for bits in widths) if len(widths) > 1 else ""
+
+
 def engine_text(record: Record) -> str:
     """The engine, whether it runs eagerly, and whether it only simulates."""
     eager = record.config.get("target", {}).get("compile") is False

@@ -28,8 +28,7 @@ from qsweep.quantize.pact import PACT
 from qsweep.quantize.qat import QAT
 from qsweep.stage import Context
 from qsweep.store import Store
-from qsweep.tasks.base import Samples, SplitName, Training
-from qsweep.train import Precision
+from qsweep.tasks.base import Precision, Samples, SplitName, Training
 
 METHODS = {"ste": QAT, "lsq": LSQ, "pact": PACT}
 

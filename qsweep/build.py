@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qsweep.baseline import baseline, baseline_key
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import QuantizedModel
 from qsweep.spec import Compression, TrialConfig
 from qsweep.stage import Context, stage_key
 from qsweep.store import Store
 from qsweep.tasks import Task, TaskConfig
-from qsweep.train import baseline, baseline_key
 
 
 @dataclass

@@ -21,6 +21,7 @@ from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
 from qsweep.errors import DataError, NotFinite
+from qsweep.evaluate import predict
 from qsweep.hub.form import COMPUTE, QUANTIZE, Grid, grid_of, nodes_of, source
 from qsweep.hub.insert import Place
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, dynamic_fake_quantize
@@ -35,7 +36,6 @@ from qsweep.quantize.base import Calibration, Grids, Scheme
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression
 from qsweep.tasks.base import Samples, SplitName
-from qsweep.train import predict
 
 CALIBRATIONS: tuple[Calibration, ...] = get_args(Calibration)
 FITTED = [name for name in CALIBRATIONS if name not in ("minmax", "moving_average")]

@@ -15,8 +15,8 @@ from toy_task import Toy
 from qsweep.distill._loss import divergence, with_teacher
 from qsweep.distill.logits import Logits
 from qsweep.errors import TaskFailure
+from qsweep.evaluate import predict
 from qsweep.prune._global import zero_smallest
-from qsweep.train import predict
 
 
 def logits(seed: int, *shape: int) -> Tensor:

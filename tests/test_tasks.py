@@ -18,11 +18,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from qsweep.errors import DataError, TaskFailure
+from qsweep.evaluate import check, evaluate
 from qsweep.tasks import AnyTask, SplitName, Task
 from qsweep.tasks.image_classification import ImageClassification
 from qsweep.tasks.images._task import augment, normalise
 from qsweep.tasks.python import Python
-from qsweep.train import check, evaluate
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 PIXELS = np.random.default_rng(0).integers(0, 256, (50, 6, 5, 3), dtype=np.uint8)

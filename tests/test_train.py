@@ -10,22 +10,25 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_task import Toy
 
+from qsweep.baseline import baseline, baseline_key, kept
 from qsweep.errors import DataError, NotFinite, TaskFailure
+from qsweep.evaluate import check, evaluate, predict
 from qsweep.store import Store
 from qsweep.tasks.base import Samples, SplitName, Training
 from qsweep.tasks.image_classification import ImageClassification
-from qsweep.train import _batches, baseline, baseline_key, check, evaluate, fit, kept, predict
+from qsweep.train import _batches, fit
 from qsweep.weights import masks, weight_names
 
 CPU = torch.device("cpu")
-TRAINING = Training(batch_size=16)
+TRAINING = Training(batch_size=16, epochs=3, learning_rate=0.1)
 
 
 def trained(task: Toy, seed: int = 0, model: nn.Module | None = None, **options: Any) -> nn.Module:
+    """`options`: fields of `Training`, and what `fit` takes."""
     torch.manual_seed(0)
     model = model or task.model()
-    settings: dict[str, Any] = {"epochs": 3, "learning_rate": 0.1} | options
-    fit(model, task, TRAINING, seed=seed, device=CPU, **settings)
+    fields = {name: options.pop(name) for name in list(options) if name in Training.model_fields}
+    fit(model, task, TRAINING.model_copy(update=fields), seed=seed, device=CPU, **options)
     return model
 
 
@@ -46,14 +49,14 @@ def test_training_raises_the_accuracy() -> None:
     task = Toy(count=256)
     model = task.model()
     before = evaluate(model, task, "validation").mean().item()
-    fit(model, task, TRAINING, epochs=10, learning_rate=0.1, seed=0, device=CPU)
+    trained(task, model=model, epochs=10)
     assert evaluate(model, task, "validation").mean().item() > max(0.85, before)
 
 
 def test_training_leaves_the_random_numbers_of_the_process_alone() -> None:
     task, model = Toy(), Toy(dropout=0.5).model()
     before = torch.get_rng_state()
-    fit(model, task, TRAINING, epochs=1, learning_rate=0.1, seed=3, device=CPU)
+    fit(model, task, TRAINING, seed=3, device=CPU)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -74,16 +77,7 @@ def test_every_sample_is_in_one_batch_and_none_is_alone(count: int, size: int) -
 def test_weight_decay_spares_biases_and_batch_norm() -> None:
     task, model = Toy(), Toy().model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    fit(
-        model,
-        task,
-        TRAINING,
-        epochs=1,
-        learning_rate=0.1,
-        seed=0,
-        device=CPU,
-        loss=lambda x, outputs, y: 0 * outputs.sum(),
-    )
+    trained(task, model=model, epochs=1, loss=lambda x, outputs, y: 0 * outputs.sum())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (parameter.dim() < 2), name
 

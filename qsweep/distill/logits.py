@@ -36,7 +36,8 @@ class Logits(Distillation):
         return f"T{self.temperature:.0f}" if self.temperature.is_integer() else f"T{self.temperature:.1f}"
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
-        from qsweep.train import fine_tune, kept
+        from qsweep.baseline import kept
+        from qsweep.train import fine_tune
 
         def compute(checkpoint: Path) -> None:
             fine_tune(model, self, context, loss=self.loss(context), checkpoint=checkpoint)

@@ -36,8 +36,9 @@ class Magnitude(Pruning):
         return f"prune{100 * self.sparsity:.3g}"
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        from qsweep.baseline import kept
         from qsweep.prune._global import zero_smallest
-        from qsweep.train import fine_tune, kept
+        from qsweep.train import fine_tune
 
         def compute(checkpoint: Path) -> None:
             zero_smallest(model, self.sparsity)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
+from qsweep.checkpoints import resumable
 from qsweep.hub.convert import convert
 from qsweep.hub.export import example_of, export
 from qsweep.hub.form import QuantizedModel, constant
@@ -18,7 +19,7 @@ from qsweep.quantize._norm import FoldedNorm, join_norms, ship_weights, split_no
 from qsweep.quantize._rectifiers import join_rectifiers, split_rectifiers
 from qsweep.quantize.trained import Trained
 from qsweep.stage import Context, stage_key
-from qsweep.train import Loss, fine_tune, resumable
+from qsweep.train import Loss, fine_tune
 
 
 def trained(config: Trained, model: nn.Module, context: Context) -> QuantizedModel:
@@ -90,14 +91,12 @@ def _fit(config: Trained, graph: fx.GraphModule, context: Context, epochs: int, 
         for quantizer in quantizers:
             quantizer.settle()
 
+    decay = {} if config.weight_decay is None else {"weight_decay": config.weight_decay}
     fine_tune(
         graph,
         config,
         context,
-        epochs=epochs,
-        schedule=config.schedule,
-        weight_decay=config.weight_decay,
-        precision=config.precision,
+        {"epochs": epochs, "schedule": config.schedule, "precision": config.precision} | decay,
         loss=_loss(context, quantizers),
         checkpoint=checkpoint,
         after_step=settle,

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
+from qsweep.config import Listed
 from qsweep.quantize.base import Bits, Uniform
 from qsweep.stage import Context
+from qsweep.tasks.base import Precision, Schedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,14 +29,14 @@ class Trained(Uniform):
     epochs: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Highest of the schedule."""
-    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    schedule: Schedule = "one_cycle"
     """one_cycle warms up from a 25th of the rate in the first 30 % of the steps; cosine begins at its highest."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """null: that of the task's training. Scales and clips of grids have none of it."""
-    bits_schedule: tuple[Bits, ...] = ()
+    bits_schedule: Listed[tuple[Bits, ...]] = ()
     """Bits to train at before `weight_bits`, highest first, such as [8, 4]; the epochs are split over all of them, and
     each has a schedule of its own. Activations are lowered alike, not under `activation_bits`."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of convolutions and linears in training; bf16 is quicker where the processor multiplies it in hardware (AMX,
     GPUs), slower elsewhere. Weights, scales and what is shipped are float32 either way."""
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
 SplitName = Literal["train", "validation", "test"]
+Schedule = Literal["one_cycle", "cosine"]
+Precision = Literal["fp32", "bf16"]
 
 
 class Samples(NamedTuple):
@@ -47,10 +49,16 @@ class Training(Config):
 
     epochs: Annotated[int, Field(ge=1)] = 20
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
-    """Peak of a one-cycle schedule."""
+    """Highest of the schedule."""
+    schedule: Schedule = "one_cycle"
+    """one_cycle warms up from a 25th of the rate in the first 30 % of the steps (Smith 2018, arXiv:1803.09820); cosine
+    falls from its highest to 0 (Loshchilov & Hutter 2017)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     batch_size: Annotated[int, Field(ge=2)] = 128
+    precision: Precision = "fp32"
+    """bf16: the model runs under autocast; its parameters, the loss and the optimizer stay float32. Quicker where the
+    processor multiplies bf16 in hardware (AMX, GPUs), slower elsewhere. QAT methods have a field of their own."""
 
 
 class TaskConfig(Config, ABC):
@@ -59,8 +67,8 @@ class TaskConfig(Config, ABC):
     discriminator: ClassVar[str | None] = "method"
     method: str
     training: Training = Training()
-    """How the baseline is trained when it has no checkpoint (once; the result is kept), and the batch size,
-    momentum and weight decay of every later training."""
+    """How the baseline is trained when it has no checkpoint (once; the result is kept), and how every later training
+    is where its stage does not say."""
 
     @abstractmethod
     def open(self, root: Path) -> Task:

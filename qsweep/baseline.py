@@ -1,0 +1,63 @@
+"""The uncompressed model, and how trained weights are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qsweep.checkpoints import resumable
+from qsweep.store import Store
+from qsweep.tasks.base import Task, TaskConfig
+from qsweep.train import fit, seeded, set_mode
+from qsweep.weights import check_finite
+
+
+def kept(model: nn.Module, store: Store, key: str, compute: Callable[[Path], None]) -> nn.Module:
+    """`model`, in eval mode, with the weights that `compute(checkpoint)` gives it in place; computed once a key.
+
+    `checkpoint` is a file for `fit`.
+    """
+    from safetensors.torch import load_model, save_model
+
+    def fill(folder: Path) -> None:
+        with resumable(folder) as checkpoints:
+            compute(checkpoints / "epoch.pt")
+        save_model(model, str(folder / "weights.safetensors"))
+
+    load_model(model, store.folder(key, fill) / "weights.safetensors")
+    set_mode(model, training=False)
+    return model
+
+
+def baseline_key(config: TaskConfig, root: Path, seed: int) -> str:
+    """Identity of the uncompressed model: `context.key` of the first stage."""
+    if config.pretrained:
+        return Store.key("pretrained", config.fingerprint(root))
+    return Store.key("trained", config.fingerprint(root), config.training.uid(), seed, torch.__version__)
+
+
+def baseline(
+    task: Task,
+    config: TaskConfig,
+    *,
+    root: Path,
+    store: Store,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """The uncompressed model in eval mode: the task's own if pretrained, else trained once and kept in `store`."""
+    with seeded(seed, device):
+        model = task.model().to(device)
+    if config.pretrained:
+        set_mode(model, training=False)
+        check_finite(model)
+        return model
+
+    def compute(checkpoint: Path) -> None:
+        fit(model, task, config.training, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+
+    return kept(model, store, baseline_key(config, root, seed), compute)

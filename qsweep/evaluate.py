@@ -1,0 +1,94 @@
+"""Outputs and scores of a model, and the check of a task before anything is spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qsweep.errors import NotFinite, QsweepError, TaskFailure
+from qsweep.tasks.base import SplitName, Task
+
+
+def predict(
+    model: Callable[[Tensor], Tensor],
+    task: Task,
+    inputs: Tensor,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Outputs (N, ...) on the CPU of `model`, in eval mode, for `inputs` (N, ...) as the task stores them.
+
+    Raises NotFinite when an output is not.
+    """
+    outputs = []
+    with torch.no_grad(), _eval_mode(model):
+        for part in torch.split(inputs, batch_size):
+            batch = task.transform(part)
+            outputs.append(model(batch.to(device, memory_format=layout(batch))).cpu())
+    joined = torch.cat(outputs)
+    if not torch.isfinite(joined).all():
+        raise NotFinite("the model's outputs must be finite (got NaN or infinity)")
+    return joined
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    task: Task,
+    split: SplitName,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """(N,) float32 scores in [0, 1] of `model` on `split`, one a sample; their mean is the accuracy."""
+    inputs, labels = task.samples(split)
+    return task.score(predict(model, task, inputs, batch_size, device), labels).float()
+
+
+def check(task: Task, model: nn.Module, device: str | torch.device = "cpu") -> None:
+    """Ask `task` for everything that a sweep will, on a few samples of each split, before anything is spent on it.
+
+    Raises DataError and TaskFailure as the task's parts do, TaskFailure for a model that raises or whose output has
+    another batch size, NotFinite for outputs or losses that are not.
+    """
+    splits: tuple[SplitName, ...] = ("train", "validation", "test")
+    for split in splits:
+        inputs, labels = (part[:4] for part in task.samples(split))
+        shape = task.transform(inputs).shape
+        augmented = task.transform(inputs, torch.Generator().manual_seed(0)).shape
+        if augmented != shape:
+            raise TaskFailure(f"`transform` must keep shape {tuple(shape)} when it augments (got {tuple(augmented)})")
+        outputs = _outputs(model, task, inputs, device)
+        if len(outputs) != len(inputs):
+            raise TaskFailure(f"the model must give {len(inputs)} outputs for as many inputs (got {len(outputs)})")
+        if not torch.isfinite(task.loss(outputs, labels)):
+            raise NotFinite(f"the loss of the first samples of `{split}` must be finite")
+        task.score(outputs, labels)
+
+
+def layout(inputs: Tensor) -> torch.memory_format:
+    """How a batch and the model that takes it lie in memory."""
+    return torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
+
+
+def _outputs(model: nn.Module, task: Task, inputs: Tensor, device: str | torch.device) -> Tensor:
+    try:
+        return predict(model, task, inputs, device=device)
+    except (QsweepError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model may be the user's, and raises what it likes
+        raise TaskFailure(f"the model raised {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _eval_mode(model: object) -> Iterator[None]:
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    were = [module.training for module in modules]  # one by one: a frozen batch norm stays frozen afterwards
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, were, strict=True):
+            module.training = was

@@ -38,7 +38,7 @@ class Requantize:
 class Residual:
     """A tensor that is added to a layer's result after that was rounded onto its own grid.
 
-    a = round(clamp(v, own.low - own.zero_point, own.high - own.zero_point)), with v from the multiplier s_x * s_w / s_c;
+    a = round(clamp(v, own.low - own.zero_point, own.high - own.zero_point)), v from the multiplier s_x * s_w / s_c;
     v' = a * own_multiplier + (values - zero_point) * multiplier: two products and one sum, each rounded to float32.
     """
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+import triton
 from torch import Tensor
 
+from qsweep.cuda._launch import EXACT, check_offsets, default_tile, finish_arguments, round_up
+from qsweep.cuda._product import convolve, finish_parts
 from qsweep.cuda.arithmetic import Requantize, Residual, Tile
 
 
@@ -14,7 +20,22 @@ def pack_weight(weight: Tensor, groups: int = 1, channels: int | None = None) ->
     rounded up to 16, or 4 for at most 4 channels (images). Groups too narrow for 16-byte loads are joined, with
     zeros between them, so that G <= groups and CG is a multiple of 16 unless G is 1.
     """
-    raise NotImplementedError
+    out_channels, width, height_kernel, width_kernel = weight.shape
+    together = _joined(groups, width, out_channels // groups)
+    apart = groups // together
+    taps = weight.permute(0, 2, 3, 1).reshape(apart, together, -1, height_kernel, width_kernel, width)
+    side = torch.eye(together, dtype=torch.int8, device=weight.device)
+    blocks = taps.unsqueeze(-2) * side.view(1, together, 1, 1, 1, together, 1)  # (G, group, OC, KH, KW, group, C)
+    packed = blocks.reshape(apart, -1, height_kernel, width_kernel, together * width)
+    given = packed.shape[-1]
+    wanted = given if apart > 1 else channels or (4 if given <= 4 else round_up(given, 16))
+    return torch.nn.functional.pad(packed, (0, wanted - given)).contiguous()
+
+
+def _joined(groups: int, width: int, out_width: int) -> int:
+    """How many groups become one: the fewest that fill 16 input and 16 output channels, else all."""
+    fits = [n for n in range(1, groups) if groups % n == 0 and width * n % 16 == 0 and out_width * n >= 16]
+    return fits[0] if fits else groups
 
 
 def conv2d(
@@ -37,4 +58,70 @@ def conv2d(
     `requantize.output` is given, else float32, (N, OH, OW, OC), channel stride 1; nothing outside of it is written.
     Loads take 16 bytes where CP and the strides are multiples of 16.
     """
-    raise NotImplementedError
+    assert groups % weight.shape[0] == 0
+    check_offsets(x, out, weight)
+    apart, columns, height_kernel, width_kernel, channels = weight.shape
+    depth = height_kernel * width_kernel * channels
+    result = out
+    if height_kernel == width_kernel == 1 and stride == (1, 1):
+        x, out, residual = _as_rows(x, out, residual)
+    arguments = finish_arguments(requantize, residual, out)
+    rows = out.shape[0] * out.shape[1] * out.shape[2]
+    tile = tile or default_tile(rows, columns, depth, channels)
+    steps = -(-depth // tile.depth)
+    split = -(-steps // -(-steps // tile.split))  # no part is empty
+    parts = torch.empty((split, rows, out.shape[3]), dtype=torch.int32, device=x.device) if split > 1 else None
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), apart, split)
+    convolve[grid](
+        x,
+        weight,
+        M=rows,
+        x_n=x.stride(0),
+        x_h=x.stride(1),
+        x_w=x.stride(2),
+        OCG=columns,
+        K=min(depth, x.shape[3]) if height_kernel == width_kernel == 1 and apart == 1 else depth,
+        CG=channels,
+        KH=height_kernel,
+        KW=width_kernel,
+        SH=stride[0],
+        SW=stride[1],
+        DH=dilation[0],
+        DW=dilation[1],
+        BM=tile.rows,
+        BN=tile.columns,
+        BK=tile.depth,
+        SPLIT=split,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **(arguments if parts is None else arguments | {"y_ptr": parts}),
+        **EXACT,
+    )
+    if parts is not None:
+        blocks = (triton.cdiv(rows, 16), triton.cdiv(out.shape[3], 64))
+        finish_parts[blocks](parts, M=rows, OC=out.shape[3], BM=16, BN=64, SPLIT=split, **arguments, **EXACT)
+    return result
+
+
+def _as_rows(x: Tensor, out: Tensor, residual: Residual | None) -> tuple[Tensor, Tensor, Residual | None]:
+    """A pointwise convolution of tensors without halos is a product of matrices: (N * H * W, 1, 1, C) each."""
+    x = x[:, : out.shape[1], : out.shape[2]]
+    tensors = [x, out] if residual is None else [x, out, residual.values]
+    if not all(_one_stride(tensor) for tensor in tensors):
+        return x, out, residual
+    rows = [
+        tensor.as_strided((tensor.shape[:3].numel(), 1, 1, tensor.shape[3]), _row_strides(tensor)) for tensor in tensors
+    ]
+    return rows[0], rows[1], residual and replace(residual, values=rows[2])
+
+
+def _one_stride(tensor: Tensor) -> bool:
+    """Whether its pixels lie at equal distances."""
+    _, height, width, _ = tensor.shape
+    n, h, w, _ = tensor.stride()
+    return (height == 1 or h == width * w) and (tensor.shape[0] == 1 or n == height * width * w)
+
+
+def _row_strides(tensor: Tensor) -> tuple[int, int, int, int]:
+    row = tensor.stride(2)
+    return row, row, row, tensor.stride(3)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+import triton
 from torch import Tensor
 
+from qsweep.cuda._depthwise import convolve_depthwise
+from qsweep.cuda._launch import EXACT, check_offsets, finish_arguments, power_of_two, round_up
 from qsweep.cuda.arithmetic import Requantize, Residual, Tile
 
 
@@ -12,7 +16,9 @@ def pack_weight(weight: Tensor, groups: int, channels: int | None = None) -> Ten
 
     `channels`: CP, how many channels the input buffer has; None: C rounded up to 16.
     """
-    raise NotImplementedError
+    assert len(weight) == groups and weight.shape[1] == 1
+    wanted = channels or round_up(groups, 16)
+    return torch.nn.functional.pad(weight[:, 0].permute(1, 2, 0), (0, wanted - groups)).contiguous()
 
 
 def conv2d(
@@ -31,4 +37,30 @@ def conv2d(
 
     Of `tile` only `rows`, `columns` and `warps` count.
     """
-    raise NotImplementedError
+    height_kernel, width_kernel, channels = weight.shape
+    assert groups == out.shape[3]
+    check_offsets(x, out)
+    tile = tile or Tile(32, min(64, power_of_two(channels)), 32)
+    rows = out.shape[:3].numel()
+    convolve_depthwise[triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.columns)](
+        x,
+        weight,
+        M=rows,
+        x_n=x.stride(0),
+        x_h=x.stride(1),
+        x_w=x.stride(2),
+        C=groups,
+        CP=channels,
+        KH=height_kernel,
+        KW=width_kernel,
+        SH=stride[0],
+        SW=stride[1],
+        DH=dilation[0],
+        DW=dilation[1],
+        BM=tile.rows,
+        BC=tile.columns,
+        num_warps=tile.warps,
+        **finish_arguments(requantize, residual, out),
+        **EXACT,
+    )
+    return out

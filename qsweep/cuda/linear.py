@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+import triton
 from torch import Tensor
 
+from qsweep.cuda import conv
+from qsweep.cuda._launch import EXACT, check_offsets, default_tile, finish_arguments, power_of_two, round_up
+from qsweep.cuda._product import finish_parts
+from qsweep.cuda._rows import multiply_rows, multiply_w4, multiply_w4_float, quantize_each_row
 from qsweep.cuda.arithmetic import Requantize, Residual, Tile
+
+_SMALLEST_SCALE = 2.0**-102
 
 
 def pack_weight(weight: Tensor) -> Tensor:
     """Weights int8 (N, K) as `linear` reads them: int8 (N, KP), KP = K rounded up to 16, zeros past K."""
-    raise NotImplementedError
+    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % 16)).contiguous()
 
 
 def linear(
@@ -27,7 +37,9 @@ def linear(
     where `requantize.output` is given, else float32, (M, N), any row stride. Loads take 16 bytes where the row stride
     of `x` is a multiple of 16.
     """
-    raise NotImplementedError
+    pixels = weight[None, :, None, None, :]
+    conv.conv2d(_pixels(x), pixels, requantize, _pixels(out), residual=_residual(residual), tile=tile)
+    return out
 
 
 def linear_dynamic(
@@ -45,7 +57,31 @@ def linear_dynamic(
     float32 (N,). `out`: (M, N), float32, bfloat16 or float16, any row stride. The sums are exact; in float32, in this
     order: f32(sum) * row_scale * weight_scale + bias. Rows: see `quantize_rows`.
     """
-    raise NotImplementedError
+    rows, row_scale = quantize_rows(x)
+    (count, depth), columns = rows.shape, len(weight)
+    check_offsets(rows, weight, out)
+    tile = tile or default_tile(count, columns, depth, depth)
+    multiply_rows[(triton.cdiv(count, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        rows,
+        weight,
+        row_scale,
+        weight_scale,
+        weight_scale if bias is None else bias,
+        out,
+        M=count,
+        q_n=rows.stride(0),
+        y_n=out.stride(0),
+        N=columns,
+        K=depth,
+        BM=tile.rows,
+        BN=tile.columns,
+        BK=tile.depth,
+        BIAS=bias is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **EXACT,
+    )
+    return out
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +90,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = max|x| / 127, q = round(x * (1 / scale)) within +-127. Rows whose scale would be under 2^-102 become all 0
     with scale 1 (their inverse would overflow); a NaN or infinity in a row makes its scale NaN, and so its results.
     """
-    raise NotImplementedError
+    count, depth = x.shape
+    check_offsets(x)
+    padded = round_up(depth, 16)
+    rows = torch.empty((count, padded), dtype=torch.int8, device=x.device)
+    scale = torch.empty((count,), dtype=torch.float32, device=x.device)
+    block = min(4096, power_of_two(padded))
+    quantize_each_row[(count,)](
+        x, rows, scale, x.stride(0), padded, K=depth, KP=padded, SMALLEST=_SMALLEST_SCALE, BK=block, **EXACT
+    )
+    return rows, scale
 
 
 def pack_weight4(weight: Tensor) -> Tensor:
@@ -62,7 +107,9 @@ def pack_weight4(weight: Tensor) -> Tensor:
 
     Byte j holds column j in its lower half and column j + KP/2 in its upper.
     """
-    raise NotImplementedError
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32))
+    lower, upper = padded.chunk(2, dim=1)
+    return ((lower & 15) | (upper << 4)).contiguous()
 
 
 def linear_w4(
@@ -75,7 +122,34 @@ def linear_w4(
     tile: Tile | None = None,
 ) -> Tensor:
     """As `linear`, weights from `pack_weight4`, unpacked in the kernel."""
-    raise NotImplementedError
+    (count, depth), (columns, half) = x.shape, weight.shape
+    check_offsets(x, weight, out)
+    arguments = finish_arguments(requantize, _residual(residual), _pixels(out))
+    tile = tile or default_tile(count, columns, half, half)
+    steps = -(-half // tile.depth)
+    split = -(-steps // -(-steps // tile.split))  # no part is empty
+    parts = torch.empty((split, count, columns), dtype=torch.int32, device=x.device) if split > 1 else None
+    multiply_w4[triton.cdiv(count, tile.rows) * triton.cdiv(columns, tile.columns), split](
+        x,
+        weight,
+        M=count,
+        x_n=x.stride(0),
+        N=columns,
+        K=min(depth, 2 * half),
+        HALF=half,
+        BM=tile.rows,
+        BN=tile.columns,
+        BK=tile.depth,
+        SPLIT=split,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **(arguments if parts is None else arguments | {"y_ptr": parts}),
+        **EXACT,
+    )
+    if parts is not None:
+        blocks = (triton.cdiv(count, 16), triton.cdiv(columns, 64))
+        finish_parts[blocks](parts, M=count, OC=columns, BM=16, BN=64, SPLIT=split, **arguments, **EXACT)
+    return out
 
 
 def linear_w4_float(
@@ -92,4 +166,36 @@ def linear_w4_float(
     For sizes bound by reading the weights. `x`: bfloat16, float16 or float32 (M, K), any row stride; `weight_scale`,
     `bias`: float32 (N,); `out`: (M, N) in any of these types. Products in the type of `x`, sums in float32: not exact.
     """
-    raise NotImplementedError
+    (count, depth), (columns, half) = x.shape, weight.shape
+    check_offsets(x, weight, out)
+    tile = tile or replace(default_tile(count, columns, half, half), rows=16, columns=32, warps=4)
+    multiply_w4_float[(triton.cdiv(count, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        x,
+        weight,
+        weight_scale,
+        weight_scale if bias is None else bias,
+        out,
+        M=count,
+        x_n=x.stride(0),
+        y_n=out.stride(0),
+        N=columns,
+        K=min(depth, 2 * half),
+        HALF=half,
+        BM=tile.rows,
+        BN=tile.columns,
+        BK=tile.depth,
+        BIAS=bias is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **EXACT,
+    )
+    return out
+
+
+def _pixels(matrix: Tensor) -> Tensor:
+    """Rows as samples of one pixel: (M, K) -> (M, 1, 1, K)."""
+    return matrix[:, None, None, :]
+
+
+def _residual(residual: Residual | None) -> Residual | None:
+    return residual and replace(residual, values=_pixels(residual.values))

@@ -6,9 +6,18 @@ stride 1 in each: call with the channels last.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import triton
 from torch import Tensor
 
+from qsweep.cuda._elements import add_elements, look_up_elements, quantize_elements, rescale_elements
+from qsweep.cuda._launch import EXACT, check_offsets, grid_arguments, power_of_two
 from qsweep.cuda.arithmetic import Operand, Output
+from qsweep.errors import Refused
 
 
 def quantize(x: Tensor, scale: float, output: Output, out: Tensor, *, invalid: Tensor | None = None) -> Tensor:
@@ -17,32 +26,109 @@ def quantize(x: Tensor, scale: float, output: Output, out: Tensor, *, invalid: T
     Infinities go to the ends. A NaN is written as `low` and sets `invalid`, int32 (1,), to 1; the caller zeroes and
     checks it. Raises `Refused` where 1 / scale is no positive finite float32: 0, NaN, and scales under 2^-128.
     """
-    raise NotImplementedError
+    assert out.dtype == torch.int8
+    blocks, arguments = _layout(x=x, y=out)
+    flag = invalid is not None
+    grid = grid_arguments(output)
+    quantize_elements[blocks](
+        x, out, invalid if flag else out, inverse_of(scale), **grid, **arguments, FLAG=flag, **EXACT
+    )
+    return out
+
+
+def inverse_of(scale: float) -> float:
+    """f32(1 / f32(scale)). Raises `Refused` where that is no positive finite float32."""
+    with np.errstate(all="ignore"):
+        inverse = float(np.float32(1) / np.float32(scale))
+    if not (math.isfinite(inverse) and inverse > 0):
+        raise Refused(f"the scale of a grid: must be positive with a finite inverse in float32 (got {scale})")
+    return inverse
 
 
 def dequantize(x: Tensor, scale: float, zero_point: int, out: Tensor) -> Tensor:
     """Write int8 `x` into `out`, float32, as f32(x - zero_point) * f32(scale), and return it."""
-    raise NotImplementedError
+    assert out.dtype == torch.float32
+    blocks, arguments = _layout(x=x, y=out)
+    rescale_elements[blocks](x, out, zero_point, scale, 1.0, **grid_arguments(None), **arguments, **EXACT)
+    return out
 
 
 def look_up(x: Tensor, table: Tensor, out: Tensor) -> Tensor:
     """Write table[x + 128] into `out`, and return it; `x`, `out` int8, `table` int8 (256,)."""
-    raise NotImplementedError
+    assert table.shape == (256,)
+    blocks, arguments = _layout(x=x, y=out)
+    look_up_elements[blocks](x, out, table, **arguments, TABLE=True, **EXACT)
+    return out
 
 
-def add(left: Operand, right: Operand, output: Output | None, out: Tensor) -> Tensor:
+def add(
+    left: Operand,
+    right: Operand,
+    output: Output | None,
+    out: Tensor,
+    *,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Tensor:
     """Write the sum of two integer tensors into `out`, and return it: two products and one sum in float32.
 
-    `output` None: float32 results, and the operands' multipliers are their scales.
+    `output` None: float32 results within `bounds`, and the operands' multipliers are their scales.
     """
-    raise NotImplementedError
+    assert out.dtype == (torch.float32 if output is None else torch.int8)
+    blocks, arguments = _layout(l=left.values, r=right.values, y=out)
+    add_elements[blocks](
+        left.values,
+        right.values,
+        out,
+        left.zero_point,
+        left.multiplier,
+        right.zero_point,
+        right.multiplier,
+        **grid_arguments(output, bounds),
+        **arguments,
+        **EXACT,
+    )
+    return out
 
 
 def rescale(x: Tensor, scale: float, zero_point: int, out_scale: float, output: Output, out: Tensor) -> Tensor:
     """Write int8 `x` from one grid onto another, as dequantize and then quantize do, and return `out`."""
-    raise NotImplementedError
+    assert out.dtype == torch.int8
+    blocks, arguments = _layout(x=x, y=out)
+    inverse = inverse_of(out_scale)
+    rescale_elements[blocks](x, out, zero_point, scale, inverse, **grid_arguments(output), **arguments, **EXACT)
+    return out
 
 
 def copy(x: Tensor, out: Tensor) -> Tensor:
     """Write `x` into `out`, both int8 and on the same grid (a part of a concatenation), and return it."""
-    raise NotImplementedError
+    blocks, arguments = _layout(x=x, y=out)
+    look_up_elements[blocks](x, out, x, **arguments, TABLE=False, **EXACT)
+    return out
+
+
+def _layout(**tensors: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The launch grid, and sizes and strides as the kernels take them, of tensors of one shape."""
+    check_offsets(*tensors.values())
+    shape = next(iter(tensors.values())).shape
+    assert all(tensor.shape == shape for tensor in tensors.values())
+    views = {name: tensor[(None,) * (4 - tensor.dim())] for name, tensor in tensors.items()}
+    if all(_rows_apart(view) for view in views.values()):
+        views = {name: view.as_strided(_flat(view), (0, 0, *view.stride()[2:])) for name, view in views.items()}
+    first, second, third, last = next(iter(views.values())).shape
+    columns = min(64, power_of_two(last))
+    rows = 2048 // columns
+    strides = {f"{name}_{axis}": view.stride(at) for name, view in views.items() for at, axis in enumerate("abcd")}
+    count = first * second * third
+    sizes = {"R": count, "B": second, "C": third, "D": last, "BR": rows, "BD": columns}
+    return (triton.cdiv(count, rows), triton.cdiv(last, columns)), sizes | strides
+
+
+def _rows_apart(view: Tensor) -> bool:
+    """Whether all rows of the last dimension lie at equal distances."""
+    first, second, third, _ = view.shape
+    a, b, c, _ = view.stride()
+    return (second == 1 or b == third * c) and (first == 1 or a == second * third * c)
+
+
+def _flat(view: Tensor) -> tuple[int, int, int, int]:
+    return 1, 1, view.shape[:3].numel(), view.shape[3]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import triton
 from torch import Tensor
 
+from qsweep.cuda._launch import EXACT, check_offsets, grid_arguments, power_of_two
+from qsweep.cuda._pools import average_all, average_windows, max_windows
 from qsweep.cuda.arithmetic import Output
 
 
@@ -21,7 +27,10 @@ def max_pool2d(
     `x`: int8 (N, H, W, C), without its halo: pixels outside never win. `out`: int8 (N, OH, OW, C), whose size sets how
     many windows there are (ceil_mode is a larger `out`).
     """
-    raise NotImplementedError
+    blocks, arguments = _layout(x, out)
+    windows = _windows(kernel, stride, padding)
+    max_windows[blocks](x, out, **arguments, **windows, DH=dilation[0], DW=dilation[1], **EXACT)
+    return out
 
 
 def avg_pool2d(
@@ -40,9 +49,50 @@ def avg_pool2d(
     `x`: int8 (N, H, W, C) without its halo; pixels outside count as the real 0. `out`: (N, OH, OW, C), int8, or
     float32 where `output` is None. `multiplier`: f32(s_x / (s_y * count)); for float32 results f32(s_x / count).
     """
-    raise NotImplementedError
+    assert out.dtype == (torch.float32 if output is None else torch.int8)
+    blocks, arguments = _layout(x, out)
+    windows = _windows(kernel, stride, padding)
+    average_windows[blocks](x, out, zero_point, multiplier, **grid_arguments(output), **arguments, **windows, **EXACT)
+    return out
 
 
 def global_avg_pool(x: Tensor, zero_point: int, multiplier: float, output: Output | None, out: Tensor) -> Tensor:
     """As `avg_pool2d` over all pixels; `out` (N, C), any row stride."""
-    raise NotImplementedError
+    assert out.dtype == (torch.float32 if output is None else torch.int8)
+    check_offsets(x, out)
+    count, height, width, channels = x.shape
+    across = min(64, power_of_two(channels))
+    average_all[count, triton.cdiv(channels, across)](
+        x,
+        out,
+        zero_point,
+        multiplier,
+        **grid_arguments(output),
+        H=height,
+        W=width,
+        C=channels,
+        x_n=x.stride(0),
+        x_h=x.stride(1),
+        x_w=x.stride(2),
+        y_n=out.stride(0),
+        BP=min(64, power_of_two(height * width)),
+        BC=across,
+        **EXACT,
+    )
+    return out
+
+
+def _layout(x: Tensor, out: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    check_offsets(x, out)
+    assert x.stride(3) == 1 or x.shape[3] == 1
+    rows, across = out.shape[:3].numel(), min(64, power_of_two(x.shape[3]))
+    strides = {
+        f"{name}_{axis}": tensor.stride(at) for name, tensor in (("x", x), ("y", out)) for at, axis in enumerate("nhw")
+    }
+    sizes = {"M": rows, "H": x.shape[1], "W": x.shape[2], "C": x.shape[3], "OH": out.shape[1], "OW": out.shape[2]}
+    return (triton.cdiv(rows, 32), triton.cdiv(x.shape[3], across)), sizes | strides | {"BM": 32, "BC": across}
+
+
+def _windows(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> dict[str, int]:
+    given = {"K": kernel, "S": stride, "P": padding}
+    return {f"{name}{axis}": values[at] for name, values in given.items() for at, axis in enumerate("HW")}

@@ -1,0 +1,128 @@
+"""Linears whose activations come in float: rows on int8 grids of their own, and weights of 4 bits."""
+
+import triton
+import triton.language as tl
+
+from qsweep.cuda._finish import NOT_SPECIALIZED, between, finish, nearest
+from qsweep.cuda._product import block_of, sums_of
+
+
+@triton.jit
+def quantize_each_row(x_ptr, q_ptr, scale_ptr, x_n, q_n, K, KP, SMALLEST: tl.constexpr, BK: tl.constexpr):
+    """One program a row, read twice: first for its largest magnitude. `/` would be approximate on the GPU."""
+    row = tl.program_id(0)
+    k = tl.arange(0, BK)
+    largest = tl.zeros((BK,), dtype=tl.float32)
+    finite = tl.full((BK,), 1, dtype=tl.int32)
+    for start in range(0, K, BK):
+        x = tl.abs(tl.load(x_ptr + row * x_n + start + k, mask=start + k < K, other=0.0).to(tl.float32))
+        finite = tl.where(x < float("inf"), finite, 0)
+        largest = tl.where(x > largest, x, largest)
+    all_finite = tl.min(finite, axis=0) > 0
+    scale = tl.div_rn(tl.max(largest, axis=0) + tl.zeros((1,), tl.float32), tl.full((1,), 127.0, tl.float32))
+    scale = tl.where((scale >= SMALLEST) & all_finite, scale, 1.0)
+    inverse = tl.div_rn(tl.full((1,), 1.0, tl.float32), scale)
+    for start in range(0, KP, BK):
+        x = tl.load(x_ptr + row * x_n + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+        v = tl.where(all_finite & (tl.abs(x) < float("inf")), x * inverse, 0.0)
+        q = nearest(between(v, -127.0, 127.0)).to(tl.int8)
+        tl.store(q_ptr + row * q_n + start + k, q, mask=start + k < KP)
+    tl.store(scale_ptr + row + tl.arange(0, 1), tl.where(all_finite, scale, float("nan")))
+
+
+@triton.jit
+def multiply_rows(
+    q_ptr, w_ptr, row_scale_ptr, scale_ptr, bias_ptr, y_ptr, M, q_n, y_n,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """f32(sum) * row_scale * scale + bias, rounded to float32 after each."""
+    row_block, column_block = block_of(tl.program_id(0), M, (N + BN - 1) // BN, BM)
+    row = row_block * BM + tl.arange(0, BM)
+    column = column_block * BN + tl.arange(0, BN)
+    a = q_ptr + (tl.minimum(row, M - 1) * q_n)[:, None]
+    b = w_ptr + (tl.minimum(column, N - 1) * K)[None, :]
+    acc = sums_of(a, b, 0, 0, 0, K, K, 1, 1, 1, 1, BM, BN, BK, 1)
+    row_scale = tl.load(row_scale_ptr + row, mask=row < M, other=0.0)
+    scale = tl.load(scale_ptr + column, mask=column < N, other=0.0)
+    v = acc.to(tl.float32) * row_scale[:, None] * scale[None, :]
+    if BIAS:
+        v = v + tl.load(bias_ptr + column, mask=column < N, other=0.0)[None, :]
+    mask = (row < M)[:, None] & (column < N)[None, :]
+    tl.store(y_ptr + row[:, None] * y_n + column[None, :], v.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def half_sums_of(
+    a, b, acc, part, K: tl.constexpr, HALF: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, INTEGERS: tl.constexpr
+):
+    """`acc` and the products with weights of 4 bits: the lower half of byte j is column j, the upper column j + HALF.
+
+    So a block of bytes is two blocks of weights that meet two blocks of inputs, and nothing is interleaved.
+    """
+    k = tl.arange(0, BK)
+    STEPS: tl.constexpr = (HALF + BK - 1) // BK
+    EACH: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    for step in range(part * EACH, tl.minimum(part * EACH + EACH, STEPS)):
+        at = step * BK + k
+        if HALF % BK == 0 and K == 2 * HALF:
+            left, right = tl.load(a + at[None, :]), tl.load(a + (HALF + at)[None, :])
+            both = tl.load(b + at[:, None])
+        else:
+            inside = at < HALF
+            left = tl.load(a + at[None, :], mask=(inside & (at < K))[None, :], other=0)
+            right = tl.load(a + (HALF + at)[None, :], mask=(inside & (HALF + at < K))[None, :], other=0)
+            both = tl.load(b + at[:, None], mask=inside[:, None], other=0)
+        lower, upper = (both << 4) >> 4, both >> 4
+        if INTEGERS:
+            acc = tl.dot(left, lower, acc, out_dtype=tl.int32)
+            acc = tl.dot(right, upper, acc, out_dtype=tl.int32)
+        else:
+            acc = tl.dot(left, lower.to(left.dtype), acc, input_precision="ieee")
+            acc = tl.dot(right, upper.to(right.dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def multiply_w4(
+    x_ptr, w_ptr, y_ptr, bias_ptr, multiplier_ptr, r_ptr, M, x_n, y_n, y_h, y_w, r_n, r_h, r_w,
+    y_zero, low, high, r_zero, r_multiplier, own_low, own_high, own_multiplier,
+    OH: tl.constexpr, OW: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Integers times weights of 4 bits. SPLIT > 1: y is int32 (SPLIT, M, N), for `finish_parts`."""
+    row_block, column_block = block_of(tl.program_id(0), M, (N + BN - 1) // BN, BM)
+    part = tl.program_id(1)
+    row = row_block * BM + tl.arange(0, BM)
+    column = column_block * BN + tl.arange(0, BN)
+    a = x_ptr + (tl.minimum(row, M - 1) * x_n)[:, None]
+    b = w_ptr + (tl.minimum(column, N - 1) * HALF)[None, :]
+    acc = half_sums_of(a, b, tl.zeros((BM, BN), dtype=tl.int32), part, K, HALF, BK, SPLIT, True)
+    mask = (row < M)[:, None] & (column < N)[None, :]
+    if SPLIT > 1:
+        tl.store(y_ptr + (part * M + row)[:, None] * N + column[None, :], acc, mask=mask)
+    else:
+        y_places, r_places = (row * y_n)[:, None] + column[None, :], (row * r_n)[:, None] + column[None, :]
+        finish(
+            acc, column, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
+            r_ptr, r_places, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < N, RESIDUAL,
+        )  # fmt: skip
+
+
+@triton.jit
+def multiply_w4_float(
+    x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, M, x_n, y_n,
+    N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Floats times weights of 4 bits, summed in float32."""
+    row_block, column_block = block_of(tl.program_id(0), M, (N + BN - 1) // BN, BM)
+    row = row_block * BM + tl.arange(0, BM)
+    column = column_block * BN + tl.arange(0, BN)
+    a = x_ptr + (tl.minimum(row, M - 1) * x_n)[:, None]
+    b = w_ptr + (tl.minimum(column, N - 1) * HALF)[None, :]
+    acc = half_sums_of(a, b, tl.zeros((BM, BN), dtype=tl.float32), 0, K, HALF, BK, 1, False)
+    v = acc * tl.load(scale_ptr + column, mask=column < N, other=0.0)[None, :]
+    if BIAS:
+        v = v + tl.load(bias_ptr + column, mask=column < N, other=0.0)[None, :]
+    mask = (row < M)[:, None] & (column < N)[None, :]
+    tl.store(y_ptr + row[:, None] * y_n + column[None, :], v.to(y_ptr.dtype.element_ty), mask=mask)

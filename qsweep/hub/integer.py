@@ -20,6 +20,7 @@ from qsweep.hub.form import (
     BINARY,
     COMPUTE,
     DEQUANTIZE,
+    POINTWISE,
     POOLS,
     QUANTIZE,
     RECTIFIERS,
@@ -27,6 +28,7 @@ from qsweep.hub.form import (
     arguments,
     aten,
     pool_count,
+    rectified,
 )
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
@@ -141,9 +143,11 @@ class IntegerInterpreter(fx.Interpreter):
         if target in BINARY and isinstance(given, Integers) and isinstance(args[1], Integers) and not kwargs:
             return Sum(given, args[1])
         if target in RECTIFIERS and isinstance(given, Accumulator | Sum):
-            return replace(given, bounds=given.bounds.within(*_bounds(node)))
+            return replace(given, bounds=given.bounds.within(*rectified(node)))
         if target in POOLS and isinstance(given, Integers):
             return _pool(node, given, args, kwargs)
+        if target in POINTWISE and isinstance(given, Integers):
+            return target(given.real().double(), *args[1:], **kwargs).float()
         if target in SAME_GRID and any(isinstance(item, Integers) for item in _flat(given)):
             return _move(target, args, kwargs)
         return target(*(_real(argument) for argument in args), **kwargs)
@@ -181,13 +185,6 @@ def quantize(values: Any, scale: float, zero_point: int, low: int, high: int) ->
     if values.bounds.high < math.inf:
         top = min(top, round(values.bounds.high / scale))
     return Integers(values.onto(s).clamp(bottom, top).round().double() + zero_point, s, zero_point)
-
-
-def _bounds(node: fx.Node) -> tuple[float, float]:
-    if node.target is aten.hardtanh.default:
-        given = arguments(node)
-        return float(given["min_val"]), float(given["max_val"])
-    return 0.0, 6.0 if node.target is aten.relu6.default else math.inf
 
 
 def _pool(node: fx.Node, given: Integers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

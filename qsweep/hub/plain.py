@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from qsweep.errors import ExportFailure
-from qsweep.hub.form import LINEARS, RECTIFIERS, arguments, aten, nodes_of, source
+from qsweep.hub.form import LINEARS, POINTWISE, RECTIFIERS, arguments, aten, nodes_of, source
 
 _WHOLE = 2**63 - 1
 """`slice` up to this index takes everything."""
@@ -196,13 +196,18 @@ def _with_flat_linears(graph: fx.GraphModule) -> None:
 
 
 def _rectified_first(graph: fx.GraphModule) -> None:
-    """relu(max_pool(x)) as max_pool(relu(x)), which is equal, so that the rectifier joins the layer before it."""
-    for pool in nodes_of(graph, {aten.max_pool2d.default}):
-        while len(pool.users) == 1 and (user := next(iter(pool.users))).target in RECTIFIERS:
-            user.replace_all_uses_with(pool)
-            user.replace_input_with(pool, source(pool))
-            pool.replace_input_with(source(pool), user)
-            pool.prepend(user)
+    """relu(max_pool(x)) as max_pool(relu(x)), which is equal, so that the rectifier joins the layer before it; so for
+    all functions of one number after the reshape of a flat linear's result."""
+    for node in nodes_of(graph, {aten.max_pool2d.default, aten.reshape.default}):
+        flat = node.target is aten.reshape.default
+        if flat and not (source(node).target in LINEARS and len(source(node).users) == 1):
+            continue
+        movable = RECTIFIERS | POINTWISE if flat else RECTIFIERS
+        while len(node.users) == 1 and (user := next(iter(node.users))).target in movable:
+            user.replace_all_uses_with(node)
+            user.replace_input_with(node, source(node))
+            node.replace_input_with(source(node), user)
+            node.prepend(user)
 
 
 def _replace(node: fx.Node, new: fx.Node) -> None:

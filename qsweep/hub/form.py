@@ -9,6 +9,7 @@ beside integer activations are float32 multiples of their accumulator's step. Wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -48,6 +49,19 @@ SAME_GRID = {
 }
 """Ops that only move or select values, see `keeps_grid`."""
 RECTIFIERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default}
+POINTWISE = {
+    aten.gelu.default,
+    aten.silu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.elu.default,
+    aten.leaky_relu.default,
+    aten.mish.default,
+    aten.softplus.default,
+}
+"""Functions of one number: of integers they are tables, computed in float64."""
 
 
 class Grid(NamedTuple):
@@ -159,6 +173,14 @@ def keeps_grid(node: fx.Node) -> bool:
         given = arguments(node)
         return given["mode"] == "constant" and not given["value"]
     return node.target in SAME_GRID
+
+
+def rectified(node: fx.Node) -> tuple[float, float]:
+    """Between which real values a node of RECTIFIERS leaves its input."""
+    if node.target is aten.hardtanh.default:
+        given = arguments(node)
+        return float(given["min_val"]), float(given["max_val"])
+    return 0.0, 6.0 if node.target is aten.relu6.default else math.inf
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -12,16 +12,26 @@ import inspect
 import json
 import pkgutil
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Self, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, Strict, model_serializer
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
+
+T = TypeVar("T")
+Listed = Annotated[T, Strict(False)]
+"""The type of a field that holds a tuple: YAML and JSON have lists. What is in it is as strict as elsewhere."""
 
 
 class Config(BaseModel):
-    """Base of every model that a spec can hold: immutable, strict about names, hashable by content."""
+    """Base of every model that a spec can hold: immutable, strict about names and types, hashable by content.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    `"4"` or `true` is no number, `4.0` no integer and `"yes"` no boolean; an integer is a number. A field that holds a
+    tuple is `Listed[tuple[...]]`.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     version: ClassVar[int] = 1
     """Raise it when the same fields come to mean other numerics: identities change with it."""
@@ -30,15 +40,24 @@ class Config(BaseModel):
 
     @model_serializer(mode="wrap")
     def _keep_discriminator(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
-        content = handler(self)
+        content = handler(self.canonical() if info.context == "identity" else self)
         if self.discriminator:  # `exclude_defaults` drops it, and then siblings with default fields look alike
             content = {self.discriminator: getattr(self, self.discriminator)} | content
         if self.version != 1 and info.context == "identity":
             content["version"] = self.version
         return content
 
+    def canonical(self) -> Self:
+        """The config that stands for all that do the same work: fields that count for nothing beside the values of the
+        others are at their defaults. The identity is made from it."""
+        return self
+
+    def with_defaults(self, *names: str) -> Self:
+        """The config with these fields at their defaults, not validated again."""
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in names})
+
     def uid(self) -> str:
-        """SHA-256 of the content. Values equal to their default are left out, so a new knob keeps old uids."""
+        """SHA-256 of the canonical config. Values equal to their default are left out: a new knob keeps old uids."""
         return content_hash(self.model_dump(mode="json", exclude_defaults=True, context="identity"))
 
 

@@ -49,15 +49,17 @@ class Space(Generic[T]):
             adapter.validate_python(config)
 
     def _typed(self, tree: Any) -> Any:
-        """Make every range real or integer as its field is, however its ends are written."""
+        """Make every range real or integer as its field is. What is neither stays as it is, to be refused so: `2.0` is
+        no end for a range of integers."""
         for found in list(ranges(tree)):
-            whole = all(float(number).is_integer() for number in (found.low, found.high, found.step or 1))
-            integer = whole and not self._takes_fractions(tree, found)
-            kind = int if integer else float
-            step = None if found.step is None else kind(found.step)
-            tree = swap(
-                tree, found, replace(found, low=kind(found.low), high=kind(found.high), step=step, integer=integer)
-            )
+            ends = isinstance(found.low, int) and isinstance(found.high, int)
+            typed = replace(found, integer=False)
+            if self._takes_fractions(tree, found):
+                step = found.step if found.step is None else float(found.step)
+                typed = replace(typed, low=float(found.low), high=float(found.high), step=step)
+            elif ends and float(found.step or 1).is_integer():
+                typed = replace(found, step=found.step if found.step is None else int(found.step), integer=True)
+            tree = swap(tree, found, typed)
         return tree
 
     def _takes_fractions(self, tree: Any, found: Range) -> bool:
@@ -119,6 +121,9 @@ _WORDS = {
     r"a valid dictionary.*": "a mapping",
     r"a valid (tuple|list)": "a list",
     r"a valid string": "text",
+    r"a valid boolean": "true or false",
+    r"a valid integer": "an integer",
+    r"a valid number": "a number",
 }
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from qsweep.config import Config
+from qsweep.config import Config, Listed
 from qsweep.distill import Distill
 from qsweep.engines import Engine
 from qsweep.errors import SpecError
@@ -143,13 +143,13 @@ class Spec(Config):
     task: AnyTask
     compress: Space[Compression]
     target: Space[Engine]
-    objectives: Annotated[tuple[str, ...], _names(Metrics.directions(), "items")] = (
+    objectives: Annotated[Listed[tuple[str, ...]], _names(Metrics.directions(), "items")] = (
         "accuracy",
         "size_bytes",
         "latency_ms",
     )
     """Metrics that span the Pareto front."""
-    baselines: tuple[TrialConfig, ...] = ()
+    baselines: Listed[tuple[TrialConfig, ...]] = ()
     """Configs to measure beside the trials, such as what is in production now. The model as it is, bf16 and plain int8
     stand there anyway."""
     constraints: Annotated[dict[str, Constraint], _names(Metrics.model_fields, "propertyNames")] = {}

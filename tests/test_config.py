@@ -1,22 +1,35 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+import qsweep.distill
 import qsweep.engines
+import qsweep.prune
 import qsweep.quantize
-from qsweep.config import Config, content_hash, members
+from qsweep.config import Config, Listed, content_hash, members
+from qsweep.tasks import AnyTask
 
 
 class Plain(Config):
     size: Annotated[int, Field(ge=1)] = 3
     rate: float = 0.5
+
+
+class Typed(Config):
+    size: int = 1
+    rate: float = 1.0
+    on: bool = False
+    name: str = ""
+    sizes: Listed[tuple[int, ...]] = ()
 
 
 class Shape(Config, ABC):
@@ -123,3 +136,49 @@ def test_members_of_a_family_differ_in_their_discriminator_and_are_documented(ba
     keys = [cls.model_fields[str(base.discriminator)].default for cls in found]
     assert len(set(keys)) == len(keys)
     assert all(cls.__doc__ for cls in found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"rate": value} for value in ("0.5", True, b"1")),
+        *({"size": value} for value in ("3", True, 3.0, 3.5)),
+        *({"on": value} for value in ("yes", 1, 0.0)),
+        *({"name": value} for value in (7, True, b"x")),
+        *({"sizes": value} for value in ([1, "2"], [True], [1.0], {"1": 2}, "12")),
+    ],
+)
+def test_a_value_of_another_type_is_refused_even_where_it_could_be_read(content: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Typed.model_validate(content)
+    assert caught.value.errors()[0]["loc"][0] == next(iter(content))
+
+
+def test_an_integer_is_taken_for_a_number_and_a_list_for_a_tuple() -> None:
+    made = Typed.model_validate({"rate": 2, "sizes": [1, 2]})
+    assert (repr(made.rate), made.sizes) == ("2.0", (1, 2))
+
+
+def stored_configs() -> list[Config]:
+    """One config of every kind that a spec can hold, each tuple filled."""
+    rows = {"file": "a", "rows": [0, 9]}
+    images = {"method": "parquet", "train": rows, "test": "b", "classes": 2, "mean": [0.5], "std": [0.5]}
+    image_task = {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": images}
+    own = {"method": "python", "file": "a.py:T", "depends_on": ["b"], "arguments": {"n": [1]}}
+    packages = (
+        (qsweep.quantize.Quantization, "qsweep.quantize"),
+        (qsweep.engines.EngineConfig, "qsweep.engines"),
+        (qsweep.prune.Pruning, "qsweep.prune"),
+        (qsweep.distill.Distillation, "qsweep.distill"),
+    )
+    found = [cls() for base, package in packages for cls in members(base, package)]
+    schedule = [cls(bits_schedule=(8, 6)) for cls in map(type, found) if "bits_schedule" in cls.model_fields]
+    return [*found, *schedule, *(TypeAdapter(AnyTask).validate_python(content) for content in (image_task, own))]
+
+
+@pytest.mark.parametrize("config", stored_configs(), ids=lambda config: type(config).__name__)
+def test_every_config_is_read_back_from_its_json_and_its_yaml(config: Config) -> None:
+    plain = config.model_dump(mode="json")
+    assert type(config).model_validate(json.loads(config.model_dump_json())) == config
+    assert type(config).model_validate(yaml.safe_load(yaml.safe_dump(plain))) == config
+    assert type(config).model_validate_json(config.model_dump_json()) == config

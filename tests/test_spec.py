@@ -148,6 +148,30 @@ def test_stages_come_in_their_order() -> None:
             "`search.sampler`: must be 'tpe', 'nsga2', 'gp', 'random' or 'grid' (got 'tarot')",
         ),
         ({"run": 3}, "`run`: must be a mapping (got 3)"),
+        ({"search": {"trials": "4"}}, "`search.trials`: must be an integer (got '4')"),
+        ({"search": {"trials": True}}, "`search.trials`: must be an integer (got True)"),
+        ({"search": {"trials": 4.0}}, "`search.trials`: must be an integer (got 4.0)"),
+        ({"search": {"timeout": True}}, "`search.timeout`: must be a number (got True)"),
+        (
+            {"search": {"timeout": "90"}},
+            "`search.timeout`: must be seconds or a duration such as `30m` or `1h30m` (got '90')",
+        ),
+        ({"measure": {"parity_top1": "0.9"}}, "`measure.parity_top1`: must be a number (got '0.9')"),
+        (
+            {"target": {"engine": "float", "compile": "yes"}},
+            "`target.float.compile`: must be true or false (got 'yes')",
+        ),
+        ({"target": {"engine": "float", "compile": 1}}, "`target.float.compile`: must be true or false (got 1)"),
+        ({"objectives": ["accuracy", 3]}, "`objectives.1`: must be text (got 3)"),
+        ({"track": {"experiment": 7}}, "`track.experiment`: must be text (got 7)"),
+        (
+            {"constraints": {"accuracy": {"min": "0.9"}}},
+            "`constraints.accuracy.min`: must be a number (got '0.9')",
+        ),
+        (
+            {"baselines": [{"target": {"engine": "onnxruntime", "threads": "2"}}]},
+            "`baselines.0.target.onnxruntime.threads`: must be an integer (got '2')",
+        ),
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
 )
@@ -214,3 +238,9 @@ def test_scientific_notation_is_a_number(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(SPEC | {"compress": 0}).replace("compress: 0", compress))
     (low, high) = (config.quantize.learning_rate for config in load_spec(path).compress.configs())  # type: ignore[union-attr]
     assert (low, high) == (1e-4, 1e-1)
+
+
+def test_an_integer_is_a_number(tmp_path: Path) -> None:
+    spec = load_spec(written(tmp_path, measure={"parity_top1": 1}, constraints={"accuracy_drop_pp": {"max": 1}}))
+    assert repr(spec.measure.parity_top1) == "1.0"
+    assert repr(spec.constraints["accuracy_drop_pp"].max) == "1.0"

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from glob import escape
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from qsweep.config import Listed
 from qsweep.quantize.base import Bits
 from qsweep.quantize.ptq import PTQ, PostTraining
 from qsweep.stage import Context
@@ -31,7 +32,7 @@ class Mixed(PostTraining):
     """The budget: no more than what all layers of so many bits would cost."""
     budget: Literal["bytes", "bit_operations"] = "bytes"
     """What costs: the bits of the weights, or multiply-accumulates times weight bits times activation bits."""
-    candidates: Annotated[tuple[Bits, ...], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
+    candidates: Annotated[Listed[tuple[Bits, ...]], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
     """The widths a layer may have."""
     sensitivity: Literal["fisher", "output_error", "kl"] = "fisher"
     """How a layer's width is scored. fisher: the squared error of its weights, each weighted by its Fisher information;
@@ -46,6 +47,9 @@ class Mixed(PostTraining):
         if len(set(widths)) < len(widths):
             raise ValueError("must be different widths")
         return tuple(sorted(widths))
+
+    def canonical(self) -> Self:
+        return super().canonical().model_copy(update={"calibration_seed": self.calibration_seed})  # scores draw with it
 
     @model_validator(mode="after")
     def _possible(self) -> Mixed:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -48,6 +48,9 @@ class Trained(Uniform):
         if self.epochs < len(widths):
             raise ValueError(f"`epochs` must be at least {len(widths)}, one for each of the bits {widths}")
         return self
+
+    def canonical(self) -> Self:
+        return super().canonical().model_copy(update={"bits_schedule": tuple(self.widths()[:-1])})
 
     def widths(self) -> list[int]:
         """Weight bits in the order of training; those of the schedule that are not above `weight_bits` are left out."""

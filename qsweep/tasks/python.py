@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qsweep.config import content_hash
+from qsweep.config import Listed, content_hash
 from qsweep.tasks._files import file_hash, locate, store_of
 from qsweep.tasks.base import Task, TaskConfig
 
@@ -24,7 +24,7 @@ class Python(TaskConfig):
     """Keyword arguments of the class."""
     trained: bool = False
     """Whether `model()` returns trained weights; if not, the baseline is trained, once."""
-    depends_on: tuple[str, ...] = ()
+    depends_on: Listed[tuple[str, ...]] = ()
     """Other files that the results depend on (data, weights, modules): a change of one makes old results void."""
 
     def open(self, root: Path) -> Task:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from qsweep.config import Config, content_hash
+from qsweep.config import Config, Listed, content_hash
 from qsweep.tasks._files import file_hash, locate, store_of
 from qsweep.tasks.base import Samples, SplitName
 from qsweep.tasks.images.base import ImageData, Images
@@ -16,7 +16,7 @@ class Rows(Config):
 
     file: str
     """Relative to the spec's folder; `~` and `$VARIABLES` are expanded."""
-    rows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = None
+    rows: Listed[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]] | None = None
     """The first row and the one after the last; null: all rows."""
 
     @model_validator(mode="after")
@@ -55,9 +55,9 @@ class Parquet(ImageData):
     test: Part
     classes: Annotated[int, Field(ge=2)]
     """Labels go from 0 to one less."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: Listed[tuple[float, ...]] = (0.485, 0.456, 0.406)
     """Of each channel, for pixels from 0 to 1."""
-    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.229, 0.224, 0.225)
+    std: Listed[tuple[Annotated[float, Field(gt=0)], ...]] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, likewise."""
     crop_padding: Annotated[int, Field(ge=0)] = 4
     """Augmentation: training images are padded by this many black pixels and cropped to their size at random."""

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
-from qsweep.errors import BundleError, DiskFull, OutOfMemory, QsweepError, TaskFailure, TrialFailure
+from qsweep.errors import BundleError, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, TrialFailure
 from qsweep.evaluate import check, predict
 from qsweep.hub.export import float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
 from qsweep.machine import fingerprint
+from qsweep.measure import gpu
 from qsweep.measure.deployed import outputs, parity
 from qsweep.measure.latency import latency
 from qsweep.measure.memory import PeakMemory
@@ -133,19 +135,24 @@ def _measure(job: Job) -> Result:
     inputs = task.transform(task.samples("validation").inputs[: engine.batch_size]).float().contiguous()
     inputs = inputs.repeat(-(-engine.batch_size // len(inputs)), *[1] * (inputs.dim() - 1))[: engine.batch_size]
     job.progress("load")
-    memory = PeakMemory()
+    if (reason := engine.available()) is not None:
+        raise Refused(reason)
+    inputs = inputs.to(engine.device)
+    memory, device_memory = PeakMemory(), gpu.DeviceMemory() if inputs.is_cuda else None
     with job.clock("load"):
         run = engine.load(job.artifact)
         run(inputs)
     metrics: dict[str, float] = {}
     if (peak := memory.bytes()) is not None:
         metrics["peak_memory_bytes"] = peak
+    if device_memory is not None:
+        metrics["peak_device_memory_bytes"] = device_memory.bytes()
     with job.clock("load"):
         metrics["int8_mac_fraction"] = engine.integer_macs(job.artifact, run, inputs)
         other = _baseline_runner(job)
     job.alone("accuracy")
     with job.clock("accuracy"):
-        deployed = outputs(run, task, "validation", engine.batch_size)
+        deployed = outputs(run, task, "validation", engine.batch_size, device=engine.device)
         scores = task.score(deployed, task.samples("validation").labels).float()
         np.save(job.folder / "scores.npy", scores.numpy())
         metrics["accuracy"] = scores.mean().item()
@@ -155,14 +162,18 @@ def _measure(job: Job) -> Result:
     job.progress("latency")
     with job.clock("latency"):
         metrics |= latency(run, other, inputs, job.measure)
-    return {"metrics": metrics, "seconds": job.clock.seconds, "machine": fingerprint()}
+    if inputs.is_cuda:
+        with job.clock("energy"):
+            metrics |= gpu.energy(partial(run, inputs), len(inputs))
+    return {"metrics": metrics, "seconds": job.clock.seconds, "machine": fingerprint(engine.device)}
 
 
 def _test(job: Job) -> Result:
     task, engine = job.task(), job.config.target
     run = engine.load(job.artifact)
     job.alone("test")
-    score = task.score(outputs(run, task, "test", engine.batch_size), task.samples("test").labels)
+    found = outputs(run, task, "test", engine.batch_size, device=engine.device)
+    score = task.score(found, task.samples("test").labels)
     return {"metrics": {"accuracy_test": score.float().mean().item()}, "seconds": job.clock.seconds}
 
 
@@ -177,9 +188,13 @@ def _baseline_runner(job: Job) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if job.baseline is None or job.baseline == job.folder:
         return None
     config = TrialConfig.model_validate(json.loads((job.baseline / "job.json").read_text())["config"])
-    return config.target.model_copy(
-        update={"batch_size": job.config.target.batch_size, "threads": job.config.target.threads}
-    ).load(job.baseline / "artifact")
+    own = job.config.target
+    engine = config.target.model_copy(update={"batch_size": own.batch_size, "threads": own.threads})
+    run = engine.load(job.baseline / "artifact")
+    if engine.device == own.device:
+        return run
+    elsewhere = cache(lambda inputs: inputs.to(engine.device))  # copied once, so that copying is not timed
+    return lambda inputs: run(elsewhere(inputs))
 
 
 def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:

@@ -35,9 +35,20 @@ def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "`device: cuda` needs a CUDA device (PyTorch finds none)"
 
 
-def fingerprint() -> str:
-    """Figures of equal fingerprints may be compared: processor, its features, cores, system."""
-    return f"{cpu()}; {cores()} cores; {' '.join(features())}; {platform.system()} {platform.machine()}"
+def gpu() -> str:
+    """Name of the current CUDA device, its capability and memory, empty where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    found = torch.cuda.get_device_properties()
+    return f"{found.name} (sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB)"
+
+
+def fingerprint(device: str = "cpu") -> str:
+    """Figures of equal fingerprints may be compared: processor, its features, cores, system; on `cuda` the GPU too."""
+    parts = [cpu(), f"{cores()} cores", " ".join(features()), f"{platform.system()} {platform.machine()}"]
+    return "; ".join([*parts, gpu()] if device == "cuda" else parts)
 
 
 def _line(key: str) -> str:

@@ -58,6 +58,17 @@ class Metrics(Config):
     """Share of weights (of convolutions and linears) that are exactly zero."""
     peak_memory_bytes: float | None = _metric("minimize")
     """Peak resident memory of the measuring process above its level before the artifact was loaded."""
+    peak_device_memory_bytes: float | None = _metric("minimize")
+    """On a GPU: peak of what tensors take on it, above the level before the artifact was loaded."""
+    energy_mj: float | None = _metric("minimize")
+    """Millijoules of one sample at the target's batch size, where the machine tells its power: on NVIDIA GPUs with NVML
+    (`pip install nvidia-ml-py`) the integral over half a second of back-to-back calls."""
+    gpu_power_w: float | None = _metric()
+    """Mean over the same time."""
+    gpu_clock_mhz: float | None = _metric()
+    """Of the streaming multiprocessors, mean over the same time."""
+    gpu_temperature_c: float | None = _metric()
+    """The highest of the same time."""
 
     @classmethod
     def directions(cls) -> dict[str, Direction]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import Noise, context, network
 
 from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
 from qsweep.errors import Refused
 from qsweep.hub.export import float_graph
-from qsweep.machine import no_gpu
+from qsweep.machine import fingerprint, gpu, no_gpu
+from qsweep.measure.gpu import DeviceMemory, Reading, calls_for, energy, joules, read, summary
+from qsweep.measure.latency import latency
+from qsweep.records import Metrics
+from qsweep.spec import Measure
 
 GPU = torch.cuda.is_available()
 
@@ -51,3 +58,57 @@ def test_the_float_engine_gives_the_models_outputs_on_a_gpu(compile: bool, captu
         torch.testing.assert_close(run(inputs.cuda()).cpu(), model.graph(inputs), rtol=2e-3, atol=2e-3)
     with pytest.raises(Refused, match="takes inputs"):
         run(inputs[:4].cuda())
+
+
+def readings(*points: tuple[float, float]) -> list[Reading]:
+    return [Reading(seconds, watts, 1980.0, 40.0 + seconds) for seconds, watts in points]
+
+
+def test_energy_is_the_integral_of_power_however_unevenly_it_was_read() -> None:
+    ramp = readings((0.0, 100.0), (0.1, 110.0), (0.7, 170.0), (1.0, 200.0))
+    assert joules(ramp) == pytest.approx(150.0)
+    assert joules(readings((5.0, 300.0), (5.5, 300.0))) == pytest.approx(150.0)
+    assert joules(readings((0.0, 100.0))) == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1.0), st.floats(50, 700)), min_size=2, max_size=20), st.integers(1, 10_000))
+def test_energy_lies_between_the_least_and_the_greatest_power(steps: list[tuple[float, float]], count: int) -> None:
+    times = list(itertools.accumulate(step for step, _ in steps))
+    found = summary(readings(*zip(times, (watts for _, watts in steps), strict=True)), count)
+    least, greatest = (end(watts for _, watts in steps) for end in (min, max))
+    assert least <= found["gpu_power_w"] * (1 + 1e-9)
+    assert found["gpu_power_w"] <= greatest * (1 + 1e-9)
+    assert found["energy_mj"] == pytest.approx(1000 * found["gpu_power_w"] * (times[-1] - times[0]) / count)
+    assert found["gpu_temperature_c"] == 40.0 + times[-1]
+
+
+def test_every_figure_of_a_gpu_is_a_metric_by_name() -> None:
+    assert set(summary(readings((0.0, 1.0), (1.0, 1.0)), 1)) <= set(Metrics.model_fields)
+    assert {"energy_mj", "peak_device_memory_bytes"} <= set(Metrics.directions())
+
+
+@pytest.mark.parametrize("one_ms", [0.0, 0.002, 0.3, 1.0, 50.0])
+def test_short_calls_are_timed_many_at_a_time(one_ms: float) -> None:
+    calls = calls_for(one_ms)
+    assert calls >= 1
+    assert calls == 1 or 1.0 <= calls * max(one_ms, 1e-4) < 1.0 + max(one_ms, 1e-4)
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_sensors_tell_nothing_where_there_is_no_gpu() -> None:
+    assert read() is None
+    assert energy(lambda: None, 1) == {}
+    assert gpu() == ""
+    assert fingerprint("cuda").startswith(fingerprint())
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_latency_memory_and_energy_are_measured_on_a_gpu() -> None:
+    a = torch.randn(2048, 2048, device="cuda")
+    memory = DeviceMemory()
+    found = latency(lambda x: x @ x, lambda x: x @ x @ x, a, Measure(latency_pairs=10, latency_seconds=0.1))
+    assert memory.bytes() >= a.nbytes
+    assert 0 < found["latency_low_ms"] <= found["latency_ms"] <= found["latency_high_ms"]
+    assert found["latency_ratio"] < 1
+    metrics = energy(lambda: a @ a, 1)
+    assert not metrics or metrics["energy_mj"] > 0

@@ -11,8 +11,13 @@ from qsweep.spec import Measure
 from qsweep.tasks import SplitName, Task
 
 
-def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, count: int | None = None) -> Tensor:
-    """(N, ...) outputs for the first `count` samples of `split`, batches filled up to the artifact's size."""
+def outputs(
+    run: Runner, task: Task, split: SplitName, batch_size: int, count: int | None = None, device: str = "cpu"
+) -> Tensor:
+    """(N, ...) outputs for the first `count` samples of `split`, batches filled up to the artifact's size.
+
+    They are on the CPU, wherever `run` works.
+    """
     stored = task.samples(split).inputs[:count]
     parts = []
     for part in torch.split(stored, batch_size):
@@ -20,7 +25,8 @@ def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, count: i
         missing = batch_size - len(batch)
         if missing:
             batch = torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])])
-        parts.append(run(batch.contiguous())[: len(part)].clone())
+        found = run(batch.contiguous().to(device))[: len(part)]
+        parts.append(found.to("cpu", copy=True))
     joined = torch.cat(parts)
     if not torch.isfinite(joined).all():
         raise NotFinite("the artifact's outputs must be finite (got NaN or infinity)")

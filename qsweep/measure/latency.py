@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from qsweep.engines import Runner
+from qsweep.measure import gpu
 from qsweep.spec import Measure
 
 _WARM_UP_SECONDS = 0.1
@@ -24,7 +28,8 @@ Milliseconds = npt.NDArray[np.float64]
 def latency(run: Runner, baseline: Runner | None, inputs: Tensor, settings: Measure) -> dict[str, float]:
     """Metrics of one call on `inputs`: median, p95, 95 % interval of the median, ratio of medians to `baseline`.
 
-    Without a baseline the artifact is the baseline, and its ratio 1.
+    Without a baseline the artifact is the baseline, and its ratio 1. `inputs` on a GPU: by the device's clock, short
+    calls many at a time.
     """
     _warm_up(run, inputs)
     if baseline is not None:
@@ -48,6 +53,8 @@ def _warm_up(run: Runner, inputs: Tensor) -> None:
     while calls < _WARM_UP_CALLS or time.perf_counter() < end:
         run(inputs)
         calls += 1
+        if inputs.is_cuda:
+            torch.cuda.synchronize()
 
 
 def _pairs(
@@ -58,14 +65,19 @@ def _pairs(
     Threads of one runtime spin for a while after a call and would slow the other's first one: it waits until they rest.
     """
     runs = [run] if baseline is None else [run, baseline]
+    timers = [_timer(each, inputs) for each in runs]
     times: list[list[float]] = [[], []]
     end = time.perf_counter() + settings.latency_seconds
     while len(times[0]) < settings.latency_pairs and (len(times[0]) < _FEWEST_PAIRS or time.perf_counter() < end):
-        for each, found in zip(runs, times, strict=False):
+        for each, timer, found in zip(runs, timers, times, strict=False):
             time.sleep(_REST_SECONDS)
             each(inputs)
-            found += [_call(each, inputs) for _ in range(_TURN)]
+            found += [timer() for _ in range(_TURN)]
     return np.array(times[0]), np.array(times[1])
+
+
+def _timer(run: Runner, inputs: Tensor) -> Callable[[], float]:
+    return gpu.timer(partial(run, inputs)) if inputs.is_cuda else partial(_call, run, inputs)
 
 
 def _call(run: Runner, inputs: Tensor) -> float:

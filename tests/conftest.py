@@ -6,6 +6,17 @@ from pathlib import Path
 
 import pytest
 
+ON_GPU = os.environ.get("QSWEEP_GPU") == "1"
+"""Whether the kernels' tests run on a GPU; else in Triton's interpreter, which must be chosen before its import."""
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where tests of kernels have their tensors."""
+    return "cuda" if ON_GPU else "cpu"
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, fx
 
+from qsweep.cuda.capture import captured
 from qsweep.engines._torch import channels_last_input, channels_last_weights
 from qsweep.errors import Refused
 from qsweep.hub.save import load
@@ -17,9 +18,6 @@ from qsweep.machine import no_gpu
 
 if TYPE_CHECKING:
     from qsweep.engines.base import EngineConfig, Runner
-
-_WARM_UP_CALLS = 3
-"""Before a capture: what is lazy (workspaces, cuDNN's choice of algorithms) must have happened."""
 
 
 def gpu_runner(folder: Path, engine: EngineConfig, *, compile: bool, capture: bool) -> Runner:
@@ -46,28 +44,6 @@ def compiled(graph: fx.GraphModule, example: Tensor) -> Callable[[Tensor], Tenso
     with torch.no_grad():
         call(example)
     return cast(Callable[[Tensor], Tensor], call)
-
-
-@torch.no_grad()
-def captured(call: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
-    """`call` as one CUDA graph: takes inputs shaped as `example`, gives a buffer that the next call overwrites."""
-    given = example.clone()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_CALLS):
-            call(given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call(given)
-
-    def replay(inputs: Tensor) -> Tensor:
-        given.copy_(inputs)
-        graph.replay()
-        return result
-
-    return replay
 
 
 def fixed(call: Callable[[Tensor], Tensor], example: Tensor) -> Runner:

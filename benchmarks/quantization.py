@@ -40,7 +40,7 @@ class Sweep:
     def find(self, **fields: Any) -> list[Record]:
         """Trials whose `quantize` has these values; a field that it does not have counts as its default None."""
         quantize = [(r, r.config["compress"]["quantize"] or {}) for r in self.records if r.kind == "trial"]
-        found = [r for r, config in quantize if all(config.get(key) == value for key, value in fields.items())]
+        found = [r for r, config in quantize if all(_plain(config.get(key)) == value for key, value in fields.items())]
         failed = [f"{r.name}: {r.failure.message if r.failure else r.state}" for r in found if r.state != "complete"]
         if failed or not found:
             raise SystemExit(f"{fields}: {failed or 'no such trial'}")
@@ -50,6 +50,11 @@ class Sweep:
         """Accuracy less F, in percentage points, of each trial found."""
         assert self.fp32.metrics.accuracy is not None
         return [100 * ((r.metrics.accuracy or 0.0) - self.fp32.metrics.accuracy) for r in self.find(**fields)]
+
+
+def _plain(value: Any) -> Any:
+    """A value of a config; of a method with fields its name."""
+    return value["method"] if isinstance(value, dict) and "method" in value else value
 
 
 def spread(values: list[float]) -> str:

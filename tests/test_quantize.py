@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -25,7 +25,12 @@ from qsweep.quantize import Quantization
 from qsweep.quantize import _calibrate as calibrate
 from qsweep.quantize._arithmetic import activation_grid, weight_levels
 from qsweep.quantize.base import Scheme, Uniform
+from qsweep.quantize.codebook import Codebook
+from qsweep.quantize.lsq import LSQ
+from qsweep.quantize.mixed import Mixed
+from qsweep.quantize.pact import PACT
 from qsweep.quantize.ptq import PTQ
+from qsweep.quantize.qat import QAT
 from qsweep.spec import Compression
 
 METHODS: tuple[type[Quantization], ...] = members(Quantization, "qsweep.quantize")
@@ -115,6 +120,46 @@ def test_the_simulation_equals_the_quantize_dequantize_graph_bit_for_bit(made: Q
 def test_the_uid_is_that_of_the_content(method: type[Quantization]) -> None:
     assert small(method).uid() == small(method).uid()
     assert len({member.model_validate({}).uid() for member in METHODS}) == len(METHODS)
+
+
+FLOAT = {"activation_bits": None}
+DRAW = {"calibration_samples": 7, "calibration_seed": 3}
+SAME: list[tuple[type[Quantization], dict[str, Any], dict[str, Any]]] = [
+    (PTQ, FLOAT, DRAW | {"calibration": "mse", "activation_scheme": "symmetric", "activation_mode": "dynamic"}),
+    (PTQ, {"activation_mode": "dynamic"}, DRAW | {"calibration": "entropy"}),
+    (PTQ, {"weight_bits": 8}, {"edge_bits": 8}),
+    (PTQ, {"weight_bits": 3, "rounding": "gptq"}, {"rounding": {"method": "gptq"}}),
+    (Mixed, FLOAT, {"calibration_samples": 7, "calibration": "mse"}),
+    (QAT, FLOAT, DRAW | {"calibration": "mse"}),
+    (LSQ, {"weight_bits": 4, "epochs": 2, "bits_schedule": (8,)}, {"bits_schedule": (8, 4, 3)}),
+    (PACT, FLOAT, {"clip_decay": 0.1}),
+    (Codebook, {"weight_bits": 8}, {"edge_bits": 8}),
+]
+
+
+@pytest.mark.parametrize(("method", "fields", "idle"), SAME, ids=str)
+def test_configs_that_differ_in_what_counts_for_nothing_are_one_and_do_the_same(
+    method: type[Quantization], fields: dict[str, Any], idle: dict[str, Any], tmp_path: Path
+) -> None:
+    configs = [small(method, **fields), small(method, **fields | idle)]
+    assert configs[0].uid() == configs[1].uid()
+    made = [config.apply(network("mlp"), context(tmp_path / str(place))) for place, config in enumerate(configs)]
+    assert torch.equal(*(simulation(model)(INPUTS) for model in made))
+
+
+def test_what_samples_decide_keeps_their_draw_in_the_identity() -> None:
+    for fields in ({"rounding": "gptq"}, {"bias_correction": True}, {"smooth": 0.5}, {"activation_bits": 8}):
+        for draw in DRAW:
+            assert PTQ.model_validate(FLOAT | fields).uid() != PTQ.model_validate(FLOAT | fields | {draw: 1}).uid()
+    assert Mixed(activation_bits=None).uid() != Mixed(activation_bits=None, calibration_seed=1).uid()
+
+
+def test_every_switch_and_every_alternative_counts(method: type[Quantization]) -> None:
+    for name, field in method.model_fields.items():
+        others = [not field.default] if isinstance(field.default, bool) else get_args(field.annotation)
+        for value in others if get_origin(field.annotation) is Literal or field.annotation is bool else ():
+            if value != field.default and (name, value) != ("activation_mode", "dynamic"):
+                assert method.model_validate({name: value}).uid() != method().uid()
 
 
 def test_weights_that_are_zero_stay_zero(made: QuantizedModel) -> None:

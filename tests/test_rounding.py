@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Noise, context, network
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, fx, nn
 
 from qsweep.errors import NotFinite
@@ -26,6 +28,8 @@ from qsweep.quantize._layerwise import Layer, Rounded, rounded_layers
 from qsweep.quantize._observers import NearestWeight
 from qsweep.quantize._patches import as_rows, groups_of, patches
 from qsweep.quantize.ptq import PTQ
+from qsweep.space import Space, assignments, complaint
+from qsweep.spec import Compression
 
 INPUTS = Noise(50).inputs
 OPS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = {
@@ -238,8 +242,11 @@ def stored(model: QuantizedModel) -> dict[str, Tensor]:
     return dict(sorted(found.items()))
 
 
+BRIEF = {"method": "adaround", "iterations": 15}
+
+
 def small(**changes: Any) -> PTQ:
-    fields = {"weight_bits": 3, "rounding": "adaround", "calibration_samples": 60, "adaround_iterations": 15}
+    fields = {"weight_bits": 3, "rounding": BRIEF, "calibration_samples": 60}
     return PTQ.model_validate(fields | changes)
 
 
@@ -272,10 +279,10 @@ FORMS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form))
-@pytest.mark.parametrize("how", ["adaround", "gptq"])
+@pytest.mark.parametrize("how", [BRIEF, "gptq"], ids=["adaround", "gptq"])
 @pytest.mark.parametrize("name", ["depthwise", "sequence"])
 def test_the_levels_that_were_chosen_are_the_levels_that_are_shipped(
-    name: str, how: str, form: dict[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, how: Any, form: dict[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = watched(monkeypatch)
     config = small(rounding=how, **form)
@@ -291,8 +298,8 @@ def test_the_levels_that_were_chosen_are_the_levels_that_are_shipped(
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("how", ["adaround", "gptq"])
-def test_the_same_seed_gives_the_same_bits(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [BRIEF, "gptq"], ids=["adaround", "gptq"])
+def test_the_same_seed_gives_the_same_bits(how: Any, tmp_path: Path) -> None:
     runs = [small(rounding=how).apply(network("mlp"), context(tmp_path / str(number))) for number in range(2)]
     assert torch.equal(*(simulation(run)(INPUTS) for run in runs))
 
@@ -305,7 +312,7 @@ def test_trials_that_round_alike_compute_it_once(tmp_path: Path, monkeypatch: py
     others: list[dict[str, Any]] = [
         {"weight_bits": 4},
         {"activation_bits": 4},
-        {"adaround_iterations": 16},
+        {"rounding": BRIEF | {"iterations": 16}},
         {"rounding": "gptq"},
         {"equalize": True},
         {"calibration_seed": 1},
@@ -382,17 +389,17 @@ def test_layers_read_the_rounded_model_and_aim_at_the_float_model(
     ]
 
 
-@pytest.mark.parametrize("how", ["adaround", "gptq"])
-def test_weights_that_are_not_finite_are_a_typed_failure(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [BRIEF, "gptq"], ids=["adaround", "gptq"])
+def test_weights_that_are_not_finite_are_a_typed_failure(how: Any, tmp_path: Path) -> None:
     model = network("mlp")
     next(model.parameters()).data[0, 0] = torch.nan
     with pytest.raises(NotFinite):
         small(rounding=how, activation_bits=None).apply(model, context(tmp_path))
 
 
-@pytest.mark.parametrize("how", ["adaround", "gptq"])
+@pytest.mark.parametrize("how", [BRIEF, "gptq"], ids=["adaround", "gptq"])
 def test_activations_that_are_not_finite_are_a_typed_failure_of_weight_only_rounding_too(
-    how: str, tmp_path: Path
+    how: Any, tmp_path: Path
 ) -> None:
     inputs = INPUTS.clone()
     inputs[3, 0, 2, 2] = torch.inf
@@ -403,7 +410,7 @@ def test_activations_that_are_not_finite_are_a_typed_failure_of_weight_only_roun
 def test_a_channel_of_zeros_and_inputs_of_zeros_are_rounded_to_zero_and_to_nearest(tmp_path: Path) -> None:
     model = network("mlp")
     model[4].weight.data[2] = 0.0  # type: ignore[index]
-    for how in ("adaround", "gptq"):
+    for how in (BRIEF, "gptq"):
         config = small(rounding=how)
         shipped = stored(config.apply(model, context(tmp_path, task=Noise(inputs=torch.zeros(20, 1, 8, 8)))))
         plain = stored(small(rounding="nearest").apply(model, context(tmp_path)))
@@ -412,13 +419,14 @@ def test_a_channel_of_zeros_and_inputs_of_zeros_are_rounded_to_zero_and_to_neare
         assert torch.equal(shipped[first], plain[first])
 
 
-@pytest.mark.parametrize("how", ["adaround", "gptq"])
-def test_both_keep_the_outputs_for_samples_they_have_not_seen_better_than_nearest(how: str, root: Path) -> None:
+@pytest.mark.parametrize("how", [BRIEF, "gptq"], ids=["adaround", "gptq"])
+def test_both_keep_the_outputs_for_samples_they_have_not_seen_better_than_nearest(how: Any, root: Path) -> None:
     model, found = network("shortcut"), context(root, key="shortcut")
     inputs = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(9))
     errors = []
-    for rounded in ("nearest", how):
-        config = small(rounding=rounded, activation_bits=None, adaround_iterations=200, calibration_samples=200)
+    adaround = {"method": "adaround", "iterations": 200}
+    for rounded in ("nearest", how if how == "gptq" else adaround):
+        config = small(rounding=rounded, activation_bits=None, calibration_samples=200)
         outputs = simulation(config.apply(model, found))(inputs)
         errors.append((outputs - model(inputs)).square().mean().item())
     assert errors[1] < 0.7 * errors[0]
@@ -433,3 +441,46 @@ def test_samples_are_bounded_by_their_memory_and_drawn_evenly(root: Path, monkey
     assert torch.equal(drawn[[0, -1]], INPUTS[[0, -1]])
     monkeypatch.setattr(rounding, "_MEMORY", 1)
     assert len(rounding._subset(INPUTS, model)) == 2
+
+
+def test_a_name_is_short_for_the_method_with_its_usual_fields() -> None:
+    usual = PTQ.model_validate({"rounding": "adaround"})
+    assert usual == PTQ.model_validate({"rounding": {"method": "adaround", "iterations": 1000}})
+    assert PTQ.model_validate(usual.model_dump(mode="json")).uid() == usual.uid()
+    assert PTQ.model_validate({"rounding": "nearest"}).uid() == PTQ().uid()
+    labels = [PTQ.model_validate({"rounding": how}).label() for how in ("nearest", "gptq", "adaround", BRIEF)]
+    assert labels == ["ptq-w8s-a8a", "ptq-w8s-a8a-gptq", "ptq-w8s-a8a-adaround", "ptq-w8s-a8a-adaround15"]
+
+
+def test_steps_of_adaround_are_searched_over_beside_methods_that_have_none() -> None:
+    iterations = {"range": [100, 300], "step": 100}
+    raw = {
+        "method": "ptq",
+        "rounding": {"choice": ["nearest", "gptq", {"method": "adaround", "iterations": iterations}]},
+    }
+    space: Space[Compression] = Space({"quantize": raw}, TypeAdapter(Compression), "compress")
+    points = list(assignments(space.tree, "compress"))
+    assert len(points) == 5
+    assert points[-1] == {
+        "compress.quantize.rounding": "adaround",
+        "compress.quantize.rounding.adaround.iterations": 300,
+    }
+    configs = [space.sample(lambda path, domain, point=point: point[path]) for point in points]  # type: ignore[misc]
+    assert len({config.uid() for config in configs}) == 5
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [
+        ("magic", r"rounding\.method`: must be one of"),
+        ({"method": "gptq", "iterations": 3}, r"rounding\.gptq\.iterations`: there is no such key"),
+        (
+            {"method": "adaround", "iterations": 0},
+            r"rounding\.adaround\.iterations`: must be greater than or equal to 1",
+        ),
+    ],
+)
+def test_fields_of_another_rounding_are_refused(how: Any, wanted: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        Compression.model_validate({"quantize": {"method": "ptq", "rounding": how}})
+    assert re.search(wanted, complaint(raised.value))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -31,6 +31,9 @@ class Logits(Distillation):
     epochs: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Peak of a one-cycle schedule."""
+
+    def canonical(self) -> Self:
+        return super().canonical().with_defaults(*["temperature"] * (self.alpha == 0))
 
     def label(self) -> str:
         return f"T{self.temperature:.0f}" if self.temperature.is_integer() else f"T{self.temperature:.1f}"

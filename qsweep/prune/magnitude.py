@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -31,6 +31,9 @@ class Magnitude(Pruning):
     """Fine-tuning with the zeros kept."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Peak of a one-cycle schedule."""
+
+    def canonical(self) -> Self:
+        return super().canonical().with_defaults(*["learning_rate"] * (self.epochs == 0))
 
     def label(self) -> str:
         return f"prune{100 * self.sparsity:.3g}"

@@ -18,6 +18,7 @@ from qsweep.quantize._layerwise import Rounded, Rounding, rounded_layers
 from qsweep.quantize._observers import NearestWeight
 from qsweep.quantize._prepare import preparation
 from qsweep.quantize.ptq import PostTraining
+from qsweep.quantize.rounding import AdaRound
 from qsweep.stage import Context
 
 _MOST_SAMPLES = 1024
@@ -44,9 +45,10 @@ def round_weights(config: PostTraining, model: QuantizedModel, context: Context)
 
 
 def _rounding(config: PostTraining) -> Rounding:
-    if config.rounding == "gptq":
-        return gptq
-    return lambda layer, generator: adaround(layer, config.adaround_iterations, generator)
+    if isinstance(config.rounding, AdaRound):
+        iterations = config.rounding.iterations
+        return lambda layer, generator: adaround(layer, iterations, generator)
+    return gptq
 
 
 def _subset(inputs: Tensor, model: QuantizedModel) -> Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -97,6 +97,19 @@ class Grids(Quantization):
         return self
 
     @property
+    def looks_at_samples(self) -> bool:
+        """Whether the calibration samples change anything."""
+        return self.activation_bits is not None and self.activation_mode == "static"
+
+    def canonical(self) -> Self:
+        idle = [] if self.looks_at_samples else ["calibration_samples", "calibration_seed"]
+        if self.activation_bits is None:
+            idle += ["activation_scheme", "activation_mode", "calibration"]
+        elif self.activation_mode == "dynamic":
+            idle.append("calibration")
+        return super().canonical().with_defaults(*idle)
+
+    @property
     def not_integer(self) -> str | None:
         if self.activation_bits is None:
             return "only weights are quantized (`activation_bits: null`)"
@@ -161,6 +174,10 @@ class Uniform(Grids):
 
     weight_bits: Bits = 8
     """Under 8 bits the kernels stay int8 and the file gets smaller."""
+
+    def canonical(self) -> Self:
+        all_eight = self.weight_bits == 8 and self.activation_bits in (8, None)
+        return super().canonical().with_defaults(*["edge_bits"] * all_eight)
 
     def _widths(self) -> tuple[int, ...]:
         return self.weight_bits, *self.layer_bits.values()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -29,6 +29,9 @@ class PACT(Trained):
     """Weight of half the squared ends in the loss."""
     calibration: Calibration = "mse"
     """How ranges follow from what calibration saw: where the ends start."""
+
+    def canonical(self) -> Self:
+        return super().canonical().with_defaults(*["clip_decay"] * (self.activation_bits is None))
 
     def activation(self, place: Place) -> FakeActivation:
         from qsweep.quantize._fake_activations import LearnedClip

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from qsweep.quantize.base import Grids, Uniform
+from qsweep.quantize.rounding import Nearest, Rounding
 from qsweep.stage import Context
 
 if TYPE_CHECKING:
@@ -24,21 +25,27 @@ class PostTraining(Grids):
     smooth: Annotated[float, Field(gt=0, lt=1)] | None = None
     """SmoothQuant (Xiao et al. 2023): the share, alpha, of the activations' outliers that moves into the weights behind
     layer norms; 0.5 is usual. null: none."""
-    rounding: Literal["nearest", "adaround", "gptq"] = "nearest"
-    """How weights get their levels: the nearest one each; up or down as a layer's output is kept best (AdaRound, Nagel
-    et al. 2020); one by one, the rest of a channel making up for each (GPTQ, Frantar et al. 2023). Both tell most at
-    4 bits and less, and look at up to 1024 of the calibration samples, as many as fit in 512 MiB; GPTQ takes about a
-    third of AdaRound's time."""
-    adaround_iterations: Annotated[int, Field(ge=1)] = 1000
-    """Steps of AdaRound for each layer; counts for `rounding: adaround` only."""
+    rounding: Rounding = Nearest()
+    """How weights get their levels: `nearest`, `adaround` or `gptq`, or the method with its fields, such as `{method:
+    adaround, iterations: 200}`. The last two tell most at 4 bits and less, and look at up to 1024 of the
+    calibration samples, as many as fit in 512 MiB; GPTQ takes about a third of AdaRound's time."""
     bias_correction: bool = False
     """Add to every bias what rounding takes from the mean output of its channel on the calibration samples (Nagel et
     al. 2019, section 4.2)."""
 
+    @property
+    def rounds(self) -> bool:
+        """Whether levels are chosen by what layers give."""
+        return self.rounding.method != "nearest"
+
+    @property
+    def looks_at_samples(self) -> bool:
+        return super().looks_at_samples or self.rounds or self.bias_correction or self.smooth is not None
+
     def label(self) -> str:
         """As of every grid, with `-cle`, `-smooth0.5`, `-adaround` and `-bc` for what is on."""
         flags = [(self.equalize, "cle"), (self.smooth, f"smooth{self.smooth}")]
-        flags += [(self.rounding != "nearest", self.rounding), (self.bias_correction, "bc")]
+        flags += [(self.rounds, self.rounding.label()), (self.bias_correction, "bc")]
         return "-".join([super().label(), *(name for on, name in flags if on)])
 
 
@@ -58,7 +65,7 @@ class PTQ(PostTraining, Uniform):
         from qsweep.quantize._rounding import round_weights
 
         observed = calibrated(self, model, context)
-        if self.rounding != "nearest":
+        if self.rounds:
             round_weights(self, observed, context)
         if self.bias_correction:
             correct(self, model, context, observed)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field
 
@@ -14,6 +14,9 @@ class Table(Quantization):
     """Of an index: the table has 2^bits values."""
     edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
     """Bits of the first and the last layer, where they are to have more."""
+
+    def canonical(self) -> Self:
+        return super().canonical().with_defaults(*["edge_bits"] * (self.weight_bits == 8))
 
     @property
     def not_integer(self) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qsweep.records import Record
+from qsweep.track.flat import leaves
 from qsweep.track.table import TITLES, engine_text
 
 COLOURS = {"none": "#8a94a0", "cast": "#8250df", "ptq": "#1f6feb", "qat": "#d9580d"}
@@ -112,7 +113,7 @@ def hover(record: Record) -> str:
     lines = [f"<b>{escape(record.name)}</b>  #{record.number}  {escape(engine_text(record))}"]
     for stage, config in (record.config.get("compress") or {}).items():
         if config:
-            lines.append(f"{stage}: " + escape(", ".join(f"{key}={value}" for key, value in config.items())))
+            lines.append(f"{stage}: " + escape(", ".join(f"{key}={value}" for key, value in leaves(config))))
     counts = sorted(Counter(record.layer_bits.values()).items(), reverse=True)
     if len(counts) > 1:
         lines.append("layers: " + ", ".join(f"{count} of {bits} bits" for bits, count in counts))

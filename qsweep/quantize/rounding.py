@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from qsweep.config import Config
+
+
+class _Rounding(Config):
+    """How weights get their levels."""
+
+    discriminator: ClassVar[str | None] = "method"
+    method: str
+
+    def label(self) -> str:
+        """This part of a trial's name, such as `adaround`."""
+        return self.method
+
+
+class Nearest(_Rounding):
+    """Each weight goes to the nearest level; no sample is looked at."""
+
+    method: Literal["nearest"] = "nearest"
+
+
+class AdaRound(_Rounding):
+    """Each weight goes up or down, as a layer's output is kept best (Nagel et al. 2020)."""
+
+    method: Literal["adaround"] = "adaround"
+    iterations: Annotated[int, Field(ge=1)] = 1000
+    """Steps for each layer."""
+
+    def label(self) -> str:
+        """Such as `adaround`, or `adaround200` with other than the usual steps."""
+        usual = type(self).model_fields["iterations"].default
+        return self.method if self.iterations == usual else f"{self.method}{self.iterations}"
+
+
+class GPTQ(_Rounding):
+    """One weight after the other goes to the nearest level, the rest of its channel making up for each (Frantar et al.
+    2023); takes about a third of AdaRound's time."""
+
+    method: Literal["gptq"] = "gptq"
+
+
+def _named(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
+_Methods = Annotated[Nearest | AdaRound | GPTQ, Field(discriminator="method")]
+_Written = Literal["nearest", "adaround", "gptq"] | _Methods
+Rounding = Annotated[_Methods, BeforeValidator(_named, json_schema_input_type=_Written)]
+"""A method of rounding; `adaround` is short for `{method: adaround}`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +16,9 @@ import pytest
 import small_sweep
 from small_sweep import calls, small_spec, states, told
 
-from qsweep.executors.local import holder
+from qsweep import alone
+from qsweep.executors.local import LOCK, holder
+from qsweep.executors.orphans import DRIVER_LOCK, resume
 from qsweep.study import SweepFolder, run
 
 DRIVER = """
@@ -55,6 +59,18 @@ def processes_of(root: Path) -> list[int]:
     return [found[0] for folder in folders if (found := holder(folder))]
 
 
+def state(pid: int) -> str:
+    """The kernel's letter for what a process does; `T`: it is stopped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+    except OSError:
+        return ""
+
+
+def paused(root: Path) -> list[int]:
+    return [pid for pid in processes_of(root) if state(pid) == "T"]
+
+
 def test_a_worker_that_is_killed_costs_its_trial_one_attempt(tmp_path: Path) -> None:
     told(tmp_path, build_0004="hang")
     driver = start(tmp_path)
@@ -92,16 +108,64 @@ def test_workers_left_paused_by_a_killed_driver_go_on(tmp_path: Path) -> None:
     told(tmp_path, build="tick", measure="slow")
     driver = start(tmp_path)
 
-    def one_paused() -> bool:
-        stats = [Path(f"/proc/{pid}/stat") for pid in processes_of(tmp_path)]
-        return any(path.exists() and path.read_text().split(")")[1].split()[0] == "T" for path in stats)
-
-    until(one_paused)
+    until(lambda: paused(tmp_path))
     driver.kill()
     driver.wait()
     told(tmp_path)
     assert start(tmp_path).wait(timeout=60) == 0
     check_all_done_once(tmp_path)
+
+
+@pytest.mark.parametrize("killed", ["driver", "driver and who measures"])
+def test_nothing_stays_paused_after_a_driver_that_was_killed_in_a_measurement(tmp_path: Path, killed: str) -> None:
+    """Without a next driver: who measures is alone to its end, then who was paused ends its job."""
+    told(tmp_path, build="tick", measure="slow" if killed == "driver" else "hang")
+    driver = start(tmp_path)
+    until(lambda: paused(tmp_path))
+    before = processes_of(tmp_path)
+    (stopped,) = paused(tmp_path)
+    driver.kill()
+    driver.wait()
+    for pid in set(before) - {stopped} if killed != "driver" else ():
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not processes_of(tmp_path))
+    folders = {folder.name: folder for folder in tmp_path.glob("sweeps/small/trials/*")}
+    assert all((folder / "build.json").exists() for folder in folders.values())
+    if killed == "driver":
+        (seconds,) = [
+            json.loads(path.read_text())["seconds"]
+            for f in folders.values()
+            if not (f / "record.json").exists()
+            for path in f.glob("measure.json")
+        ]
+        ticks = [float(tick) for folder in folders.values() for tick in (folder / "ticks.txt").read_text().split()]
+        assert not [tick for tick in ticks if seconds["began"] + 0.2 < tick < seconds["ended"]]
+    told(tmp_path)
+    assert start(tmp_path).wait(timeout=60) == 0
+    check_all_done_once(tmp_path)
+    assert {count for call, count in calls(tmp_path).items() if call.startswith("build")} == {1}
+
+
+def test_who_is_paused_by_a_new_driver_is_left_to_it(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    worker = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    with (tmp_path / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print(worker.pid, "build", file=lock, flush=True)
+        os.kill(worker.pid, signal.SIGSTOP)
+        until(lambda: state(worker.pid) == "T")
+        with (tmp_path / DRIVER_LOCK).open("w") as driver:
+            fcntl.flock(driver, fcntl.LOCK_EX)
+            resume(tmp_path)
+            assert state(worker.pid) == "T"
+        alone.grant(tmp_path)
+        resume(tmp_path)
+        assert state(worker.pid) == "T"
+        alone.forget(tmp_path)
+        resume(tmp_path)
+        until(lambda: state(worker.pid) != "T")
+    worker.kill()
+    worker.wait()
 
 
 @pytest.mark.parametrize("moment", ["asked", "recorded"])

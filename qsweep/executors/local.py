@@ -89,7 +89,7 @@ class Local:
 
     def __init__(self, preload: Sequence[str], log: Path) -> None:
         self.workers: list[Worker] = []
-        forkserver.set_forkserver_preload([server.__name__, __name__, *preload])
+        forkserver.set_forkserver_preload([server.__name__, __name__, f"{__package__}.orphans", *preload])
         with server.environment(log):
             forkserver.ensure_running()  # it imports while the driver goes on
 

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLE = "QSWEEP_SERVER"
+log: Path | None = None
+"""In the server: where it writes what it has to say."""
 
 
 @contextmanager
@@ -55,3 +57,4 @@ if VARIABLE in os.environ:
     _told = json.loads(os.environ.pop(VARIABLE))
     _restore(_told["before"])
     _leave_terminal(_told["log"])
+    log = Path(_told["log"])

@@ -6,15 +6,17 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qsweep.config import content_hash
 from qsweep.errors import DiskFull, SweepError
 from qsweep.executors.local import holder
+from qsweep.executors.orphans import DRIVER_LOCK
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 
@@ -46,13 +48,11 @@ class SweepFolder:
     def lock(self) -> Iterator[None]:
         """Be the one driver. Raises SweepError, with its process id, if there is another."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "driver.lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however the driver dies
-            except BlockingIOError:
+        with (self.path / DRIVER_LOCK).open("a+") as file:
+            if not _locked(file):
                 file.seek(0)
                 holds = file.read().strip()
-                raise SweepError(f"`{self.path}`: must have one driver at a time (process {holds} drives it)") from None
+                raise SweepError(f"`{self.path}`: must have one driver at a time (process {holds} drives it)")
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
@@ -119,6 +119,17 @@ class SweepFolder:
                 text = progress.read_text(errors="replace").strip() if progress.exists() else ""
                 found.append(Live(int(folder.name), who[1], text))
         return found
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the lock, which the kernel frees however its driver dies. Who only asks whether there is a driver holds it
+    for an instant: that is waited for."""
+    for _ in range(20):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

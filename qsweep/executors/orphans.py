@@ -1,0 +1,75 @@
+"""Workers that their driver had paused when it was killed go on by themselves.
+
+The fork server sees to it: it is their parent, nobody pauses it, and it lives as long as any of them. Once its driver
+is gone it looks every second: who measures is left alone to its end, then all others go on. A driver that has taken
+over since rules them instead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from qsweep import alone
+from qsweep.executors import server
+from qsweep.executors.local import LOCK, holder
+
+DRIVER_LOCK = "driver.lock"
+"""In the sweep's folder; its driver holds `flock` on it."""
+_SECONDS = 1.0
+
+
+def driven(sweep: Path) -> bool:
+    """Whether the sweep in this folder has a driver now."""
+    try:
+        with (sweep / DRIVER_LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def resume(sweep: Path) -> None:
+    """Let the workers in this folder go on, unless one of them is alone or they have a driver."""
+    workers = dict(_workers(sweep))
+    if any(alone.granted(folder) for folder in workers) or driven(sweep):
+        return
+    for pid in workers.values():
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGCONT)
+
+
+def _workers(sweep: Path) -> Iterator[tuple[Path, int]]:
+    """The folder and the process of each worker that lives."""
+    for depth in ("", "*/", "*/*/"):
+        for path in sweep.glob(depth + LOCK):
+            if (found := holder(path.parent)) is not None:
+                yield path.parent, found[0]
+
+
+def watch(sweep: Path) -> None:
+    """From the first worker on, look after the workers in this folder. For the fork server, while its driver lives."""
+    this, driver = os.getpid(), os.getppid()
+
+    def look(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == this and os.getppid() != driver:  # a worker has the handler too, if not the timer
+            with suppress(OSError):
+                resume(sweep)
+
+    def begin() -> None:
+        if os.getpid() == this:
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
+
+    signal.signal(signal.SIGALRM, look)
+    os.register_at_fork(after_in_parent=begin)  # not before: a timer must not interrupt the heavy imports
+
+
+if server.log is not None:
+    watch(server.log.parent)

@@ -28,7 +28,8 @@ def graph_of(call: Callable[[], object], repeat: int = 1) -> torch.cuda.CUDAGrap
 
 def captured(call: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
     """`call` as one graph: takes inputs shaped as `example`, gives a buffer that the next call overwrites."""
-    given, results = example.clone(), []
+    given = example.clone()
+    results: list[Tensor] = []
 
     def once() -> None:
         results[:] = [call(given)]

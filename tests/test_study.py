@@ -64,6 +64,13 @@ def test_all_are_compared_to_fp32_which_comes_first(tmp_path: Path) -> None:
     assert max(drops[BASELINES:]) == pytest.approx(24.3)
 
 
+def test_what_is_built_beside_the_reference_is_measured_after_it(tmp_path: Path) -> None:
+    records = sweep(tmp_path, small_spec(run={"workers": 2}), measure_0000="slow")
+    ended = records[0].seconds["ended"]
+    assert (tmp_path / "sweeps" / "small" / "trials" / "0001" / "build.json").stat().st_mtime < ended
+    assert all(record.seconds["began"] > ended for record in records.values() if record.number)
+
+
 def test_the_points_of_a_small_space_are_all_run_in_their_order(tmp_path: Path) -> None:
     records = sweep(tmp_path, small_spec())
     points = [records[number].config["compress"]["quantize"] for number in range(BASELINES, BASELINES + 6)]

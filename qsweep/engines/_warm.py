@@ -11,6 +11,7 @@ import torch._inductor.config as inductor
 from torch import fx, nn
 from tqdm import tqdm
 
+from qsweep.engines import _isa
 from qsweep.engines._torch import compiled
 from qsweep.engines._torch_graph import unsigned
 from qsweep.hub.form import DEQUANTIZE, QUANTIZE, aten, set_constant
@@ -38,6 +39,7 @@ def _network() -> fx.GraphModule:
 
 
 def _warm_up() -> None:
+    _isa.checks.join()
     if torch.cuda.is_available():  # the compiler asks for the GPU's properties, and no fork could use it afterwards
         return
     tqdm.monitor_interval = 0  # the compiler's progress bars would start a thread

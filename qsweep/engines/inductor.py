@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 class Inductor(EngineConfig):
     """`torch.compile` with freezing: oneDNN int8 kernels (VNNI, AMX) on x86 CPUs."""
 
-    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._warm",)
+    preload: ClassVar[tuple[str, ...]] = (
+        "qsweep.engines._isa",
+        "torch._inductor.compile_fx",
+        "sympy.physics.units",
+        "qsweep.engines._warm",
+    )
     engine: Literal["inductor"] = "inductor"
     device: Literal["cpu"] = "cpu"
 

@@ -55,7 +55,7 @@ def run(
     folder = SweepFolder(root, spec.name)
     with disk_full_is_said(folder.path), folder.lock():
         known = folder.claim(spec, spec.task.fingerprint(folder.root), baselines(spec))
-        executor = Local([*preload, *_preloads(spec)], folder.path / "server.log")
+        executor = Local([*_preloads(spec), *preload], folder.path / "server.log")
         try:
             with interruptible() as stopping:
                 return (yield from Driver(spec, folder, executor, jobs, known, stopping).run())
@@ -177,13 +177,18 @@ class Driver:
 
     def _next(self) -> Pending | None:
         """What to begin next: a baseline, a trial that an earlier driver began, a new trial."""
-        if 0 not in self.records and self.evaluating:
-            return None  # all others are compared to it
+        reference = self._reference()
+        if reference is not None and reference.job == reference.jobs[0]:
+            return None  # all others are compared to it: not before its artifact is there
         if self.queue:
             return self.queue.pop(0)
         if not self._may_ask() or (trial := self.search.ask(self.asked)) is None:
             return None
         return Pending(len(self.known) + trial.number, self.search.candidate(trial), trial)
+
+    def _reference(self) -> Evaluation | None:
+        """The evaluation of the first baseline while it runs."""
+        return next((e for e in self.pipeline.active if self.evaluating[id(e)].number == 0), None)
 
     def _may_ask(self) -> bool:
         done = sum(r.kind == "trial" and r.duplicate_of is None and r.state != "refused" for r in self.records.values())
@@ -211,7 +216,7 @@ class Driver:
         folder = self.folder.trial(pending.number)
         outcome.write_config(folder, pending.candidate)
         baseline = self.folder.trial(0) if pending.number else None
-        evaluation = Evaluation(folder, self._job(pending.candidate.plain, baseline))
+        evaluation = Evaluation(folder, self._job(pending.candidate.plain, baseline), after=self._reference())
         self.evaluating[id(evaluation)] = pending
         self.pipeline.add(evaluation)
 

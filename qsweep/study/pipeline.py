@@ -20,7 +20,7 @@ _POLL_SECONDS, _IDLE_SECONDS = 0.02, 0.2
 """How long a step waits: little, so that who asks to be alone does not wait; longer, not to disturb who is."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Evaluation:
     """Jobs to run in one folder, and how far they are."""
 
@@ -29,6 +29,8 @@ class Evaluation:
     """What `job.json` tells the jobs."""
     jobs: tuple[str, ...] = ("build", "measure")
     attempts: int = 1
+    after: Evaluation | None = None
+    """Must be over before this one is alone: what it needs the results of."""
     worker: Worker | None = None
     failure: Failure | None = None
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class Pipeline:
         for evaluation in self.active:
             self._continue(evaluation)
         if not self.measuring:
-            asking = [e for e in self.active if e.worker is not None and alone.asked(e.folder)]
+            asking = [e for e in self.active if e.worker and alone.asked(e.folder) and e.after not in self.active]
             for evaluation in asking[:1]:
                 self._give_way(to=evaluation)
                 alone.grant(evaluation.folder)

@@ -21,7 +21,6 @@ from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
 from qsweep.hub.weights import Codebook as Stored
 from qsweep.hub.weights import real_weight
-from qsweep.measure.deployed import outputs
 from qsweep.measure.sizes import file_sizes, work
 from qsweep.quantize._arithmetic import weight_levels
 from qsweep.quantize._kmeans import errors, kmeans, starts
@@ -354,13 +353,38 @@ def test_weights_beyond_fp16_are_a_typed_failure_and_bf16_takes_those_that_are_f
         assert simulation(Cast().apply(model, context(tmp_path)))(INPUTS).isfinite().all()
 
 
-def test_activations_beyond_fp16_are_a_typed_failure(tmp_path: Path) -> None:
-    task = Noise(inputs=INPUTS * 1e5)
-    where = context(tmp_path, task=task)
-    engine = Float(batch_size=10, compile=False)
-    engine.lower(Cast(dtype="fp16").apply(_Wide(), where), tmp_path, where.store)
-    with pytest.raises(NotFinite, match="outputs must be finite"):
-        outputs(engine.load(tmp_path), task, "validation", 10)
+class _Bounded(nn.Module):
+    """Its middle is large, its outputs are not."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.wide, self.head, self.factor = nn.Linear(64, 8), nn.Linear(8, 10), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head((self.wide(x.flatten(1)) * self.factor).tanh())
+        return logits
+
+
+def test_activations_beyond_fp16_are_a_typed_failure_though_the_outputs_are_finite(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Bounded(1e5).eval()
+    made = float_graph(model, context(tmp_path)).cast_to("fp16")
+    assert simulation(made)(INPUTS).isfinite().all()
+    with pytest.raises(
+        NotFinite, match=r"`mul_tensor`, an activation .* must be finite in torch.float16, at most 65504 \(got"
+    ):
+        Cast(dtype="fp16").apply(model, context(tmp_path))
+    assert simulation(Cast().apply(model, context(tmp_path)))(INPUTS).isfinite().all()
+    model.factor = 1e4
+    Cast(dtype="fp16").apply(model, context(tmp_path, key="smaller"))
+
+
+def test_inputs_beyond_fp16_are_a_typed_failure(tmp_path: Path) -> None:
+    where = context(tmp_path, task=Noise(inputs=INPUTS * 1e5))
+    with pytest.raises(
+        NotFinite, match=r"`\w+`, an activation on the training samples, must be finite in torch.float16"
+    ):
+        Cast(dtype="fp16").apply(_Wide(), where)
 
 
 @pytest.mark.parametrize("fields", [{"weight_bits": 1}, {"weight_bits": 9}, {"edge_bits": 4}, {"granularity": "group"}])

@@ -59,11 +59,15 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
 def calibration_inputs(config: Grids, context: Context) -> Tensor:
     """(`calibration_samples`, ...) float32: training samples drawn without replacement by `calibration_seed`;
     all of them if there are fewer. Raises DataError if there are none."""
+    return training_inputs(context, config.calibration_samples, config.draw(context))
+
+
+def training_inputs(context: Context, count: int, seed: int) -> Tensor:
+    """(count, ...) as `calibration_inputs`, for who has no config of it."""
     stored = context.task.samples("train").inputs
     if not len(stored):
         raise DataError("`train`: must hold samples to calibrate on (got none)")
-    seed = config.draw(context)
-    drawn = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))[: config.calibration_samples]
+    drawn = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))[:count]
     return context.task.transform(stored[drawn.sort().values])
 
 

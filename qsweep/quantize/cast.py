@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from qsweep.hub.form import QuantizedModel
 
 
+_SAMPLES = 256
+"""Whose activations are looked at."""
+
+
 class Cast(Quantization):
     """Weights and arithmetic in a shorter floating-point type; no calibration.
 
-    fp16 ends at 65504: raises NotFinite for weights and biases beyond it. Activations beyond it are found when the
-    outputs are measured.
+    fp16 ends at 65504: raises NotFinite for weights and biases beyond it, and for activations that are beyond it on
+    training samples.
     """
 
     method: Literal["cast"] = "cast"
@@ -34,8 +38,11 @@ class Cast(Quantization):
 
     def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
         from qsweep.hub.export import float_graph
-        from qsweep.quantize._finite import check_range
+        from qsweep.quantize._calibrate import training_inputs
+        from qsweep.quantize._finite import check_activations, check_range
 
         cast = float_graph(model, context).cast_to(self.dtype)
         check_range(cast)
+        if self.dtype == "fp16":  # bf16 reaches as far as float32
+            check_activations(cast, training_inputs(context, _SAMPLES, context.seed))
         return cast

@@ -163,6 +163,15 @@ def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_pat
         sweep(tmp_path, small_spec(search={"trials": 1, "seed": 3}, target={"engine": "inductor"}))
 
 
+def test_fields_that_a_later_version_adds_do_not_make_it_another_spec(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec())
+    path = tmp_path / "sweeps" / "small" / "spec.json"
+    content = json.loads(path.read_text())
+    del content["spec"]["objectives"], content["spec"]["measure"]["parity_top1"]
+    path.write_text(json.dumps(content))
+    assert sweep(tmp_path, small_spec()) == first
+
+
 def test_more_trials_and_workers_may_be_given_to_a_sweep_that_goes_on(tmp_path: Path) -> None:
     first = sweep(tmp_path, small_spec(REAL, search={"trials": 1}))
     spec = small_spec(REAL, search={"trials": 3, "timeout": "1h"}, run={"workers": 2}, track={"experiment": "x"})

@@ -20,7 +20,7 @@ from qsweep.executors.orphans import DRIVER_LOCK
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 
-MAY_CHANGE = ("search.trials", "search.timeout", "run", "track")
+MAY_CHANGE = ("search.trials", "search.timeout", "search.repeats", "run", "track")
 """What a sweep that goes on may have different from the spec it began with: no result depends on it."""
 
 
@@ -43,6 +43,9 @@ class SweepFolder:
 
     def trial(self, number: int) -> Path:
         return self.path / "trials" / f"{number:04d}"
+
+    def repetition(self, number: int, round: int) -> Path:
+        return self.path / "repeats" / f"{number:04d}-{round}"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -67,7 +70,7 @@ class SweepFolder:
         new = json.loads(spec.model_dump_json())
         if path.exists():
             kept = json.loads(path.read_text())
-            self._same(kept["spec"], new)
+            self._same(_as_now(kept["spec"]), new)
             if kept["fingerprint"] != fingerprint:
                 raise SweepError(
                     f"`{self.path}`: model and data of `task` must be those the sweep began with (a file or the code "
@@ -112,13 +115,22 @@ class SweepFolder:
     def live(self) -> list[Live]:
         """What the sweep's workers are doing now; from any process."""
         found = []
-        for folder in sorted(self.path.glob("trials/*")):
+        for folder in sorted([*self.path.glob("trials/*"), *self.path.glob("repeats/*")]):
             who = None if (folder / "record.json").exists() else holder(folder)
             if who is not None:
                 progress = folder / "progress.txt"
                 text = progress.read_text(errors="replace").strip() if progress.exists() else ""
-                found.append(Live(int(folder.name), who[1], text))
+                number, _, round = folder.name.partition("-")
+                found.append(Live(int(number), f"{who[1]} again" if round else who[1], text))
         return found
+
+
+def _as_now(spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec of an earlier version with the fields that have come since at their defaults."""
+    try:
+        return dict(json.loads(Spec.model_validate(spec).model_dump_json()))
+    except ValueError:  # no longer a spec: the differences will say why
+        return spec
 
 
 def _locked(file: IO[str]) -> bool:

@@ -1,0 +1,182 @@
+"""The steps of a plan as launches of kernels on buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qsweep.cuda import pointwise, pool
+from qsweep.cuda.buffers import NO_HALO, Halo, Value, channels_last
+from qsweep.cuda.layers import Product, product
+from qsweep.cuda.moves import copy, memory_order, move, windows
+from qsweep.cuda.numbers import output_of, ratio, side, table
+from qsweep.cuda.place import Places, padding_of
+from qsweep.cuda.plan import Plan
+from qsweep.cuda.steps import Add, Dequantize, Float, Layer, Map, Move, Operand, Pool, Quantize, Step
+from qsweep.hub.form import LINEARS, aten, constant
+from qsweep.hub.ops import STORED
+from qsweep.hub.weights import real_weight
+
+Launch = Callable[[], Any]
+
+
+@dataclass
+class Binding:
+    """`launches` compute `plan` once: from `floats` of the input's node to `floats` of the result's."""
+
+    plan: Plan
+    device: torch.device
+    places: Places = field(init=False)
+    launches: list[Launch] = field(default_factory=list)
+    floats: dict[fx.Node, Any] = field(default_factory=dict)
+    """Real values by node; those that PyTorch computes are new in every run."""
+    invalid: Tensor = field(init=False)
+    """int32 (1,): not 0 where a NaN was quantized."""
+    _images: dict[fx.Node, Value] = field(default_factory=dict)
+    _rows: dict[fx.Node, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.places = Places(self.plan, self.device)
+        self.invalid = torch.zeros(1, dtype=torch.int32, device=self.device)
+        for step in self.plan.steps:
+            self._bind(step)
+
+    @property
+    def products(self) -> list[Product]:
+        """The launches whose block shape can be chosen."""
+        return [launch for launch in self.launches if isinstance(launch, Product)]
+
+    def _bind(self, step: Step) -> None:
+        match step:
+            case Quantize():
+                self.launches.append(partial(self._quantize, step, self.places[step.out.node].logical))
+            case Layer():
+                self.launches.append(self._layer(step))
+            case Add():
+                self._add(step)
+            case Pool():
+                self._pool(step)
+            case Map():
+                self._map(step)
+            case Move():
+                given = self.places[step.given[0].node]
+                if step.node.target is aten.max_pool2d.default:
+                    given = self._image(step.given[0], NO_HALO)
+                self.launches += move(step, given, self.places)
+            case Dequantize():
+                self._dequantize(step)
+            case Float():
+                self.launches.append(self._float(step.node))
+
+    def _quantize(self, step: Quantize, out: Tensor) -> None:
+        given, grid = self.floats[step.given].to(torch.float32), step.out.grid
+        given, out = _inner_last(given, out) if out.dim() <= 4 else (given.flatten(0, -4), out.flatten(0, -4))
+        pointwise.quantize(given, grid.scale, output_of(grid), out, invalid=self.invalid)
+
+    def _layer(self, step: Layer) -> Product:
+        out = self.places[step.out].logical if step.grid else self._real(step.out)
+        if step.node.target in LINEARS:
+            given, other = self._matrix(step.given), step.residual and self._matrix(step.residual)
+        else:
+            given = self._image(step.given, padding_of(step.node))
+            other = step.residual and self._image(step.residual, NO_HALO)
+        return product(self.plan.graph, step, given, other.logical if other else None, out)
+
+    def _add(self, step: Add) -> None:
+        out = self.places[step.out].logical if step.grid else self._real(step.out)
+        left, right = self.places[step.left.node].logical, self.places[step.right.node].logical
+        out, left, right = _inner_last(out, left, right)
+        sides = side(step.left, left, step.grid), side(step.right, right, step.grid)
+        output = output_of(step.grid, step.bounds) if step.grid else None
+        bounds = step.bounds.low, step.bounds.high
+        self.launches.append(partial(pointwise.add, *sides, output, out, bounds=bounds))
+
+    def _pool(self, step: Pool) -> None:
+        out = self.places[step.out].logical if step.grid else self._real(step.out)
+        given, grid, pixels = self._image(step.given, NO_HALO).pixels, step.given.grid, channels_last(out)
+        multiplier = ratio(grid.scale, step.grid.scale if step.grid else 1.0, step.count)
+        numbers = grid.zero_point, multiplier, output_of(step.grid, step.bounds) if step.grid else None
+        if step.node.target is aten.adaptive_avg_pool2d.default:
+            self.launches.append(partial(pool.global_avg_pool, given, *numbers, pixels[:, 0, 0]))
+        else:
+            kernel, stride, padding = windows(step.node)
+            self.launches.append(
+                partial(pool.avg_pool2d, given, *numbers, pixels, kernel=kernel, stride=stride, padding=padding)
+            )
+        if step.grid is None:
+            self.launches.append(partial(out.clamp_, step.bounds.low, step.bounds.high))
+
+    def _map(self, step: Map) -> None:
+        found = table(step.node, step.given.grid, step.out.grid).to(self.device)
+        given, out = _inner_last(self.places[step.given.node].logical, self.places[step.out.node].logical)
+        self.launches.append(partial(pointwise.look_up, given, found, out))
+
+    def _dequantize(self, step: Dequantize) -> None:
+        given, grid = self.places[step.given.node].logical, step.given.grid
+        out = torch.empty_like(given, dtype=torch.float32)
+        self.floats[step.out] = out
+        self.launches.append(partial(pointwise.dequantize, given, grid.scale, grid.zero_point, out))
+
+    def _real(self, node: fx.Node) -> Tensor:
+        """A buffer for the float value of `node`, images with their channels last."""
+        shape = self.plan.shapes[node]
+        room = torch.empty(shape, device=self.device)
+        if len(shape) == 4:
+            room = room.contiguous(memory_format=torch.channels_last)
+        elif len(shape) == 3:
+            room = torch.empty(shape[0], shape[2], shape[1], device=self.device).transpose(1, 2)
+        self.floats[node] = room
+        return room
+
+    def _image(self, operand: Operand, halo: Halo) -> Value:
+        """Where `operand` lies channels last and with `halo`; copied there once if it does not."""
+        value = self.places[operand.node]
+        if value.halo.holds(halo) and value.channels_together:
+            return value
+        return self._copied(operand.node, value, self._images, image=True)
+
+    def _matrix(self, operand: Operand) -> Value:
+        """Where the rows of `operand` lie one number beside the other; copied there once if they do not."""
+        value = self.places[operand.node]
+        return value if value.rows_together else self._copied(operand.node, value, self._rows, image=False)
+
+    def _copied(self, node: fx.Node, value: Value, copies: dict[fx.Node, Value], *, image: bool) -> Value:
+        if node not in copies:
+            copies[node] = self.places.fresh(node, image=image)
+            self.launches.append(copy(value.logical, copies[node].logical))
+        return copies[node]
+
+    def _float(self, node: fx.Node) -> Launch:
+        """An op run by PyTorch; constants among its arguments are brought to the device once."""
+        target: Any = node.target
+        for given in node.all_input_nodes:
+            self._constant(given)
+
+        def run() -> None:
+            args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._argument)
+            self.floats[node] = target(*args, **kwargs)
+
+        return run
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self.floats[value]
+        return self.device if isinstance(value, torch.device) else value
+
+    def _constant(self, node: fx.Node) -> None:
+        if node in self.floats or not (node.op == "get_attr" or node.target in STORED):
+            return
+        value = real_weight(self.plan.graph, node) if node.target in STORED else constant(self.plan.graph, node)
+        assert value is not None
+        self.floats[node] = value.detach().to(self.device)
+
+
+def _inner_last(first: Tensor, *others: Tensor) -> list[Tensor]:
+    """All with their dimensions in the order in which those of `first` lie in memory."""
+    order = memory_order(first)
+    return [tensor.permute(order) for tensor in (first, *others)]

@@ -1,0 +1,116 @@
+"""Convolutions and linears: which kernel runs one, its packed weights, and how its block shape is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+
+from qsweep.cuda import conv, depthwise, linear
+from qsweep.cuda.arithmetic import Tile
+from qsweep.cuda.buffers import Value, channels_last, up
+from qsweep.cuda.numbers import requantize, residual
+from qsweep.cuda.place import IMAGE_CHANNELS, padding_of
+from qsweep.cuda.steps import Layer
+from qsweep.hub.form import LINEARS, arguments, aten, constant, source, weight_bits_of
+
+W4_ROWS = 64
+"""Linears of at most so many rows are bound by reading their weights: of 4 bits they are read packed.
+
+A GPU that does 1500 T operations a second on 4.3 TB/s has 350 operations a byte to spend; a row costs 2 for each byte
+of weights. Up to 64 rows most of the time is the weights' even where bandwidth is not fully reached.
+"""
+
+
+@dataclass
+class Product:
+    """A layer's kernel, ready to launch."""
+
+    name: str
+    """Of its weight."""
+    kind: str
+    """Kernel and all that its speed depends on but the block shape."""
+    rows: int
+    columns: int
+    depth: int
+    """Sums, and products in each."""
+    launch: Callable[..., Any]
+    tile: Tile | None = None
+    """None: the kernel's own choice."""
+
+    def __call__(self) -> None:
+        self.launch(tile=self.tile)
+
+
+def product(graph: fx.GraphModule, layer: Layer, given: Value, other: Tensor | None, out: Tensor) -> Product:
+    """`layer` from `given` into `out` (shaped as in the graph); `other`: its residual, shaped so too."""
+    stored = source(layer.node, 1)
+    integers = constant(graph, stored)
+    assert integers is not None
+    if layer.node.target in LINEARS:
+        made = _linear(graph, layer, integers, given, other, out)
+    else:
+        made = _convolution(graph, layer, integers, given, other, out)
+    made.name = str(source(stored).target)
+    return made
+
+
+def _linear(
+    graph: fx.GraphModule, layer: Layer, integers: Tensor, given: Value, other: Tensor | None, out: Tensor
+) -> Product:
+    (rows, depth), columns = given.logical.shape, len(integers)
+    if given.order is not None:
+        integers = integers[:, given.order.to(integers.device)]
+    packed4 = weight_bits_of(source(layer.node, 1)) <= 4 and rows <= W4_ROWS
+    pack, kernel = (linear.pack_weight4, linear.linear_w4) if packed4 else (linear.pack_weight, linear.linear)
+    launch = partial(
+        kernel,
+        given.logical,
+        pack(integers).to(out.device),
+        requantize(graph, layer, out.device),
+        out,
+        residual=None if other is None else residual(layer, other),
+    )
+    kind = f"{kernel.__name__} {rows}x{columns}x{depth}{_ending(layer)}"
+    return Product("", kind, rows, columns, depth, launch)
+
+
+def _convolution(
+    graph: fx.GraphModule, layer: Layer, integers: Tensor, given: Value, other: Tensor | None, out: Tensor
+) -> Product:
+    node, given_arguments = layer.node, arguments(layer.node)
+    stride, dilation, groups = (given_arguments[name] for name in ("stride", "dilation", "groups"))
+    if node.target is aten.conv1d.default:
+        integers, stride, dilation = integers.unsqueeze(2), [1, *stride], [1, *dilation]
+    kernel: Any = depthwise if 1 < groups == len(integers) == given.pixels.shape[3] else conv
+    channels = up(given.pixels.shape[3])
+    if kernel is conv and groups == 1 and given.pixels.shape[3] <= IMAGE_CHANNELS and given.pixels.stride(2) == 4:
+        channels = IMAGE_CHANNELS
+    x, pixels = given.around(padding_of(node), channels), channels_last(out)
+    launch = partial(
+        kernel.conv2d,
+        x,
+        kernel.pack_weight(integers, groups, channels).to(out.device),
+        requantize(graph, layer, out.device),
+        pixels,
+        stride=_pair(stride),
+        dilation=_pair(dilation),
+        groups=groups,
+        residual=None if other is None else residual(layer, channels_last(other)),
+    )
+    window = "x".join(map(str, integers.shape[2:]))
+    sizes = f"{'x'.join(map(str, x.shape))} to {'x'.join(map(str, pixels.shape))}"
+    kind = f"{kernel.__name__.rpartition('.')[2]} {sizes} k{window} s{_pair(stride)} d{_pair(dilation)} g{groups}"
+    depth = integers[0].numel() // integers.shape[1] * (channels // groups or 1)
+    return Product("", kind + _ending(layer), pixels.shape[:3].numel(), len(integers), depth, launch)
+
+
+def _pair(sizes: list[int]) -> tuple[int, int]:
+    return (sizes[0], sizes[-1])
+
+
+def _ending(layer: Layer) -> str:
+    return (" residual" if layer.residual else "") + ("" if layer.grid else " real")

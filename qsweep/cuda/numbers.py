@@ -1,0 +1,107 @@
+"""The numbers that a step's kernel is given: biases, multipliers, tables. Computed on the CPU as the reference does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+
+from qsweep.cuda.arithmetic import Operand as Side
+from qsweep.cuda.arithmetic import Output, Requantize, Residual
+from qsweep.cuda.steps import UNBOUNDED, Bounds, Layer, Operand
+from qsweep.errors import Refused
+from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, constant, grid_of, nodes_of, source
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+
+
+def f32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def output_of(grid: Grid, bounds: Bounds = UNBOUNDED) -> Output:
+    """The grid as kernels write on it, a rectifier included."""
+    return Output(grid.zero_point, *bounds.on(grid))
+
+
+def ratio(scale: float, other: float, count: int = 1) -> float:
+    """f32(scale / (other * count)), the divisor rounded first."""
+    return float(f32(scale) / (f32(other) * count))
+
+
+def side(operand: Operand, values: Tensor, grid: Grid | None) -> Side:
+    """One side of a sum that goes onto `grid`, or stays real."""
+    scale = operand.grid.scale
+    return Side(values, operand.grid.zero_point, ratio(scale, grid.scale) if grid else float(f32(scale)))
+
+
+def requantize(graph: fx.GraphModule, layer: Layer, device: torch.device) -> Requantize:
+    """From a layer's sums to its result; the multiplier is that of its own grid where a residual is joined to it."""
+    stored, given = source(layer.node, 1), layer.given.grid
+    integers, scale = constant(graph, stored), constant(graph, stored.args[1])
+    assert integers is not None and scale is not None
+    step = (f32(given.scale) * scale.float()).expand(len(integers))
+    bias = -given.zero_point * integers.long().flatten(1).sum(1)
+    real = constant(graph, layer.node.args[2]) if len(layer.node.args) > 2 else None
+    if real is not None:
+        bias += (real.detach() / step).round().long()
+    own = layer.inner.grid if layer.inner else layer.grid
+    multiplier = step if own is None else step / f32(own.scale)
+    return Requantize(
+        bias.to(torch.int32).to(device),
+        multiplier.contiguous().to(device),
+        None if layer.grid is None else output_of(layer.grid, layer.bounds),
+        (layer.bounds.low, layer.bounds.high),
+    )
+
+
+def residual(layer: Layer, values: Tensor) -> Residual | None:
+    """What `layer` adds to its own result: `values`, the integers of its residual."""
+    if layer.residual is None or layer.inner is None or layer.grid is None:
+        return None
+    other, own = layer.residual.grid, layer.inner.grid
+    return Residual(
+        values,
+        other.zero_point,
+        ratio(other.scale, layer.grid.scale),
+        output_of(own, layer.inner.bounds),
+        ratio(own.scale, layer.grid.scale),
+    )
+
+
+def table(node: fx.Node | None, given: Grid, onto: Grid) -> Tensor:
+    """int8 (256,): where each integer from -128 on goes, by the function of `node` (None: none) and the grid `onto`."""
+    real = (torch.arange(-128, 128) - given.zero_point).float() * f32(given.scale)
+    if node is not None:
+        function = cast(Callable[..., Tensor], node.target)
+        real = function(real.double(), *node.args[1:], **node.kwargs).float()
+    integers = (real * (1 / f32(onto.scale))).round() + onto.zero_point
+    return integers.clamp(onto.low, onto.high).to(torch.int8)
+
+
+def check_scales(graph: fx.GraphModule) -> None:
+    """Raises Refused where a scale, or the step of a layer's sums, is no normal positive float32.
+
+    Kernels multiply by such numbers and by their inverses; GPUs and CPUs need not agree on denormal ones.
+    """
+    for node in nodes_of(graph, {QUANTIZE, DEQUANTIZE}):
+        _check(f32(grid_of(node).scale), f"the scale of `{node.name}`")
+    for node in nodes_of(graph, {DEQUANTIZE_WEIGHT}):
+        scale = constant(graph, node.args[1])
+        assert scale is not None
+        _check(scale, f"the scales of `{source(node).target}`")
+    for node in nodes_of(graph, COMPUTE):
+        if source(node).target is DEQUANTIZE and source(node, 1).target is DEQUANTIZE_WEIGHT:
+            scale = constant(graph, source(node, 1).args[1])
+            assert scale is not None
+            step = f32(grid_of(source(node)).scale) * scale
+            _check(step, f"the steps of the sums of `{source(source(node, 1)).target}`")
+
+
+def _check(scale: Tensor, what: str) -> None:
+    least = torch.finfo(torch.float32).tiny
+    wrong = [value for value in scale.reshape(-1).tolist() if not least <= value < math.inf]
+    if wrong:
+        raise Refused(f"{what}: must be finite and at least {least:.3g} (got {wrong[0]:.3g})")

@@ -1,0 +1,255 @@
+"""From a hub graph to steps: which of its nodes become one kernel, and which are left to PyTorch in floating point.
+
+The rules are those of `qsweep.hub.integer`: what stands between a dequantize and the next quantize waits until the
+quantize says onto which grid it goes. A layer, sum or pool that a float op reads is computed once more for it, real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch import fx
+
+from qsweep.cuda.shapes import shapes_of
+from qsweep.cuda.steps import (
+    UNBOUNDED,
+    Add,
+    Dequantize,
+    Float,
+    Inner,
+    Layer,
+    Map,
+    Move,
+    Operand,
+    Pool,
+    Quantize,
+    Step,
+    reads,
+    writes,
+)
+from qsweep.errors import Refused
+from qsweep.hub.form import (
+    BINARY,
+    COMPUTE,
+    DEQUANTIZE,
+    POINTWISE,
+    POOLS,
+    QUANTIZE,
+    RECTIFIERS,
+    Grid,
+    QuantizedModel,
+    arguments,
+    aten,
+    grid_of,
+    keeps_grid,
+    pool_count,
+    rectified,
+    source,
+)
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one model, in order."""
+
+    graph: fx.GraphModule
+    steps: list[Step]
+    result: fx.Node
+    """The float value that is the model's output."""
+    shapes: dict[fx.Node, torch.Size]
+    """Of every value, at the batch size the plan was made for."""
+    same: dict[fx.Node, fx.Node]
+    """Every quantize node whose integers exist, and the node they are named by."""
+
+    @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-accumulates of one call on integers, and all, those between activations included."""
+        on_integers = sum(self._macs(node) for node in {step.node for step in self.steps if isinstance(step, Layer)})
+        return on_integers, on_integers + sum(self._macs(step.node) for step in self.steps if isinstance(step, Float))
+
+    def _macs(self, node: fx.Node) -> int:
+        """Of a product; a batched one sums over the last dimension of its first factor, attention does so twice."""
+        out = self.shapes[node].numel() if node in self.shapes else 0
+        if node.target in COMPUTE:
+            return out * self.shapes[source(node, 1)][1:].numel()
+        if node.target in _PRODUCTS:
+            return out * self.shapes[source(node, _PRODUCTS[node.target])][-1]
+        if node.target is aten.scaled_dot_product_attention.default:
+            query, key = self.shapes[source(node)], self.shapes[source(node, 1)]
+            return query[:-1].numel() * key[-2] * query[-1] + out * key[-2]
+        return 0
+
+
+_PRODUCTS = {
+    aten.matmul.default: 0,
+    aten.mm.default: 0,
+    aten.bmm.default: 0,
+    aten.addmm.default: 1,
+    aten.baddbmm.default: 1,
+}
+"""Products of two activations, and which argument is the first factor."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An op on integers whose result is neither rounded nor real yet."""
+
+    step: Layer | Add | Pool | Map
+    """As its real value would be computed; a Map with the grid of what it reads."""
+
+
+_State = Operand | _Waiting | None
+"""What a node's value is: integers, waiting, or (None) a constant or a float value."""
+
+
+def plan(model: QuantizedModel, batch_size: int) -> Plan:
+    """How `model` runs on batches of `batch_size`. Raises Refused for grids that int8 does not hold."""
+    planner = _Planner(model.graph, shapes_of(model, batch_size))
+    for node in model.graph.graph.nodes:
+        planner.visit(node)
+    output = model.graph.graph.output_node()
+    steps = _with_residuals(planner.steps)
+    return Plan(model.graph, steps, source(output), planner.shapes, _same(planner.same, steps))
+
+
+@dataclass
+class _Planner:
+    graph: fx.GraphModule
+    shapes: dict[fx.Node, torch.Size]
+    steps: list[Step] = field(default_factory=list)
+    states: dict[fx.Node, _State] = field(default_factory=dict)
+    real: set[fx.Node] = field(default_factory=set)
+    """Nodes whose float value has a step."""
+    same: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "output":
+            self._make_real(source(node))
+        elif node.op in ("placeholder", "get_attr") or node.target in STORED:
+            self.states[node] = None
+        else:
+            self.states[node] = self._state(node)
+            if self.states[node] is None:
+                self._float(node)
+
+    def _state(self, node: fx.Node) -> _State:
+        given = self.states.get(source(node)) if node.args and isinstance(node.args[0], fx.Node) else None
+        if node.target is QUANTIZE:
+            return self._quantized(node, given)
+        if node.target is DEQUANTIZE:
+            return given
+        if isinstance(given, _Waiting):
+            return self._rectified(node, given)
+        if keeps_grid(node) and not (node.target is aten.max_pool2d.default and len(self.shapes[node]) != 4):
+            return self._moved(node)
+        return self._begun(node, given) if isinstance(given, Operand) else None
+
+    def _begun(self, node: fx.Node, given: Operand) -> _State:
+        """An op on integers, if there is a kernel for it."""
+        if node.target in COMPUTE:
+            stored = source(node, 1).target is DEQUANTIZE_WEIGHT
+            return _Waiting(Layer(node, None, UNBOUNDED, node, given)) if stored else None
+        if node.target in BINARY and len(node.args) == 2 and not node.kwargs:
+            right = self.states.get(source(node, 1)) if isinstance(node.args[1], fx.Node) else None
+            if isinstance(right, Operand):
+                return _Waiting(Add(node, None, UNBOUNDED, given, right))
+            return None
+        if node.target in POOLS:
+            count = pool_count(node, *self.shapes[source(node)][-2:])
+            return _Waiting(Pool(node, None, UNBOUNDED, node, given, count)) if count else None
+        if node.target in POINTWISE | RECTIFIERS and node.all_input_nodes == [source(node)]:
+            return _Waiting(Map(Operand(node, given.grid), node, given))
+        return None
+
+    def _rectified(self, node: fx.Node, given: _Waiting) -> _State:
+        step = given.step
+        if node.target not in RECTIFIERS or isinstance(step, Map):
+            return None
+        return _Waiting(replace(step, out=node, bounds=step.bounds.within(*rectified(node))))
+
+    def _moved(self, node: fx.Node) -> _State:
+        given = [self.states.get(value) for value in node.all_input_nodes]
+        values = [value for value in given if isinstance(value, Operand)]
+        if not values or len(values) < len(given) or any(value.grid != values[0].grid for value in values):
+            return None
+        parts = tuple(cast(Operand, self.states[part]) for part in _parts(node))
+        self.steps.append(Move(Operand(node, values[0].grid), node, parts))
+        return Operand(node, values[0].grid)
+
+    def _quantized(self, node: fx.Node, given: _State) -> Operand:
+        grid = grid_of(node)
+        if not -128 <= grid.low <= grid.high <= 127:
+            raise Refused(f"`{node.name}`: int8 kernels need integers from -128 to 127 (got {grid.low} to {grid.high})")
+        if not (isinstance(given, Operand) and given.grid == grid):
+            self.steps.append(self._onto(node, grid, given))
+            given = Operand(node, grid)
+        self.same[node] = given.node
+        return given
+
+    def _onto(self, node: fx.Node, grid: Grid, given: _State) -> Step:
+        out = Operand(node, grid)
+        if isinstance(given, Operand):
+            return Map(out, None, given)
+        if given is None:
+            return Quantize(out, source(node))
+        if isinstance(given.step, Map):
+            return replace(given.step, out=out)
+        return replace(given.step, out=node, grid=grid)
+
+    def _make_real(self, node: fx.Node) -> None:
+        """See that the float value of `node` has a step."""
+        state = self.states.get(node)
+        if node in self.real or state is None:
+            return
+        self.real.add(node)
+        if isinstance(state, Operand):
+            self.steps.append(Dequantize(node, state))
+        elif isinstance(state.step, Map):
+            self._float(node)
+        else:
+            self.steps.append(state.step)
+
+    def _float(self, node: fx.Node) -> None:
+        for given in node.all_input_nodes:
+            self._make_real(given)
+        self.steps.append(Float(node))
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """The values that an op of SAME_GRID moves, a part of a concatenation as often as it stands there."""
+    given = next(iter(arguments(node).values()))
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def _with_residuals(steps: list[Step]) -> list[Step]:
+    """Sums joined to the layer that gives one of their two sides, where nothing else reads that side."""
+    readers: dict[fx.Node, int] = {}
+    for step in steps:
+        for node in reads(step):
+            readers[node] = readers.get(node, 0) + 1
+    places = {value.node: place for place, step in enumerate(steps) if (value := writes(step)) is not None}
+    found: list[Step | None] = list(steps)
+    for place, step in enumerate(steps):
+        if not isinstance(step, Add) or step.grid is None:
+            continue
+        sides = sorted([(step.left, step.right), (step.right, step.left)], key=lambda pair: -places[pair[0].node])
+        for own, other in sides:
+            layer = found[places[own.node]]
+            if isinstance(layer, Layer) and layer.residual is None and readers[own.node] == 1:
+                found[places[own.node]] = None
+                found[place] = _joined(layer, step, own, other)
+                break
+    return [step for step in found if step is not None]
+
+
+def _joined(layer: Layer, add: Add, own: Operand, other: Operand) -> Layer:
+    inner = Inner(own.grid, layer.bounds)
+    return replace(layer, out=add.out, grid=add.grid, bounds=add.bounds, inner=inner, residual=other)
+
+
+def _same(same: dict[fx.Node, fx.Node], steps: list[Step]) -> dict[fx.Node, fx.Node]:
+    there = {value.node for step in steps if (value := writes(step)) is not None}
+    return {node: name for node, name in same.items() if name in there}

@@ -1,0 +1,43 @@
+"""The sizes of all values of a graph at one batch size, without computing any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel
+from qsweep.hub.ops import QUANTIZE_DYNAMIC, STORED
+
+_SAME_SIZE = {QUANTIZE, DEQUANTIZE, QUANTIZE_DYNAMIC, *STORED}
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph on tensors without content."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.found: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = self._value(n)
+        if isinstance(value, Tensor):
+            self.found[n] = value.shape
+        return value
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "call_function" and node.target in _SAME_SIZE:
+            args, _ = self.fetch_args_kwargs_from_env(node)
+            return torch.empty(args[0].shape)
+        return super().run_node(node)
+
+
+@torch.no_grad()
+def shapes_of(model: QuantizedModel, batch_size: int) -> dict[fx.Node, torch.Size]:
+    """The size of every tensor of `model`'s graph for `batch_size` samples."""
+    shapes = _Shapes(model.graph)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shapes.run(torch.empty(batch_size, *model.example.shape[1:]))
+    return shapes.found

@@ -1,0 +1,152 @@
+"""What a chain of kernels does, step by step: the nodes of a hub graph, several of them joined in each step.
+
+An integer value is named by the node that gives it: a quantize op, or an op that keeps the grid. A value in floating
+point is named by its node too; both may exist for one node.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import fx
+
+from qsweep.hub.form import Grid
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What rectifiers set on real values."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def within(self, low: float, high: float) -> Bounds:
+        return Bounds(max(self.low, low), min(self.high, high))
+
+    def on(self, grid: Grid) -> tuple[int, int]:
+        """The lowest and highest integer of `grid` that lie inside."""
+        low, high = grid.low - grid.zero_point, grid.high - grid.zero_point
+        if self.low > -math.inf:
+            low = max(low, round(self.low / grid.scale))
+        if self.high < math.inf:
+            high = min(high, round(self.high / grid.scale))
+        return low + grid.zero_point, high + grid.zero_point
+
+
+UNBOUNDED = Bounds()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An integer value and the grid it lies on."""
+
+    node: fx.Node
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The grid and bounds of a layer's own result, where a sum is joined to it."""
+
+    grid: Grid
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A float value onto a grid."""
+
+    out: Operand
+    given: fx.Node
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear on integers, its rectifier, and where `residual` is set the sum with that and its
+    rectifier; `grid` None leaves the result real."""
+
+    out: fx.Node
+    grid: Grid | None
+    bounds: Bounds
+    node: fx.Node
+    given: Operand
+    inner: Inner | None = None
+    residual: Operand | None = None
+
+
+@dataclass(frozen=True)
+class Add:
+    """The sum of two integer values and its rectifier; `grid` as above."""
+
+    out: fx.Node
+    grid: Grid | None
+    bounds: Bounds
+    left: Operand
+    right: Operand
+
+
+@dataclass(frozen=True)
+class Pool:
+    """An average pool whose windows all have `count` elements, and its rectifier; `grid` as above."""
+
+    out: fx.Node
+    grid: Grid | None
+    bounds: Bounds
+    node: fx.Node
+    given: Operand
+    count: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """An op that selects or moves integers, `given` one or, for a concatenation, several."""
+
+    out: Operand
+    node: fx.Node
+    given: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class Map:
+    """A function of one integer, op `node` (None: none) and then the grid of `out`, as a table of 256 results."""
+
+    out: Operand
+    node: fx.Node | None
+    given: Operand
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """Real values from integers."""
+
+    out: fx.Node
+    given: Operand
+
+
+@dataclass(frozen=True)
+class Float:
+    """An op that PyTorch computes in floating point."""
+
+    node: fx.Node
+
+
+Step = Quantize | Layer | Add | Pool | Move | Map | Dequantize | Float
+
+
+def reads(step: Step) -> tuple[fx.Node, ...]:
+    """The integer values that `step` reads."""
+    if isinstance(step, Layer):
+        return (step.given.node,) if step.residual is None else (step.given.node, step.residual.node)
+    if isinstance(step, Add):
+        return step.left.node, step.right.node
+    if isinstance(step, Move):
+        return tuple(given.node for given in step.given)
+    return (step.given.node,) if isinstance(step, Pool | Map | Dequantize) else ()
+
+
+def writes(step: Step) -> Operand | None:
+    """The integer value that `step` gives, if it gives one."""
+    if isinstance(step, Layer | Add | Pool):
+        return None if step.grid is None else Operand(step.out, step.grid)
+    return None if isinstance(step, Dequantize | Float) else step.out

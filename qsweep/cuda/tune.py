@@ -1,0 +1,137 @@
+"""Which block shape is fastest for a layer: a few are measured, once for each shape and GPU, and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from qsweep.cuda.arithmetic import Tile
+from qsweep.cuda.layers import Product
+
+MOST = 4
+"""Block shapes that are tried for a layer."""
+_LAUNCHES, _REPLAYS = 10, 5
+"""Launches captured together, so that their cost on the CPU is not measured, and how often they are replayed."""
+_SHAPES = ((128, 128, 128, 8, 3), (128, 64, 128, 4, 4), (64, 64, 128, 4, 4), (128, 256, 64, 8, 3))
+"""Rows, columns, depth, warps, stages: what large, narrow and small layers have been seen to want."""
+
+
+def cache_folder() -> Path:
+    """Where measured block shapes are kept: `$XDG_CACHE_HOME/qsweep`, by default `~/.cache/qsweep`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsweep"
+
+
+class Tiles:
+    """Block shapes by what a layer's speed depends on, for one GPU and version of Triton. A damaged file is empty."""
+
+    def __init__(self, gpu: str, folder: Path | None = None) -> None:
+        name = "".join(letter if letter.isalnum() else "-" for letter in f"{gpu} triton {triton.__version__}")
+        self.path = (folder or cache_folder()) / f"tiles-{name}.json"
+        self.known = _read(self.path)
+
+    def keep(self, found: dict[str, Tile]) -> None:
+        """Add `found` to the file. What another process wrote meanwhile stays; where the disk does not let us, no
+        matter: it will be measured again."""
+        self.known = _read(self.path) | self.known | found
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                json.dump({kind: asdict(tile) for kind, tile in sorted(self.known.items())}, file, indent=1)
+            os.replace(file.name, self.path)
+
+
+def _read(path: Path) -> dict[str, Tile]:
+    try:
+        return {kind: Tile(**fields) for kind, fields in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def candidates(product: Product, multiprocessors: int) -> list[Tile]:
+    """At most four block shapes for `product`, no larger than it, first those for large layers.
+
+    Where the smallest leaves most multiprocessors idle, its sums are also cut into parts that run side by side.
+    """
+    found: list[Tile] = []
+    for rows, columns, depth, warps, stages in _SHAPES:
+        down, across = _block(product.rows, 16, rows), _block(product.columns, 16, columns)
+        fewer = min(warps, max(1, down * across // 1024))
+        tile = Tile(down, across, _block(product.depth, 32, depth), fewer, stages)
+        if tile not in found:
+            found.append(tile)
+    small = min(found, key=lambda tile: tile.rows * tile.columns)
+    blocks = triton.cdiv(product.rows, small.rows) * triton.cdiv(product.columns, small.columns)
+    parts = min(8, multiprocessors // blocks, product.depth // (2 * small.depth))
+    if parts >= 2:
+        found = [replace(small, split=parts), *found[: MOST - 1]]
+    return found[:MOST]
+
+
+def _block(size: int, least: int, most: int) -> int:
+    return max(least, min(most, 1 << (size - 1).bit_length()))
+
+
+def tune(products: Sequence[Product], device: torch.device, tiles: Tiles | None = None) -> None:
+    """Give each of `products` its fastest block shape: from `tiles`, or by measuring, which fills their outputs with
+    what inputs happen to lie there. Needs a CUDA device."""
+    gpu = torch.cuda.get_device_properties(device)
+    tiles = tiles or Tiles(gpu.name)
+    new = {product.kind: product for product in products if product.kind not in tiles.known}
+    trials = {kind: candidates(product, gpu.multi_processor_count) for kind, product in new.items()}
+    working = _compiled([(new[kind], tile) for kind, shapes in trials.items() for tile in shapes], device)
+    found = {}
+    for kind, product in new.items():
+        times = {tile: milliseconds(product, tile) for tile in trials[kind] if (kind, tile) in working}
+        if times:
+            found[kind] = min(times, key=times.__getitem__)
+    tiles.keep(found)
+    for product in products:
+        product.tile = tiles.known.get(product.kind)
+
+
+def _compiled(trials: Iterable[tuple[Product, Tile]], device: torch.device) -> set[tuple[str, Tile]]:
+    """Launch each once, on as many threads as there are cores: the compiler works outside of Python's lock.
+
+    Returns those that the GPU can run: some ask for more shared memory than it has.
+    """
+
+    def launch(trial: tuple[Product, Tile]) -> tuple[str, Tile] | None:
+        product, tile = trial
+        torch.cuda.set_device(device)
+        try:
+            product.launch(tile=tile)
+        except triton.runtime.errors.OutOfResources:
+            return None
+        return product.kind, tile
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        working = {one for one in pool.map(launch, trials) if one is not None}
+    torch.cuda.synchronize(device)
+    return working
+
+
+def milliseconds(product: Product, tile: Tile) -> float:
+    """Of one launch, between events around launches replayed from a graph."""
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_LAUNCHES):
+            product.launch(tile=tile)
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    graph.replay()
+    start.record()
+    for _ in range(_REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / (_LAUNCHES * _REPLAYS)

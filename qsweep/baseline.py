@@ -46,18 +46,17 @@ def baseline(
     root: Path,
     store: Store,
     seed: int,
-    device: torch.device,
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """The uncompressed model in eval mode: the task's own if pretrained, else trained once and kept in `store`."""
-    with seeded(seed, device):
-        model = task.model().to(device)
+    with seeded(seed, torch.device("cpu")):
+        model = task.model()
     if config.pretrained:
         set_mode(model, training=False)
         check_finite(model)
         return model
 
     def compute(checkpoint: Path) -> None:
-        fit(model, task, config.training, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+        fit(model, task, config.training, seed=seed, checkpoint=checkpoint, progress=progress)
 
     return kept(model, store, baseline_key(config, root, seed), compute)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from qsweep.baseline import baseline, baseline_key
@@ -42,11 +41,10 @@ def context_of(
     config: TaskConfig, task: Task, root: Path, store: Store, seed: int, progress: Callable[[str], None]
 ) -> Context:
     """The context of a trial's first stage. Its `teacher()` is the uncompressed model, made once."""
-    device = torch.device("cpu")
 
     @cache
     def teacher() -> nn.Module:
-        return baseline(task, config, root=root, store=store, seed=seed, device=device, progress=progress)
+        return baseline(task, config, root=root, store=store, seed=seed, progress=progress)
 
     return Context(
         task=task,
@@ -55,7 +53,6 @@ def context_of(
         seed=seed,
         teacher=teacher,
         training=config.training,
-        device=device,
         progress=progress,
     )
 

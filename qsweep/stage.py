@@ -32,18 +32,26 @@ class Context:
     teacher: Callable[[], nn.Module]
     """The uncompressed model, in eval mode."""
     training: Training
-    """Batch size, momentum and weight decay of every training; a stage brings its own epochs and learning rate."""
-    device: torch.device
+    """How every training is done; a stage brings its own epochs and learning rate."""
     progress: Callable[[str], None] = lambda text: None
     """Takes a short line of what is going on, for the person who watches."""
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """`loss(inputs, outputs, labels)` of the trainings of this trial; None means the task's own."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where trainings run; outside of them models are on the CPU."""
+        import torch
+
+        return torch.device(self.training.device)
 
 
 class Stage(Config, ABC):
     """A config that is also a step: fields, docstring, `apply`. One file each."""
 
     discriminator: ClassVar[str | None] = "method"
+    seeded: ClassVar[bool] = True
+    """Whether another seed may give another result."""
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     """Packages whose version may change the result: part of its identity."""
     method: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qsweep.batches import Batches, Losses
 from qsweep.checkpoints import Progress
-from qsweep.errors import DataError, NotFinite
-from qsweep.evaluate import layout
+from qsweep.errors import TaskFailure
 from qsweep.stage import Context
 from qsweep.tasks.base import Task, Training
 from qsweep.weights import apply_masks, check_finite, masks
@@ -27,14 +28,13 @@ def fit(
     training: Training,
     *,
     seed: int,
-    device: torch.device,
     loss: Loss | None = None,
     keep_zeros: bool = False,
     checkpoint: Path | None = None,
     progress: Callable[[str], None] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Train `model` in place on the train split; leaves it on `device`, in eval mode and contiguous layout.
+    """Train `model` in place on the train split; leaves it on the CPU, in eval mode and contiguous layout.
 
     SGD with Nesterov momentum; weight decay on parameters of two dimensions and more. The same arguments give the same
     weights, bit for bit, on one machine with one number of threads. Takes eager models and graphs from `torch.export`,
@@ -43,48 +43,39 @@ def fit(
     `keep_zeros`: weights of convolutions and linears that are zero now stay zero. `checkpoint`: a file written after
     each epoch; if it is there already, training goes on from it, to the same bits. `after_step(step)` is called after
     each optimizer step with the number of steps done, counted from 1. Raises NotFinite when the loss or a parameter is
-    not finite, DataError with fewer than two training samples.
+    not finite, DataError with fewer than two training samples, TaskFailure when the model does not compile.
     """
-    model.to(device)
     if training.epochs == 0:
         return _settle(model)
-    samples = task.samples("train")
-    count = len(samples.inputs)
-    if count < 2:
-        raise DataError(f"the train split must have at least 2 samples (got {count})")
+    batches = Batches(task, training, seed)
+    device, steps = batches.device, len(batches)
+    model.to(device, memory_format=batches.layout)  # type: ignore[call-overload]
     kept = masks(model) if keep_zeros else {}
-    form = layout(task.transform(samples.inputs[:2]))
-    model.to(memory_format=form)  # type: ignore[call-overload]
-    steps = len(_batches(torch.arange(count), training.batch_size))
     optimizer = _optimizer(model, training)
     rate = _schedule(optimizer, training, training.epochs * steps)
-    with seeded(seed, device) as generator:
-        state = Progress(model, optimizer, rate, (generator,))
+    state = Progress(model, optimizer, rate, batches.generators)
+    with seeded(seed, device), _deterministic(device), _runner(model, training, batches.full) as run:
         first = state.restore(checkpoint) if checkpoint else 0
         set_mode(model, training=True)
         for epoch in range(first, training.epochs):
-            step, total = epoch * steps, 0.0
-            for indices in _batches(torch.randperm(count, generator=generator), training.batch_size):
-                inputs = task.transform(samples.inputs[indices], generator).to(device, memory_format=form)
-                labels = samples.labels[indices].to(device)
+            losses = Losses(device)
+            for step, (inputs, labels) in enumerate(batches, epoch * steps + 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-                    outputs = model(inputs).float()
+                    outputs = run(inputs).float()
                 value = task.loss(outputs, labels) if loss is None else loss(inputs, outputs, labels)
-                if not torch.isfinite(value):
-                    raise NotFinite(f"the training loss must stay finite (got {value.item()} in step {step + 1})")
+                losses.add(value, len(labels), step)
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 rate.step()
                 apply_masks(model, kept)
-                total += value.item() * len(indices)
-                step += 1
                 if after_step is not None:
                     after_step(step)
+            mean = losses.mean()
             if checkpoint is not None:
                 state.save(checkpoint, epoch + 1)
             if progress is not None:
-                progress(f"epoch {epoch + 1}/{training.epochs}, loss {total / count:.4f}")
+                progress(f"epoch {epoch + 1}/{training.epochs}, loss {mean:.4f}")
     optimizer.zero_grad()
     _settle(model)
     check_finite(model)
@@ -110,22 +101,14 @@ def fine_tune(
     own = {"epochs": stage.epochs, "learning_rate": stage.learning_rate}
     training = context.training.model_copy(update=own | (settings or {}))
     given: dict[str, Any] = {"keep_zeros": True, "progress": context.progress}
-    fit(model, context.task, training, seed=context.seed, device=context.device, **given | options)
+    fit(model, context.task, training, seed=context.seed, **given | options)
 
 
 def _settle(model: nn.Module) -> None:
     """Eval mode and contiguous layout: a later stage picks its kernels, and so its last bits, by the strides."""
-    set_mode(model, training=False)
+    set_mode(model.cpu(), training=False)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-
-
-def _batches(order: Tensor, size: int) -> list[Tensor]:
-    """`order` (N,) in parts of `size`; a single sample, on which batch norm cannot train, joins the part before it."""
-    parts = list(torch.split(order, size))
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    return parts
 
 
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
@@ -148,11 +131,54 @@ def _schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) 
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
-    """A generator for shuffling and augmentation; torch's own (dropout's) is seeded too, and put back afterwards."""
+def _runner(model: nn.Module, training: Training, full: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What is called in training: `model`, or what `torch.compile` makes of it for batches of `full` samples.
+
+    A smaller batch at the end of an epoch runs in the model itself: it would be compiled for shapes of its own.
+    """
+    if not training.compile:
+        yield model
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    # Without `deterministic` the compiler measures which of its reductions is quicker, and takes another one next time.
+    options: dict[str, Any] = {"deterministic": True, "eager_numerics.division_rounding": True}
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, options=options)
+    try:
+        yield lambda inputs: compiled(inputs) if len(inputs) == full else model(inputs)
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:400]
+        raise TaskFailure(
+            f"`task.training.compile`: must be false for a model that `torch.compile` cannot take ({reason})"
+        ) from error
+    finally:
+        torch.compiler.reset()  # what it has compiled keeps the model and its memory
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU: ops that give the same bits each time, where there are such; PyTorch warns where there are none."""
+    if device.type == "cpu":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    were = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False  # a pass over new tensors
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(were[0], warn_only=were[1])
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's own random numbers (initial weights, dropout) begin at `seed`; they are put back afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        yield torch.Generator().manual_seed(seed)
+        yield
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

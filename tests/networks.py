@@ -174,7 +174,6 @@ def context(root: Path, key: str = "model", task: Task | None = None, seed: int 
         seed=seed,
         teacher=task.model,
         training=Training(batch_size=64),
-        device=torch.device("cpu"),
     )
 
 

@@ -31,7 +31,6 @@ def context(root: Path, **changes: Any) -> Context:
         seed=0,
         teacher=lambda: Toy().model().eval(),
         training=Training(batch_size=16),
-        device=torch.device("cpu"),
     )
     return dataclasses.replace(plain, **changes)
 
@@ -99,7 +98,7 @@ def test_pruning_is_computed_once_and_gives_the_same_bits_to_all(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "changes",
-    [{"key": "other"}, {"seed": 1}, {"training": Training(batch_size=32)}, {"device": torch.device("meta")}],
+    [{"key": "other"}, {"seed": 1}, {"training": Training(batch_size=32)}, {"training": Training(device="cuda")}],
 )
 def test_the_identity_of_a_result_holds_what_it_depends_on(tmp_path: Path, changes: dict[str, Any]) -> None:
     stage = Magnitude()

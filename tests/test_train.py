@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from toy_task import Toy
 
 from qsweep.baseline import baseline, baseline_key, kept
-from qsweep.errors import DataError, NotFinite, TaskFailure
+from qsweep.batches import Losses, parts
+from qsweep.errors import DataError, NotFinite, Refused, SpecError, TaskFailure
 from qsweep.evaluate import check, evaluate, predict
+from qsweep.ship import compress
+from qsweep.spec import Spec
 from qsweep.store import Store
+from qsweep.study.plan import check as check_plan
 from qsweep.tasks.base import Samples, SplitName, Training
 from qsweep.tasks.image_classification import ImageClassification
-from qsweep.train import _batches, fit
+from qsweep.train import fit
 from qsweep.weights import masks, weight_names
 
-CPU = torch.device("cpu")
 TRAINING = Training(batch_size=16, epochs=3, learning_rate=0.1)
 
 
@@ -28,7 +31,7 @@ def trained(task: Toy, seed: int = 0, model: nn.Module | None = None, **options:
     torch.manual_seed(0)
     model = model or task.model()
     fields = {name: options.pop(name) for name in list(options) if name in Training.model_fields}
-    fit(model, task, TRAINING.model_copy(update=fields), seed=seed, device=CPU, **options)
+    fit(model, task, TRAINING.model_copy(update=fields), seed=seed, **options)
     return model
 
 
@@ -56,7 +59,7 @@ def test_training_raises_the_accuracy() -> None:
 def test_training_leaves_the_random_numbers_of_the_process_alone() -> None:
     task, model = Toy(), Toy(dropout=0.5).model()
     before = torch.get_rng_state()
-    fit(model, task, TRAINING, seed=3, device=CPU)
+    fit(model, task, TRAINING, seed=3)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -69,7 +72,7 @@ def test_a_trained_model_is_contiguous_in_eval_mode_and_without_gradients() -> N
 
 @given(count=st.integers(2, 200), size=st.integers(2, 50))
 def test_every_sample_is_in_one_batch_and_none_is_alone(count: int, size: int) -> None:
-    batches = _batches(torch.arange(count), size)
+    batches = parts(torch.arange(count), size)
     assert torch.equal(torch.cat(batches), torch.arange(count))
     assert all(2 <= len(batch) <= size + 1 for batch in batches)
 
@@ -215,9 +218,7 @@ def test_the_baseline_is_trained_once_and_the_same_for_all_who_ask(tmp_path: Pat
     config = ImageClassification.model_validate(DIGITS)
     task, store = config.open(tmp_path), Store(tmp_path / "sweeps" / "store")
     lines: list[str] = []
-    models = [
-        baseline(task, config, root=tmp_path, store=store, seed=0, device=CPU, progress=lines.append) for _ in range(2)
-    ]
+    models = [baseline(task, config, root=tmp_path, store=store, seed=0, progress=lines.append) for _ in range(2)]
     assert same(*models)
     assert len(lines) == 8
     assert evaluate(models[0], task, "validation").mean() >= 0.95
@@ -302,3 +303,79 @@ def test_bf16_trains_float32_parameters(tmp_path: Path) -> None:
     assert all(parameter.dtype is torch.float32 for parameter in found.parameters())
     pairs = zip(found.parameters(), exact.parameters(), strict=True)
     assert all(torch.allclose(one, other, atol=0.1) for one, other in pairs)
+
+
+@pytest.mark.parametrize("look", [1, 4])
+def test_a_loss_that_is_not_finite_is_seen_at_the_next_look_or_at_the_end_of_the_epoch(look: int) -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        losses, seen = Losses(torch.device("cpu"), look), list[int]()
+        for step, value in enumerate([1.0, bad, -bad, 1.0, 1.0], 1):
+            try:
+                losses.add(torch.tensor(value), 2, step)
+            except NotFinite:
+                seen.append(step)
+        assert seen[0] == {1: 2, 4: 4}[look]
+        with pytest.raises(NotFinite, match="training loss"):
+            losses.mean()
+
+
+@given(values=st.lists(st.integers(-8, 8), min_size=1, max_size=9), look=st.integers(1, 9))
+def test_the_mean_loss_is_that_over_samples(values: list[int], look: int) -> None:
+    losses = Losses(torch.device("cpu"), look)
+    for step, value in enumerate(values, 1):
+        losses.add(torch.tensor(float(value)), step, step)
+    weights = range(1, len(values) + 1)
+    assert losses.mean() == sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # the compiler's own
+def test_compiled_training_takes_the_same_steps() -> None:
+    def linear() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+
+    task = Toy(count=64 + 6)  # four batches that are compiled for, and one that is not
+    found, eager = (trained(task, model=linear(), compile=compiled, epochs=2) for compiled in (True, False))
+    assert not same(found, linear())
+    for one, other in zip(found.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_does_not_compile_is_refused_rather_than_run_without() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.linear(x.flatten(1))
+            return found if found.sum().item() > 0 else -found
+
+    with pytest.raises(TaskFailure, match=r"task\.training\.compile"):
+        trained(Toy(), model=Branching(), compile=True)
+
+
+def test_training_on_a_gpu_that_is_not_there_is_refused_with_the_reason() -> None:
+    reason = Training(device="cuda").unavailable()
+    assert Training().unavailable() is None
+    assert (reason is None) == torch.cuda.is_available()
+    assert reason is None or "device: cuda" in reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_sweep_and_a_compression_that_would_train_on_it_do_not_start() -> None:
+    spec = Spec.model_validate(
+        {
+            "name": "toy",
+            "task": DIGITS | {"method": "image_classification"},
+            "compress": {},
+            "target": {"engine": "float"},
+        }
+    )
+    check_plan(spec)
+    training = Training(device="cuda")
+    other = spec.task.model_copy(update={"training": training})
+    with pytest.raises(SpecError, match=r"`task\.training\.device`: `device: cuda` needs"):
+        check_plan(spec.model_copy(update={"task": other}))
+    with pytest.raises(Refused, match="`device: cuda` needs"):
+        compress(Toy().model(), {"target": {"engine": "float"}}, Toy(), training=training)

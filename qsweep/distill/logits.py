@@ -48,6 +48,11 @@ class Logits(Distillation):
         return kept(model, context.store, stage_key(self, context), compute)
 
     def loss(self, context: Context) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        from copy import deepcopy
+
         from qsweep.distill._loss import with_teacher
 
-        return with_teacher(context.teacher().to(context.device), context.task.loss, self.temperature, self.alpha)
+        teacher = context.teacher()
+        if context.device.type != "cpu":  # what others are given stays on the CPU
+            teacher = deepcopy(teacher).to(context.device)
+        return with_teacher(teacher, context.task.loss, self.temperature, self.alpha)

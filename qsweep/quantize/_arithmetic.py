@@ -96,7 +96,7 @@ def _fitted(parts: Tensor, bits: int, scheme: Scheme, share: float) -> WeightLev
         low, ends = -top - 1, (parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0))
         scale = share * (ends[1] - ends[0]) / (top - low)
     largest = scale.max()
-    floor = torch.where(largest > 0, largest * 2.0**-12, torch.full((), 2.0**-7))
+    floor = torch.where(largest > 0, largest * 2.0**-12, torch.full_like(largest, 2.0**-7))
     scale = torch.maximum(scale, floor)
     zero_point = torch.zeros_like(scale)
     if scheme == "asymmetric":

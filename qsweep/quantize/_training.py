@@ -102,7 +102,6 @@ def _fit(config: Trained, graph: fx.GraphModule, context: Context, epochs: int, 
         after_step=settle,
         progress=lambda text: context.progress(f"quantization-aware training, {text}"),
     )
-    graph.cpu()
 
 
 def _loss(context: Context, quantizers: list[FakeActivation | FakeWeight]) -> Loss | None:

@@ -44,12 +44,13 @@ def compress(
     the TrialFailure of what goes wrong; ParityFailure if the artifact disagrees with its simulation.
     """
     asked = trial_config(config)
-    reason = asked.target.available() or asked.target.refuses(asked.compress)
+    settings = training or Training()
+    reason = settings.unavailable() or asked.target.available() or asked.target.refuses(asked.compress)
     if reason is not None:
         raise Refused(f"`{asked.name}`: {reason}")
     with TemporaryDirectory() as place:
         sweep = Path(place) / "compress"
-        record = _built(model, asked, task, sweep, training or Training(), seed)
+        record = _built(model, asked, task, sweep, settings, seed)
         if out is not None:
             return LoadedModel(bundle(record, sweep, Path(out)))
         return temporary(lambda folder: bundle(record, sweep, folder / "bundle"))
@@ -77,8 +78,6 @@ def trial_config(source: TrialConfig | Mapping[str, Any] | str | Path) -> TrialC
 
 def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, training: Training, seed: int) -> Record:
     """The record of `config` on `model`, its artifact in the folder of the throw-away sweep `sweep`."""
-    import torch
-
     from qsweep import build
     from qsweep.evaluate import check
     from qsweep.stage import Context
@@ -94,7 +93,6 @@ def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, train
         seed=seed,
         teacher=lambda: original,
         training=training,
-        device=torch.device("cpu"),
     )
     quantized = build.compress(config.compress, copy.deepcopy(original), context, clock)
     artifact = sweep / "trials" / "0000" / "artifact"

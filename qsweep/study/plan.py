@@ -49,8 +49,11 @@ class Plan(Config):
 
 
 def check(spec: Spec) -> None:
-    """Raises SpecError for what cannot be run here: an engine that does not work, `grid` on an infinite space."""
+    """Raises SpecError for what cannot be run here: an engine that does not work, a training without its GPU, `grid`
+    on an infinite space."""
     enumerated(spec)
+    if (reason := spec.task.training.unavailable()) is not None:
+        raise SpecError(f"`task.training.device`: {reason}")
     for engine in targets(spec):
         reason = engine.available()
         if reason is not None:

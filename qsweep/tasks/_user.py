@@ -47,6 +47,7 @@ class UserTask:
     def __init__(self, cls: type, arguments: dict[str, Any], path: Path) -> None:
         self._path, self._name = path, cls.__name__
         self._loaded: dict[SplitName, Samples] = {}
+        self.any_device = bool(getattr(cls, "any_device", False))
         self._task: Any = _call(path, f"{cls.__name__}(...)", cls, **arguments)
 
     def model(self) -> nn.Module:
@@ -80,6 +81,8 @@ class UserTask:
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         found = self._ask("loss", outputs, labels)
         self._must(isinstance(found, Tensor) and found.dim() == 0, "loss", "return a scalar tensor", _describe(found))
+        if found.is_cuda:  # a look at it would wait for the GPU; the training looks now and then
+            return found  # type: ignore[no-any-return]
         if not torch.isfinite(found) and torch.isfinite(outputs).all():  # else the training diverged: not its fault
             self._must(False, "loss", "be finite for finite outputs", str(found.item()))
         return found  # type: ignore[no-any-return]

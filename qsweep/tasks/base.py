@@ -26,7 +26,11 @@ class Samples(NamedTuple):
 
 
 class Task(Protocol):
-    """What a sweep needs of its user. All tensors are on the CPU unless the model's device says otherwise."""
+    """What a sweep needs of its user.
+
+    All tensors are on the CPU but those of a training on a GPU: `loss` is given tensors of that device then, and so is
+    `transform`, with a generator of that device, if the task has an attribute `any_device` that is true.
+    """
 
     def model(self) -> nn.Module:
         """A new model, with trained weights where there are any."""
@@ -59,6 +63,17 @@ class Training(Config):
     precision: Precision = "fp32"
     """bf16: the model runs under autocast; its parameters, the loss and the optimizer stay float32. Quicker where the
     processor multiplies bf16 in hardware (AMX, GPUs), slower elsewhere. QAT methods have a field of their own."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where models are trained; where they are to run is the target's. On `cuda` the data lie on the GPU, and images
+    are augmented there, with other random numbers than on the CPU."""
+    compile: bool = False
+    """Train through `torch.compile`, QAT too. Compiling takes a minute or so, once a training: for long ones."""
+
+    def unavailable(self) -> str | None:
+        """Why no model can be trained like this on this machine, or None."""
+        from qsweep.machine import no_gpu
+
+        return no_gpu() if self.device == "cuda" else None
 
 
 class TaskConfig(Config, ABC):

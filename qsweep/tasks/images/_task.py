@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from qsweep.tasks.images.base import Images
 
 class ImageTask:
     """A `Task` over `images` with the models that `build` makes."""
+
+    any_device = True
 
     def __init__(self, images: Images, build: Callable[[], nn.Module]) -> None:
         self._images = images
@@ -39,21 +42,29 @@ class ImageTask:
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 images (B, C, H, W) less `mean`, by `std` (C values each, in units of the pixels): float32."""
-    shape = (1, len(mean), 1, 1)
-    return images.float().sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+    return images.float().sub_(_channels(mean, images.device)).div_(_channels(std, images.device))
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(1, C, 1, 1), made once: moving them to a GPU for each batch would wait for it."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def augment(images: Tensor, padding: int, flip: bool, generator: Generator) -> Tensor:
     """Each of `images` (B, C, H, W) padded by `padding` zeros, cropped to its size at random, and mirrored or not.
 
-    Source: the augmentation of He et al. 2015, section 4.2.
+    `generator` must be of their device. Source: the augmentation of He et al. 2015, section 4.2.
     """
-    count, channels, height, width = images.shape
-    shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
-    rows, columns = shifts[0] + torch.arange(height), shifts[1] + torch.arange(width)
+    (count, channels, height, width), device = images.shape, images.device
+    shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator, device=device)
+    rows, columns = (
+        shift + torch.arange(size, device=device) for shift, size in zip(shifts, (height, width), strict=True)
+    )
     if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        mirrored = torch.rand(count, 1, generator=generator, device=device) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     padded = F.pad(images, (padding,) * 4)
-    each, channel = torch.arange(count).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
+    each = torch.arange(count, device=device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=device).view(1, -1, 1, 1)
     return padded[each, channel, rows[:, None, :, None], columns[:, None, None, :]]

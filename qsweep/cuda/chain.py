@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from qsweep.cuda.arithmetic import Tile
 from qsweep.cuda.bind import Binding
+from qsweep.cuda.capture import captured
 from qsweep.cuda.plan import plan
 from qsweep.cuda.tune import tune
 from qsweep.errors import Refused
 from qsweep.hub.form import QuantizedModel
-
-_WARM_UP_RUNS = 2
-"""Before a capture: what is lazy (compiling, workspaces, cuDNN's choices) must have happened."""
 
 
 class Chain:
@@ -35,39 +33,27 @@ class Chain:
         self.device = torch.device(device)
         self.plan = plan(model, batch_size)
         self._binding = Binding(self.plan, self.device)
-        (node,) = [node for node in model.graph.graph.nodes if node.op == "placeholder"]
-        self._given = torch.zeros(batch_size, *model.example.shape[1:], device=self.device)
-        if self._given.dim() == 4:
-            self._given = self._given.contiguous(memory_format=torch.channels_last)
-        self._binding.floats[node] = self._given
-        self._graph: torch.cuda.CUDAGraph | None = None
+        (self._input,) = [node for node in model.graph.graph.nodes if node.op == "placeholder"]
+        self._example = torch.zeros(batch_size, *model.example.shape[1:], device=self.device)
         for product in self._binding.products:
-            product.tile = tiles.get(product.name) if tiles is not None else None
+            product.tile = (tiles or {}).get(product.name)
+        self._call: Callable[[Tensor], Tensor] = self._run
         if self.device.type == "cuda":
-            if tiles is None:
-                tune(self._binding.products, self.device)
-            self._graph = self._captured()
+            with torch.cuda.device(self.device), torch.no_grad():
+                if tiles is None:
+                    tune(self._binding.products, self.device)
+                self._call = captured(self._run, self._example)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The model's output (float32) for `inputs` (batch_size, ...), in a buffer that the next call writes to.
+        """The model's output (float32) for `inputs` (batch_size, ...), in a buffer that the next call may write to.
 
         Where a NaN came to be quantized, all of it is NaN: integers cannot tell which samples it touched. Raises
         Refused for inputs of any other shape.
         """
-        if inputs.shape != self._given.shape:
-            raise Refused(f"the chain of kernels takes inputs {list(self._given.shape)} (got {list(inputs.shape)})")
-        self._given.copy_(inputs)
-        self.replay()
-        return self._result
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        """Compute once more what the last inputs give: the kernels alone, without copying inputs."""
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            self._run()
+        if inputs.shape != self._example.shape:
+            raise Refused(f"the chain of kernels takes inputs {list(self._example.shape)} (got {list(inputs.shape)})")
+        return self._call(inputs)
 
     @property
     def integer_share(self) -> float:
@@ -89,23 +75,10 @@ class Chain:
             found[node.name] = value.logical[:, columns].clone()
         return found
 
-    def _run(self) -> None:
+    def _run(self, inputs: Tensor) -> Tensor:
         binding = self._binding
+        binding.floats[self._input] = inputs
         binding.invalid.zero_()
         for launch in binding.launches:
             launch()
-        result = binding.floats[self.plan.result]
-        self._result = torch.where(binding.invalid != 0, torch.nan, result)
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        with torch.cuda.device(self.device), torch.no_grad():
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP_RUNS):
-                    self._run()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run()
-        return graph
+        return torch.where(binding.invalid != 0, torch.nan, binding.floats[self.plan.result])

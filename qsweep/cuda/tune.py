@@ -16,6 +16,7 @@ import torch
 import triton
 
 from qsweep.cuda.arithmetic import Tile
+from qsweep.cuda.capture import graph_of
 from qsweep.cuda.layers import Product
 
 MOST = 4
@@ -88,15 +89,18 @@ def tune(products: Sequence[Product], device: torch.device, tiles: Tiles | None 
     tiles = tiles or Tiles(gpu.name)
     new = {product.kind: product for product in products if product.kind not in tiles.known}
     trials = {kind: candidates(product, gpu.multi_processor_count) for kind, product in new.items()}
-    working = _compiled([(new[kind], tile) for kind, shapes in trials.items() for tile in shapes], device)
+    known = [(product, tiles.known[product.kind]) for product in products if product.kind in tiles.known]
+    working = _compiled([*known, *((new[kind], tile) for kind, shapes in trials.items() for tile in shapes)], device)
     found = {}
     for kind, product in new.items():
         times = {tile: milliseconds(product, tile) for tile in trials[kind] if (kind, tile) in working}
         if times:
             found[kind] = min(times, key=times.__getitem__)
-    tiles.keep(found)
+    if found:
+        tiles.keep(found)
     for product in products:
-        product.tile = tiles.known.get(product.kind)
+        tile = tiles.known.get(product.kind)
+        product.tile = tile if tile is not None and (product.kind, tile) in working else None
 
 
 def _compiled(trials: Iterable[tuple[Product, Tile]], device: torch.device) -> set[tuple[str, Tile]]:
@@ -122,10 +126,7 @@ def _compiled(trials: Iterable[tuple[Product, Tile]], device: torch.device) -> s
 
 def milliseconds(product: Product, tile: Tile) -> float:
     """Of one launch, between events around launches replayed from a graph."""
-    graph: Any = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_LAUNCHES):
-            product.launch(tile=tile)
+    graph = graph_of(lambda: product.launch(tile=tile), _LAUNCHES)
     event: Any = torch.cuda.Event
     start, end = event(enable_timing=True), event(enable_timing=True)
     graph.replay()

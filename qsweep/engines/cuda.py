@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from qsweep.engines.base import EngineConfig, Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qsweep.hub.form import QuantizedModel
+    from qsweep.spec import Compression
+    from qsweep.store import Store
+
+
+class Cuda(EngineConfig):
+    """int8 kernels in Triton on an NVIDIA GPU (Ampere or newer), a call captured in one CUDA graph. Whatever is integer
+    equals the reference bit for bit; softmax, layer norms and products of two activations run in float32."""
+
+    preload: ClassVar[tuple[str, ...]] = ("qsweep.cuda.chain",)
+    engine: Literal["cuda"] = "cuda"
+    device: Literal["cuda"] = "cuda"
+
+    def available(self) -> str | None:
+        from qsweep.cuda.device import refusal
+
+        return refusal(self.device)
+
+    def refuses(self, config: Compression) -> str | None:
+        reason = "no stage quantizes" if config.quantize is None else config.quantize.not_integer
+        return reason and f"int8 kernels cannot run it: {reason}; `float` runs it on the GPU in floating point"
+
+    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
+        from qsweep.cuda.numbers import check_scales
+        from qsweep.cuda.plan import plan
+        from qsweep.hub.accumulators import check_accumulators
+        from qsweep.hub.save import save
+
+        check_accumulators(model)
+        check_scales(model.graph)
+        plan(model, self.batch_size)  # what it cannot take it refuses here, not on the GPU
+        save(model, folder)
+
+    def load(self, folder: Path) -> Runner:
+        from qsweep.errors import Refused
+
+        if (reason := self.available()) is not None:
+            raise Refused(f"the `cuda` engine does not work on this machine: {reason}")
+        from qsweep.cuda.chain import Chain
+        from qsweep.hub.save import load
+
+        return Chain(load(folder), self.batch_size, self.device)
+
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
+        from qsweep.cuda.chain import Chain
+
+        assert isinstance(runner, Chain)
+        return runner.integer_share

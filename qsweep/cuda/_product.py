@@ -30,7 +30,10 @@ def sums_of(
     STEPS: tl.constexpr = (K + BK - 1) // BK
     EACH: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     acc = tl.zeros((BM, BN), dtype=tl.int32)
-    for step in range(part * EACH, tl.minimum(part * EACH + EACH, STEPS)):
+    first, last = part * EACH, STEPS
+    if SPLIT > 1:
+        last = tl.minimum(first + EACH, STEPS)
+    for step in range(first, last):
         weights = b + (step * BK + k)[:, None]
         if CG % BK == 0:  # a step lies within one tap: its place is a scalar
             tap = step // (CG // BK)
@@ -52,20 +55,26 @@ def sums_of(
 def convolve(
     x_ptr, w_ptr, y_ptr, bias_ptr, multiplier_ptr, r_ptr, M, x_n, x_h, x_w, y_n, y_h, y_w, r_n, r_h, r_w,
     y_zero, low, high, r_zero, r_multiplier, own_low, own_high, own_multiplier,
-    OH: tl.constexpr, OW: tl.constexpr, OCG: tl.constexpr, K: tl.constexpr, CG: tl.constexpr,
+    UNIT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, OCG: tl.constexpr, K: tl.constexpr, CG: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """M = N * OH * OW rows times OCG columns of a group. A linear is OH = OW = KH = KW = 1.
 
+    Strides of x count UNITs, so that the compiler knows what divides its addresses: 16-byte loads need 16, and images
+    of 4 channels get loads of 4 bytes instead of 1.
     SPLIT > 1: y is int32 (SPLIT, M, OC), its parts' sums, for `finish_parts`.
     """
     COLUMN_BLOCKS: tl.constexpr = (OCG + BN - 1) // BN
     row_block, column_block = block_of(tl.program_id(0), M, COLUMN_BLOCKS, BM)
-    group, part = tl.program_id(1), tl.program_id(2)
+    group = tl.program_id(1)
+    part = 0
+    if SPLIT > 1:
+        part = tl.program_id(2)
     row = row_block * BM + tl.arange(0, BM)
     column = column_block * BN + tl.arange(0, BN)
     n, oh, ow = place(tl.minimum(row, M - 1), OH, OW)
+    x_n, x_h, x_w = x_n * UNIT, x_h * UNIT, x_w * UNIT
     a = x_ptr + (group * CG + n * x_n + oh * SH * x_h + ow * SW * x_w)[:, None]
     b = w_ptr + ((group * OCG + tl.minimum(column, OCG - 1)) * (KH * KW * CG))[None, :]
     acc = sums_of(a, b, x_h, x_w, part, K, CG, KH, KW, DH, DW, BM, BN, BK, SPLIT)

@@ -55,14 +55,19 @@ def multiply_rows(
 def half_sums_of(
     a, b, acc, part, K: tl.constexpr, HALF: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, INTEGERS: tl.constexpr
 ):
-    """`acc` and the products with weights of 4 bits: the lower half of byte j is column j, the upper column j + HALF.
+    """`acc` and 16 times the products with weights of 4 bits.
 
-    So a block of bytes is two blocks of weights that meet two blocks of inputs, and nothing is interleaved.
+    The lower half of byte j is column j, the upper is column j + HALF: a block of bytes is two blocks of weights that
+    meet two blocks of inputs, and nothing is interleaved. Shifted up by 4 bits the weights need no extension of their
+    sign, which took 3 times the instructions.
     """
     k = tl.arange(0, BK)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     EACH: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    for step in range(part * EACH, tl.minimum(part * EACH + EACH, STEPS)):
+    first, last = part * EACH, STEPS
+    if SPLIT > 1:
+        last = tl.minimum(first + EACH, STEPS)
+    for step in range(first, last):
         at = step * BK + k
         if HALF % BK == 0 and K == 2 * HALF:
             left, right = tl.load(a + at[None, :]), tl.load(a + (HALF + at)[None, :])
@@ -72,7 +77,7 @@ def half_sums_of(
             left = tl.load(a + at[None, :], mask=(inside & (at < K))[None, :], other=0)
             right = tl.load(a + (HALF + at)[None, :], mask=(inside & (HALF + at < K))[None, :], other=0)
             both = tl.load(b + at[:, None], mask=inside[:, None], other=0)
-        lower, upper = (both << 4) >> 4, both >> 4
+        lower, upper = both << 4, both & -16
         if INTEGERS:
             acc = tl.dot(left, lower, acc, out_dtype=tl.int32)
             acc = tl.dot(right, upper, acc, out_dtype=tl.int32)
@@ -91,12 +96,14 @@ def multiply_w4(
 ):  # fmt: skip
     """Integers times weights of 4 bits. SPLIT > 1: y is int32 (SPLIT, M, N), for `finish_parts`."""
     row_block, column_block = block_of(tl.program_id(0), M, (N + BN - 1) // BN, BM)
-    part = tl.program_id(1)
+    part = 0
+    if SPLIT > 1:
+        part = tl.program_id(1)
     row = row_block * BM + tl.arange(0, BM)
     column = column_block * BN + tl.arange(0, BN)
     a = x_ptr + (tl.minimum(row, M - 1) * x_n)[:, None]
     b = w_ptr + (tl.minimum(column, N - 1) * HALF)[None, :]
-    acc = half_sums_of(a, b, tl.zeros((BM, BN), dtype=tl.int32), part, K, HALF, BK, SPLIT, True)
+    acc = half_sums_of(a, b, tl.zeros((BM, BN), dtype=tl.int32), part, K, HALF, BK, SPLIT, True) >> 4
     mask = (row < M)[:, None] & (column < N)[None, :]
     if SPLIT > 1:
         tl.store(y_ptr + (part * M + row)[:, None] * N + column[None, :], acc, mask=mask)
@@ -121,7 +128,7 @@ def multiply_w4_float(
     a = x_ptr + (tl.minimum(row, M - 1) * x_n)[:, None]
     b = w_ptr + (tl.minimum(column, N - 1) * HALF)[None, :]
     acc = half_sums_of(a, b, tl.zeros((BM, BN), dtype=tl.float32), 0, K, HALF, BK, 1, False)
-    v = acc * tl.load(scale_ptr + column, mask=column < N, other=0.0)[None, :]
+    v = acc * 0.0625 * tl.load(scale_ptr + column, mask=column < N, other=0.0)[None, :]
     if BIAS:
         v = v + tl.load(bias_ptr + column, mask=column < N, other=0.0)[None, :]
     mask = (row < M)[:, None] & (column < N)[None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -71,14 +72,16 @@ def conv2d(
     steps = -(-depth // tile.depth)
     split = -(-steps // -(-steps // tile.split))  # no part is empty
     parts = torch.empty((split, rows, out.shape[3]), dtype=torch.int32, device=x.device) if split > 1 else None
+    unit = math.gcd(16, *x.stride()[:3])
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), apart, split)
     convolve[grid](
         x,
         weight,
         M=rows,
-        x_n=x.stride(0),
-        x_h=x.stride(1),
-        x_w=x.stride(2),
+        x_n=x.stride(0) // unit,
+        x_h=x.stride(1) // unit,
+        x_w=x.stride(2) // unit,
+        UNIT=unit,
         OCG=columns,
         K=min(depth, x.shape[3]) if height_kernel == width_kernel == 1 and apart == 1 else depth,
         CG=channels,

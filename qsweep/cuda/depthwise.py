@@ -40,7 +40,7 @@ def conv2d(
     height_kernel, width_kernel, channels = weight.shape
     assert groups == out.shape[3]
     check_offsets(x, out)
-    tile = tile or Tile(32, min(64, power_of_two(channels)), 32)
+    tile = tile or Tile(64, min(64, power_of_two(channels)), 32)
     rows = out.shape[:3].numel()
     convolve_depthwise[triton.cdiv(rows, tile.rows), triton.cdiv(channels, tile.columns)](
         x,
@@ -60,6 +60,7 @@ def conv2d(
         BM=tile.rows,
         BC=tile.columns,
         num_warps=tile.warps,
+        num_stages=1,
         **finish_arguments(requantize, residual, out),
         **EXACT,
     )

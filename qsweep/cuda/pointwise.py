@@ -115,10 +115,10 @@ def _layout(**tensors: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     if all(_rows_apart(view) for view in views.values()):
         views = {name: view.as_strided(_flat(view), (0, 0, *view.stride()[2:])) for name, view in views.items()}
     first, second, third, last = next(iter(views.values())).shape
-    columns = min(64, power_of_two(last))
-    rows = 2048 // columns
-    strides = {f"{name}_{axis}": view.stride(at) for name, view in views.items() for at, axis in enumerate("abcd")}
     count = first * second * third
+    rows = min(power_of_two(count), 2048 // min(64, power_of_two(last)))
+    columns = min(power_of_two(last), 2048 // rows)
+    strides = {f"{name}_{axis}": view.stride(at) for name, view in views.items() for at, axis in enumerate("abcd")}
     sizes = {"R": count, "B": second, "C": third, "D": last, "BR": rows, "BD": columns}
     return (triton.cdiv(count, rows), triton.cdiv(last, columns)), sizes | strides
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
-from qsweep.errors import BundleError, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, TrialFailure
+from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, TrialFailure
 from qsweep.evaluate import check, predict
 from qsweep.hub.export import float_graph
 from qsweep.hub.save import structure
@@ -206,6 +206,8 @@ def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:
         result = dict(run(Job(folder)))
     except Exception as error:  # whatever a config or a user's task does, the sweep goes on and the record says why
         failed = _known(error)
+        if isinstance(failed, Crashed):
+            raise  # what this process does next on the device fails too: it has to end
         result = {"failure": {"kind": type(failed).__name__, "message": str(failed)}}
         if failed is not error:
             import traceback
@@ -226,6 +228,8 @@ def _known(error: Exception) -> QsweepError:
         return DiskFull(f"no space left for the artifact ({text})")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return OutOfMemory(text)
+    if isinstance(error, torch.AcceleratorError) or "Triton Error [CUDA]" in text:
+        return OutOfMemory(text) if "out of memory" in text else Crashed(text)
     if isinstance(error, TrialFailure | QsweepError):
         return error
     return TaskFailure(f"{type(error).__name__}: {text}")

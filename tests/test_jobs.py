@@ -37,7 +37,10 @@ class Task:
             return Untraceable()
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     def samples(self, split):
-        return torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10
+        inputs = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        if self.fails == "nan" and split == "train":
+            inputs[7, 0, 0, 0] = torch.nan
+        return inputs, torch.arange(40) % 10
     def loss(self, outputs, labels):
         if self.fails == "loss":
             raise KeyError("no such class")
@@ -168,6 +171,26 @@ def test_what_the_users_task_does_wrong_is_a_result(fails: str, job: str, kind: 
     assert text in failure["message"]
 
 
+def test_a_config_that_bad_samples_or_a_diverging_training_break_is_a_result_and_others_are_built(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "task.py").write_text(TASK_FILE)
+
+    def built(name: str, fails: str, quantize: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+        task = {"method": "python", "file": "task.py:Task", "arguments": {"fails": fails}, "trained": True}
+        return did(written(tmp_path / name, tmp_path, {"quantize": quantize}, target, task=task), "build")
+
+    alone, floating = {"method": "ptq", "activation_bits": None}, {"engine": "float", "compile": False}
+    failures = [
+        built("static", "nan", {"method": "ptq"}, ONNX)["failure"],
+        built("diverging", "", {"method": "lsq", "learning_rate": 1e30, "epochs": 3}, ONNX)["failure"],
+    ]
+    assert [failure["kind"] for failure in failures] == ["NotFinite"] * 2
+    assert "an activation is NaN or infinite on the calibration samples" in failures[0]["message"]
+    assert "finite" in failures[1]["message"]
+    assert built("weights alone", "nan", alone, floating)["metrics"]["accuracy_simulated"] >= 0
+
+
 def test_a_config_that_the_engine_cannot_load_is_a_result(root: Path, baseline: Path, tmp_path: Path) -> None:
     folder = written(tmp_path / "trial", root, PTQ, baseline=str(baseline))
     metrics(folder, "build")
@@ -245,3 +268,18 @@ def test_whatever_is_raised_becomes_a_result(error: Exception, kind: str, root: 
 def test_a_job_tells_what_it_is_doing(root: Path, baseline: Path) -> None:
     assert (baseline / "progress.txt").read_text() == "latency"
     assert torch.get_num_threads() == 1
+
+
+def test_another_draw_calibrates_anew_on_the_same_baseline(root: Path, baseline: Path, tmp_path: Path) -> None:
+    def grids(draw: int) -> str:
+        config = PTQ["quantize"] | {"calibration_samples": 20}
+        folder = written(tmp_path / str(draw), root, {"quantize": config}, baseline=str(baseline), draw=draw)
+        assert "failure" not in did(folder, "build")
+        assert "epoch" not in (folder / "progress.txt").read_text()
+        return (folder / "artifact" / "graph.json").read_text()
+
+    before = {path.name for path in (root / "sweeps/store").glob("*/*.safetensors")}
+    assert before
+    assert grids(0) != grids(1_000_003)
+    weights = {path.name for path in (root / "sweeps/store").glob("*/model.safetensors")}
+    assert weights <= before, "no other baseline was trained"

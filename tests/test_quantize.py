@@ -16,7 +16,6 @@ from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
-from qsweep.errors import NotFinite
 from qsweep.hub.form import Layer, QuantizedModel, constant, nodes_of, source, weight_bits_of
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
 from qsweep.hub.simulate import simulation
@@ -180,25 +179,6 @@ def test_the_model_that_was_passed_in_is_unchanged(method: type[Quantization], t
 def test_the_same_seed_gives_the_same_bits(method: type[Quantization], tmp_path: Path) -> None:
     runs = [small(method).apply(network("mlp"), context(tmp_path / str(number))) for number in range(2)]
     assert torch.equal(*(simulation(run)(INPUTS) for run in runs))
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("uniform", UNIFORM, ids=lambda method: method.__name__)
-def test_weights_that_are_not_finite_are_a_typed_failure(
-    uniform: type[Quantization], value: float, tmp_path: Path
-) -> None:
-    model = network("mlp")
-    next(model.parameters()).data[0, 0] = value
-    with pytest.raises(NotFinite):
-        small(uniform).apply(model, context(tmp_path))
-
-
-@pytest.mark.parametrize("uniform", UNIFORM, ids=lambda method: method.__name__)
-def test_activations_that_are_not_finite_are_a_typed_failure(uniform: type[Quantization], tmp_path: Path) -> None:
-    inputs = Noise().inputs.clone()
-    inputs[3, 0, 2, 2] = torch.nan
-    with pytest.raises(NotFinite, match="NaN or infinite on the calibration samples"):
-        small(uniform, calibration_samples=200).apply(network("mlp"), context(tmp_path, task=Noise(inputs=inputs)))
 
 
 @pytest.mark.parametrize("uniform", UNIFORM, ids=lambda method: method.__name__)

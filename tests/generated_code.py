@@ -1,0 +1,187 @@
+"""Run the kernels' host functions against a driver that is none, and print what was compiled, one JSON line a kernel.
+
+    python tests/generated_code.py 90 [case ...]      # for sm_90; Triton's own assembler and disassembler, no GPU
+
+Goes through Triton's real specialization of arguments, which its interpreter does not have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.backends.nvidia
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from qsweep.cuda import conv, depthwise, linear, pointwise, pool
+from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile
+
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+
+
+class Driver:
+    """Says which architecture is there, and nothing else."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_device_interface(self) -> Any:
+        return torch
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+def facts(kernel: Any) -> dict[str, Any]:
+    """What the assembler made of a compiled kernel."""
+    text = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        machine = run("nvdisasm", "-c", file.name)
+        usage = run("cuobjdump", "-res-usage", file.name)
+    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", machine)
+    return {
+        "matrix": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S+", text))),
+        "copies": Counter(re.findall(r"cp\.async\.c\w\.shared\.global[^;]*?\], (0x\w+)", text)),
+        "flushes_denormals": ".ftz" in text,
+        "stack": int(re.findall(r"STACK:(\d+)", usage)[0]),
+        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+        "shared": kernel.metadata.shared,
+        "operations": Counter(operations),
+    }
+
+
+def run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def i8(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int8)
+
+
+def numbers(columns: int, zero_point: int = 1) -> Requantize:
+    """A zero point of 1 is what Triton would make a constant of."""
+    return Requantize(torch.zeros(columns, dtype=torch.int32), torch.zeros(columns), Output(zero_point))
+
+
+def convolution(
+    channels: int, columns: int, tile: Tile, *, size: int = 14, kernel: int = 3, halo: int = 1, residual: bool = False
+) -> Callable[[], object]:
+    def call() -> object:
+        x, weight = i8(4, size + kernel - 1, size + kernel - 1, channels), i8(columns, channels, kernel, kernel)
+        buffer = i8(4, size + 2 * halo, size + 2 * halo, columns)
+        out = buffer[:, halo : halo + size, halo : halo + size]
+        added = Residual(buffer.clone()[:, halo : halo + size, halo : halo + size], 1, 0.5, Output(1), 0.5)
+        packed = conv.pack_weight(weight, 1, channels)
+        return conv.conv2d(x, packed, numbers(columns), out, residual=added if residual else None, tile=tile)
+
+    return call
+
+
+def static(tile: Tile, depth: int = 256, columns: int = 256) -> object:
+    weight = linear.pack_weight(i8(columns, depth))
+    return linear.linear(i8(512, depth), weight, numbers(columns), i8(512, columns), tile=tile)
+
+
+def dynamic() -> object:
+    weight, one = linear.pack_weight(i8(128, 256)), torch.zeros(128)
+    return linear.linear_dynamic(torch.zeros(64, 256), weight, one, one, torch.zeros(64, 128), tile=Tile(64, 64, 128))
+
+
+def four_bits() -> object:
+    weight = linear.pack_weight4(i8(128, 512))
+    return linear.linear_w4(i8(16, 512), weight, numbers(128), i8(16, 128), tile=Tile(16, 64, 128))
+
+
+def four_bits_float() -> object:
+    weight, half = linear.pack_weight4(i8(128, 512)), torch.zeros(16, 512, dtype=torch.bfloat16)
+    return linear.linear_w4_float(half, weight, torch.zeros(128), None, half[:, :128].clone(), tile=Tile(16, 64, 128))
+
+
+def separable(kernel: int) -> Callable[[], object]:
+    def call() -> object:
+        weight = depthwise.pack_weight(i8(64, 1, kernel, kernel), 64)
+        x = i8(4, 13 + kernel, 13 + kernel, 64)
+        return depthwise.conv2d(x, weight, numbers(64), i8(4, 14, 14, 64), groups=64)
+
+    return call
+
+
+def quantize() -> object:
+    x, invalid = torch.zeros(2, 3, 32, 32).permute(0, 2, 3, 1), torch.zeros(1, dtype=torch.int32)
+    return pointwise.quantize(x, 0.1, Output(1), i8(2, 32, 32, 4)[..., :3], invalid=invalid)
+
+
+def add() -> object:
+    side = Operand(i8(4, 14, 14, 64), 1, 0.5)
+    return pointwise.add(side, side, Output(1), i8(4, 14, 14, 64))
+
+
+def average() -> object:
+    return pool.global_avg_pool(i8(4, 7, 7, 64), 1, 0.5, Output(1), i8(4, 64))
+
+
+def largest() -> object:
+    return pool.max_pool2d(i8(4, 28, 28, 64), i8(4, 14, 14, 64), kernel=(3, 3), stride=(2, 2), padding=(1, 1))
+
+
+CASES: dict[str, Callable[[], object]] = {
+    "conv": convolution(128, 128, Tile(128, 128, 64, 8)),
+    "conv-residual": convolution(128, 128, Tile(128, 128, 128, 8), residual=True),
+    "conv-narrow": convolution(16, 16, Tile(128, 16, 64)),
+    "conv-image": convolution(4, 64, Tile(128, 64, 64), kernel=7),
+    "conv-split": convolution(64, 64, Tile(64, 64, 64, split=4), residual=True),
+    "conv-rows": convolution(256, 64, Tile(64, 64, 128), kernel=1, halo=0),
+    "linear": lambda: static(Tile(128, 256, 128, 8)),
+    "linear-dynamic": dynamic,
+    "linear-w4": four_bits,
+    "linear-w4-float": four_bits_float,
+    "depthwise-3": separable(3),
+    "depthwise-5": separable(5),
+    "quantize": quantize,
+    "add": add,
+    "average": average,
+    "largest": largest,
+}
+
+
+def main(capability: int, names: list[str]) -> None:
+    driver.set_active(Driver(capability))
+    launch = JITFunction.run
+    case = ""
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+        print(json.dumps({"case": case, "kernel": self.fn.__name__, **facts(kernel)}), flush=True)
+
+    JITFunction.run = compile_only
+    for case in names or CASES:
+        CASES[case]()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Job:
     def __init__(self, folder: Path) -> None:
         content = json.loads((folder / "job.json").read_text())
         self.folder, self.root, self.seed = folder, Path(content["root"]), int(content["seed"])
+        self.draw = int(content.get("draw", self.seed))  # of the stages; a repetition has another
         self.task_config: TaskConfig = TypeAdapter(AnyTask).validate_python(content["task"])
         self.config = TrialConfig.model_validate(content["config"])
         self.measure = Measure.model_validate(content["measure"])
@@ -111,6 +113,7 @@ def _prepare(job: Job) -> Result:
 def _build(job: Job) -> Result:
     task = job.task()
     context = context_of(job.task_config, task, job.root, job.store, job.seed, job.progress)
+    context = replace(context, seed=job.draw)  # the model that is compressed stays the same
     model = compress(job.config.compress, copy.deepcopy(context.teacher()), context, job.clock)
     job.progress("simulate")
     with job.clock("simulate"):

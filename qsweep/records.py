@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from qsweep.config import Config
+from qsweep.config import Config, Listed
 
 Direction = Literal["maximize", "minimize"]
 State = Literal["complete", "failed", "refused"]
@@ -24,6 +24,10 @@ class Metrics(Config):
     """Of the deployed artifact, reloaded in a fresh process, over the whole validation split; 0 to 1."""
     accuracy_test: float | None = _metric()
     """The same over the test split; members of the final front only."""
+    accuracy_mean: float | None = _metric()
+    """Mean of this artifact's accuracy and that of its repetitions; None: it was not repeated."""
+    accuracy_spread: float | None = _metric()
+    """Standard deviation of the same."""
     accuracy_simulated: float | None = _metric()
     """Of the simulation (quantize-dequantize in float) on the parity samples."""
     accuracy_drop_pp: float | None = _metric("minimize")
@@ -84,6 +88,19 @@ class Failure(Config):
     message: str
 
 
+class Repetition(Config):
+    """A config evaluated once more, with another seed: another calibration draw, another order of the training data."""
+
+    round: Annotated[int, Field(ge=1)]
+    seed: int
+    metrics: Metrics = Metrics()
+    kernels: str = ""
+    """As of the record."""
+    failure: Failure | None = None
+    folder: str
+    """Relative to the sweep's folder."""
+
+
 class Record(BaseModel):  # no Config: its `uid` is that of the config it was made from
     """One trial: durable as `record.json` in its folder before Optuna or MLflow hear of it."""
 
@@ -105,6 +122,8 @@ class Record(BaseModel):  # no Config: its `uid` is that of the config it was ma
     failure: Failure | None = None
     duplicate_of: int | None = None
     """The number of the record whose metrics these are, when an equal config had been evaluated before."""
+    repetitions: Listed[tuple[Repetition, ...]] = ()
+    """What other seeds gave, by round. The artifact that ships is that of the record itself."""
     attempts: int = 1
     folder: str
     """Relative to the sweep's folder; holds `artifact/`, `config.yaml` and logs."""

@@ -108,6 +108,15 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_fails_no_sweep(spec: Pat
     assert "failed, NotFinite: as told" in result.output
 
 
+def test_a_near_tie_that_is_run_again_is_told_with_mean_and_spread(spec: Path, arithmetic: None) -> None:
+    near = {"constraints": {"accuracy": {"min": 0.869}}, "search": {"trials": 6, "repeats": 1}}
+    spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | near), encoding="utf-8")
+    assert "repeats    1 at most" in qsweep_("plan", spec).output
+    said = qsweep_("run", spec).output
+    assert "#8   ptq-w6s-a8a on onnxruntime again: 85.80 ± 1.70 of 2\n" in said
+    assert "mean of draws" not in qsweep_("front", spec).output  # it left the front
+
+
 @pytest.mark.parametrize("where", ["spec.yaml", "sweeps/small"])
 def test_front_takes_the_spec_or_the_folder_of_the_sweep(spec: Path, where: str) -> None:
     sweep(spec.parent, small_spec())

@@ -64,6 +64,14 @@ def test_bits_that_differ_by_layer_are_told_at_the_points_and_in_the_table(html:
     assert "8 bits: conv1.weight; 2 bits: conv2.weight, linear.weight" in html
 
 
+def test_a_config_that_was_repeated_stands_with_mean_and_spread_and_what_failed(html: str) -> None:
+    told = "96.60 ± 0.28 of 2, NotFinite once"
+    assert told in Page(html).text
+    assert told in front_table(finished(records()), spec()).markdown()
+    assert f"mean of draws {told} %" in hover_text(finished(records())[2])
+    assert "mean of draws" not in front_table(records(), spec()).markdown() + pareto_html(records(), spec())
+
+
 def test_both_charts_show_every_measured_trial_once_and_ring_the_front(html: str) -> None:
     for chart in ("size_bytes-accuracy", "latency_ms-accuracy"):
         code = html[html.index(f'Plotly.newPlot(                        "{chart}"') :].split("</script>")[0]

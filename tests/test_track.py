@@ -69,6 +69,16 @@ def test_bits_that_differ_by_layer_are_a_file_of_the_run(swept: Path) -> None:
     assert [place for place, files in enumerate(found) if "layer_bits.json" in files] == [3]
 
 
+def test_a_repeated_trial_has_mean_and_spread_and_a_file_of_its_repetitions(swept: Path) -> None:
+    run = runs_of(swept)[3]
+    assert run.data.metrics["accuracy"] == 0.968
+    assert run.data.metrics["accuracy_mean"] == pytest.approx(0.966)
+    assert run.data.metrics["accuracy_spread"] == pytest.approx(0.004 / 2**0.5)
+    assert run.data.tags["qsweep.repetitions"] == "2"
+    found = [files_of(swept, run.info.run_id) for run in runs_of(swept)[1:]]
+    assert [place for place, files in enumerate(found) if "repetitions.yaml" in files] == [2]
+
+
 def test_params_are_flat_metrics_have_their_names_and_tags_say_what_a_run_is(swept: Path) -> None:
     run = runs_of(swept)[5]
     assert run.data.params["compress.quantize.method"] == "qat"

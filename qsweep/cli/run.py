@@ -63,8 +63,12 @@ class Watch:
                     record = next(records)
                 except StopIteration as end:
                     return bool(end.value)
-                if record.number not in self.records and not sys.stdout.isatty():
-                    say(line(record))
+                known = self.records.get(record.number)
+                if not sys.stdout.isatty():
+                    if known is None:
+                        say(line(record))
+                    elif record.repetitions != known.repetitions:
+                        say(again(record))
                 self.records[record.number] = record
 
     def _live(self) -> AbstractContextManager[Live | None]:
@@ -110,6 +114,13 @@ class Watch:
             f"  qsweep promote {self.path} --max accuracy_drop_pp=1 --by latency_ms --name {self.spec.name}",
             f"  MLflow: {served}" if served else f"  qsweep ui {self.path}      then {at_home or 'the page it prints'}",
         ]
+
+
+def again(record: Record) -> str:
+    """What came of the repetitions of a record, in one line."""
+    from qsweep.track.table import draws_text, engine_text
+
+    return f"#{record.number:<3} {record.name} on {engine_text(record)} again: {draws_text(record)}"
 
 
 def line(record: Record) -> str:

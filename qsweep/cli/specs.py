@@ -53,6 +53,7 @@ def _planned(plan: Plan) -> Iterator[str]:
     how = "every one of them, in order" if plan.every_point else "as the sampler proposes"
     yield f"configs    {counted}"
     yield f"trials     {plan.trials:,} at most, {how}"
+    yield f"repeats    {plan.repeats:,} at most, of near ties on the front"
     yield f"baselines  {', '.join(plan.baselines)}"
     if plan.looked_at != plan.configs:
         yield f"Of {plan.looked_at:,} configs drawn at random:"

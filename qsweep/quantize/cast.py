@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from qsweep.quantize.base import Quantization
 from qsweep.stage import Context
@@ -22,6 +22,7 @@ class Cast(Quantization):
     training samples.
     """
 
+    seeded: ClassVar[bool] = False
     method: Literal["cast"] = "cast"
     dtype: Literal["bf16", "fp16"] = "bf16"
 

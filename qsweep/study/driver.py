@@ -15,8 +15,8 @@ from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 from qsweep.study import outcome
 from qsweep.study.baselines import baselines
+from qsweep.study.final import Final
 from qsweep.study.folder import SweepFolder, disk_full_is_said
-from qsweep.study.front import membership
 from qsweep.study.interrupt import interruptible
 from qsweep.study.pipeline import Evaluation, Pipeline
 from qsweep.study.plan import check
@@ -44,9 +44,10 @@ def run(
     """Run the sweep of `spec`, or go on with it; `root` is the folder that its relative paths start at.
 
     Yields the records of the sweep: those of earlier runs first, then each as soon as it is final and durable. When
-    the last trial is over, records whose membership of the front or test accuracy has changed come once more: a
-    record replaces an earlier one of the same number. Returns whether the sweep has finished; it has not after
-    SIGINT or SIGTERM, of which the first stops it in order: what runs is killed and is done again by the next run.
+    the last trial is over, records that were repeated, or whose membership of the front or test accuracy has changed,
+    come once more: a record replaces an earlier one of the same number. Returns whether the sweep has finished; it has
+    not after SIGINT or SIGTERM, of which the first stops it in order: what runs is killed and is done again by the next
+    run.
 
     Raises SpecError, SweepError (another driver, another spec), DiskFull, and what `prepare` or the fp32 baseline
     failed with; a trial that fails is a record.
@@ -95,7 +96,7 @@ class Driver:
         self.spec, self.folder, self.executor, self.jobs = spec, folder, executor, jobs
         self.stopping = stopping
         self.known = known
-        self.pipeline = Pipeline(executor, jobs, spec.run)
+        self.pipeline = self._pipeline()
         self.records: dict[int, Record] = {}
         self.originals: dict[str, Record] = {}
         """The records that were evaluated, by uid."""
@@ -122,8 +123,17 @@ class Driver:
         yield from self._trials()
         if self.stopping():
             return False
-        yield from self._front()
+        final = Final(self.spec, self.folder, self._pipeline, self._job, self.stopping)
+        for record in final.run(self.records.values(), self._in_time):
+            yield self._remember(record)
         return not self.stopping()
+
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(self.executor, self.jobs, self.spec.run)
+
+    def _in_time(self) -> bool:
+        """Whether another evaluation may be begun."""
+        return time.monotonic() < self.ends and not self.stopping()
 
     def _remember(self, record: Record) -> Record:
         self.records[record.number] = record
@@ -195,7 +205,7 @@ class Driver:
         begun = sum(pending.trial is not None for pending in self.evaluating.values())
         room = done + begun < self.spec.search.trials
         patient = self.search.points is not None or self.idle < PATIENCE
-        return room and patient and time.monotonic() < self.ends and not self.stopping()
+        return room and patient and self._in_time()
 
     def _admit(self, pending: Pending) -> Iterator[Record]:
         """Begin the evaluation of a config that is new and possible; of others the record is known at once."""
@@ -242,43 +252,15 @@ class Driver:
             self.search.tell(pending.trial, record, list(self.records.values()))
         return self._remember(record)
 
-    def _job(self, plain: dict[str, Any], baseline: Path | None) -> dict[str, Any]:
+    def _job(self, plain: dict[str, Any], baseline: Path | None, draw: int | None = None) -> dict[str, Any]:
         return {
             "root": str(self.folder.root),
             "task": self.spec.task.model_dump(mode="json"),
             "config": plain,
             "measure": self.spec.measure.model_dump(mode="json"),
             "seed": self.spec.search.seed,
+            "draw": self.spec.search.seed if draw is None else draw,
             "store": str(self.folder.store),
             "baseline": str(baseline) if baseline else None,
             "threads": max(1, cores() // self.spec.run.workers),
         }
-
-    # -- after the trials
-
-    def _front(self) -> Iterator[Record]:
-        records = list(self.records.values())
-        scores = {r.number: s for r in records if (s := outcome.scores(self.folder.trial(r.number))) is not None}
-        members = membership(records, self.spec.objectives, self.spec.constraints, scores, self.spec.search.seed)
-        untested = [number for number in members if self.records[number].metrics.accuracy_test is None]
-        tested = self._test(untested)
-        for record in records:
-            metrics = record.metrics.model_copy(update=tested.get(record.number, {}))
-            after = record.model_copy(update={"front": members.get(record.number), "metrics": metrics})
-            if after != record:
-                self.folder.write(after)
-                yield self._remember(after)
-
-    def _test(self, numbers: list[int]) -> dict[int, dict[str, float]]:
-        """`accuracy_test` of these records. One that fails stays without, and is tried again by the next run."""
-        pipeline = Pipeline(self.executor, self.jobs, self.spec.run)
-        todo, found = list(numbers), {}
-        while (todo or pipeline.active) and not self.stopping():
-            while todo and pipeline.free > 0:
-                folder = self.folder.trial(todo[0])
-                content = self._job(self.records[todo.pop(0)].config, self.folder.trial(0))
-                outcome.forget_failure(folder, "test")
-                pipeline.add(Evaluation(folder, content, jobs=("test",)))
-            for evaluation in pipeline.step():
-                found[int(evaluation.folder.name)] = evaluation.merged("metrics")
-        return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qsweep.errors import NotFinite, Refused, TrialFailure
-from qsweep.records import Failure, Metrics, Record
+from qsweep.records import Failure, Metrics, Record, Repetition
 from qsweep.space import complaint
 from qsweep.spec import Spec
 from qsweep.study.pipeline import Evaluation
@@ -46,9 +46,7 @@ def record(
         metrics = _metrics(evaluation, baseline)
     except ValidationError as error:
         return Record(state="failed", failure=_failed(NotFinite(complaint(error))), **known | {"seconds": {}})
-    missing = [name for name in (*spec.objectives, *spec.constraints) if getattr(metrics, name) is None]
-    if missing:
-        lacking = TrialFailure(f"`{missing[0]}` is an objective or a constraint and was not measured")
+    if lacking := _lacking(spec, metrics):
         return Record(state="failed", failure=_failed(lacking), **known)
     return Record(state="complete", metrics=metrics, **known)
 
@@ -63,10 +61,35 @@ def _metrics(evaluation: Evaluation, baseline: Record | None) -> Metrics:
     return metrics.model_copy(update={"accuracy_drop_pp": drop})
 
 
+def repetition(spec: Spec, folder: str, round: int, seed: int, evaluation: Evaluation, baseline: Record) -> Repetition:
+    """What came of one more evaluation of a config, in the folder of this name."""
+    known: dict[str, Any] = {"round": round, "seed": seed, "folder": folder}
+    known["kernels"] = evaluation.results.get("build", {}).get("kernels", "")
+    if evaluation.failure:
+        return Repetition(failure=evaluation.failure, **known)
+    try:
+        metrics = _metrics(evaluation, baseline)
+    except ValidationError as error:
+        return Repetition(failure=_failed(NotFinite(complaint(error))), **known)
+    lacking = _lacking(spec, metrics)
+    return Repetition(failure=_failed(lacking), **known) if lacking else Repetition(metrics=metrics, **known)
+
+
+def _lacking(spec: Spec, metrics: Metrics) -> TrialFailure | None:
+    missing = [name for name in (*spec.objectives, *spec.constraints) if getattr(metrics, name) is None]
+    return TrialFailure(f"`{missing[0]}` is an objective or a constraint and was not measured") if missing else None
+
+
 def duplicate(original: Record, number: int) -> Record:
     """The record of a trial whose config has been evaluated under another number; its folder is that one's."""
     return original.model_copy(
-        update={"number": number, "kind": "trial", "duplicate_of": original.number, "front": None}
+        update={
+            "number": number,
+            "kind": "trial",
+            "duplicate_of": original.number,
+            "front": None,
+            "repetitions": (),
+        }
     )
 
 

@@ -11,6 +11,7 @@ from qsweep.errors import SpecError
 from qsweep.spec import Spec
 from qsweep.study.baselines import baselines
 from qsweep.study.points import Candidate, at, candidate, count, drawn, enumerated, listed, targets, tree
+from qsweep.study.repeats import budget
 
 MOST = 2000
 """Points looked at; of larger spaces so many are drawn."""
@@ -43,6 +44,8 @@ class Plan(Config):
     """Whether the sweep runs every config, in order, and the sampler is not asked."""
     trials: int
     """Configs that will be evaluated, at most."""
+    repeats: int
+    """Evaluations after the last trial, at most, for near ties."""
     baselines: list[str]
     shared: list[Sharing]
     refused: list[Refusal]
@@ -74,6 +77,7 @@ def plan(spec: Spec) -> Plan:
         looked_at=len(candidates),
         every_point=enumerated(spec),
         trials=most,
+        repeats=budget(spec),
         baselines=[f"{config.name} on {config.target.engine}" for config in baselines(spec)],
         shared=list(_shared(possible)),
         refused=[Refusal(reason=reason, configs=number) for reason, number in reasons.most_common()],

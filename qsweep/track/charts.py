@@ -8,7 +8,7 @@ from typing import Any
 
 from qsweep.records import Record
 from qsweep.track.flat import leaves
-from qsweep.track.table import TITLES, engine_text
+from qsweep.track.table import TITLES, draws_text, engine_text
 
 COLOURS = {"none": "#8a94a0", "cast": "#8250df", "ptq": "#1f6feb", "qat": "#d9580d"}
 _MORE = ("#1a7f37", "#bf3989", "#0a7ea4", "#9a6700", "#6e40c9", "#57606a")
@@ -119,6 +119,7 @@ def hover(record: Record) -> str:
         lines.append("layers: " + ", ".join(f"{count} of {bits} bits" for bits, count in counts))
     metrics = record.metrics
     lines += [f"accuracy {100 * metrics.accuracy:.2f} %"] if metrics.accuracy is not None else []
+    lines += [f"mean of draws {draws} %"] if (draws := draws_text(record)) else []
     lines += [f"{metrics.size_bytes / 1024:,.1f} KiB"] if metrics.size_bytes is not None else []
     lines += [f"{metrics.latency_ms:.3g} ms"] if metrics.latency_ms is not None else []
     return "<br>".join(lines)

@@ -48,6 +48,7 @@ def tags(record: Record) -> dict[str, str]:
         "qsweep.front": record.front or "no",
         "qsweep.machine": record.machine,
         "qsweep.attempts": str(record.attempts),
+        "qsweep.repetitions": str(len(record.repetitions) or ""),
         "qsweep.failure": failure,
     }
     return {name: value for name, value in found.items() if value}

@@ -9,11 +9,11 @@ from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
 from qsweep.track.charts import scatter
 from qsweep.track.pareto import baseline, front
-from qsweep.track.table import TITLES, Column, mixed_bits, value_of
+from qsweep.track.table import TITLES, Column, draws_text, mixed_bits, value_of
 from qsweep.track.view import DASHBOARDS
 
 _COLUMNS = (
-    "number", "name", "engine", "front", "accuracy", "accuracy_test", "accuracy_drop_pp", "size_bytes",
+    "number", "name", "engine", "front", "accuracy", "draws", "accuracy_test", "accuracy_drop_pp", "size_bytes",
     "size_zstd_bytes", "latency_ms", "latency_ratio", "int8_mac_fraction", "sparsity", "parity_top1",
 )  # fmt: skip
 _VIEW_PP = 12.0
@@ -92,9 +92,9 @@ def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]
 
 
 def _trials(done: Sequence[Record], members: set[int]) -> dict[str, Any]:
-    shown = [
-        c for c in _COLUMNS if c not in Metrics.model_fields or any(getattr(r.metrics, c) is not None for r in done)
-    ]
+    filled = {"draws": any(draws_text(record) for record in done)}
+    filled |= {name: any(getattr(record.metrics, name) is not None for record in done) for name in Metrics.model_fields}
+    shown = [column for column in _COLUMNS if filled.get(column, True)]
     columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key))) for key in shown]
     rows = sorted(done, key=lambda r: (r.number not in members, r.kind != "baseline", -(r.metrics.accuracy or 0)))
     return {"columns": columns, "rows": [_row(record, columns, members) for record in rows]}

@@ -126,6 +126,9 @@ class Runs:
         fresh = {name: value for name, value in flat.metrics(record).items() if (known or {}).get(name) != value}
         new = not self.ledger.entry(record.number)
         self._log(run_id, flat.params(record) if new else {}, fresh, {} if known is None else flat.tags(record), end)
+        if record.repetitions:
+            text = yaml_text([again.model_dump(mode="json", exclude_none=True) for again in record.repetitions])
+            self.client.log_text(run_id, text, "repetitions.yaml")
         if new:
             self.client.log_text(run_id, yaml_text(record.config), "config.yaml")
             if mixed_bits(record):

@@ -44,6 +44,8 @@ class Column:
 _SHARES = {
     "accuracy": 2,
     "accuracy_test": 2,
+    "accuracy_mean": 2,
+    "accuracy_spread": 2,
     "accuracy_simulated": 2,
     "parity_top1": 2,
     "sparsity": 1,
@@ -51,6 +53,7 @@ _SHARES = {
 }
 """Metrics from 0 to 1 that are shown in per cent, and with how many decimals."""
 TITLES = {
+    "draws": "mean of draws %",
     "accuracy": "accuracy %",
     "accuracy_test": "test %",
     "accuracy_drop_pp": "drop pp",
@@ -112,7 +115,8 @@ def front_table(records: Sequence[Record], spec: Spec) -> Table:
     }
     extra = [name for name in (*spec.objectives, *spec.constraints) if name not in _SHOWN]
     keys = [key for key in (*_SHOWN, *extra) if any(getattr(r.metrics, key) is not None for r in chosen.values())]
-    return _table(list(chosen.values()), ("number", "name", "engine", "front"), keys, {r.number for r in members})
+    fields = ["number", "name", "engine", "front", *(["draws"] if any(r.repetitions for r in chosen.values()) else [])]
+    return _table(list(chosen.values()), fields, keys, {r.number for r in members})
 
 
 def full_table(records: Sequence[Record], spec: Spec) -> Table:
@@ -122,7 +126,7 @@ def full_table(records: Sequence[Record], spec: Spec) -> Table:
 
 
 def _table(records: Sequence[Record], fields: Sequence[str], metrics: Sequence[str], members: set[int]) -> Table:
-    columns = [Column(key, {"number": "#"}.get(key, key)) for key in fields]
+    columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key))) for key in fields]
     columns += [Column(key, TITLES.get(key, key.replace("_", " "))) for key in metrics]
     rows = sorted(records, key=lambda r: (r.metrics.accuracy is None, -(r.metrics.accuracy or 0), r.number))
     return Table(tuple(columns), tuple(tuple(value_of(r, column.key, members) for column in columns) for r in rows))
@@ -134,10 +138,24 @@ def value_of(record: Record, key: str, members: set[int]) -> Value:
         return membership(record, members)
     if key == "engine":
         return engine_text(record)
+    if key == "draws":
+        return draws_text(record)
     if key == "failure":
         return f"{record.failure.kind}: {record.failure.message}" if record.failure else None
     value: Value = getattr(record.metrics, key) if key in Metrics.model_fields else getattr(record, key)
     return value
+
+
+def draws_text(record: Record) -> str:
+    """Mean and spread, in per cent, of the accuracy of a config that was repeated, such as `92.41 ± 0.12 of 3`; the
+    repetitions that failed. Empty where there is none."""
+    failed = [again.failure.kind for again in record.repetitions if again.failure is not None]
+    mean, spread = record.metrics.accuracy_mean, record.metrics.accuracy_spread
+    parts = [f"{kind} once" for kind in failed]
+    if mean is not None and spread is not None:
+        count = 1 + len(record.repetitions) - len(failed)
+        parts.insert(0, f"{100 * mean:.2f} ± {100 * spread:.2f} of {count}")
+    return ", ".join(parts)
 
 
 def mixed_bits(record: Record) -> str:

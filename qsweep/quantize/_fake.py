@@ -12,6 +12,8 @@ would write it, took 4 times as long as all of this together.
 from __future__ import annotations
 
 import math
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -117,6 +119,8 @@ def straight_through(values: Tensor, scale: Tensor, bottom: Level, steps: float,
     `rectified`: 0 already from the lower end on, as that of a ReLU.
     """
     margins = (0.0 if rectified else 0.5, 0.5)
+    if kernels := _fused(values, scale, bottom):
+        return cast(Tensor, kernels.straight_through(values, scale, bottom, steps, margins))
     found = _StraightThrough.apply(values, scale, bottom, steps, margins)  # type: ignore[no-untyped-call]
     return cast(Tensor, found)
 
@@ -133,6 +137,8 @@ def learned_step(
     end and `steps` over the upper one; that of the offset is 1 beyond the ends and 0 in between (LSQ+, equations 3 to
     6).
     """
+    if kernels := _fused(values, scale, bottom):
+        return cast(Tensor, kernels.learned_step(values, scale, bottom, steps, factor, offset))
     found = _LearnedStep.apply(values, scale, offset, bottom, steps, factor)  # type: ignore[no-untyped-call]
     return cast(Tensor, found)
 
@@ -142,12 +148,35 @@ def learned_clip(values: Tensor, low: Tensor, high: Tensor, scale: Tensor, botto
 
     The gradient is that of the values in low < value < high, that of `high` at and over it, that of `low` at and under.
     """
+    if kernels := _fused(values, scale, bottom):
+        return cast(Tensor, kernels.learned_clip(values, low, high, scale, bottom, steps))
     return cast(Tensor, _LearnedClip.apply(values, low, high, scale, bottom, steps))  # type: ignore[no-untyped-call]
 
 
 def step_factor(shared_by: int, top: int) -> float:
     """Gradient scale of a learned step: 1 / sqrt(N * Qp) (LSQ, section 2.2)."""
     return 1.0 / math.sqrt(shared_by * top)
+
+
+def _fused(values: Tensor, scale: Tensor, bottom: Level) -> Any:
+    """`qsweep.cuda.fake_quantize` where it is for these tensors, which are on a GPU; else None, and plain ops do it.
+
+    Plain ops under `torch.compile`, too: it puts them into the kernels of what stands before and behind, a norm or a
+    sum, which saves a pass each way that a kernel of one's own takes.
+    """
+    if not values.is_cuda or torch.compiler.is_compiling() or not _dense(values):
+        return None
+    kernels = _kernels()
+    return kernels if kernels and kernels.takes(values, scale, bottom) else None
+
+
+@cache
+def _kernels() -> Any:
+    if find_spec("triton") is None:
+        return None
+    from qsweep.cuda import fake_quantize
+
+    return fake_quantize
 
 
 def _on_grid(values: Tensor, scale: Tensor, bottom: Level, steps: float) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,13 @@
 """Run the kernels' host functions against a driver that is none, and print what was compiled, one JSON line a kernel.
 
-    python tests/generated_code.py 90 [case ...]      # for sm_90; Triton's own assembler and disassembler, no GPU
+    python tests/generated_code.py 80 90      # for sm_80 and sm_90; Triton's own assembler and disassembler, no GPU
 
 Goes through Triton's real specialization of arguments, which its interpreter does not have.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -27,11 +28,11 @@ from triton.runtime.jit import JITFunction
 from qsweep.cuda import conv, depthwise, linear, pointwise, pool
 from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile
 
-TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+DISASSEMBLER = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
 
 
 class Driver:
-    """Says which architecture is there, and nothing else."""
+    """Says which architecture is there, as a device of its own, and nothing else."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -40,7 +41,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return int(self.target.arch)
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -61,22 +62,16 @@ def facts(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        machine = run("nvdisasm", "-c", file.name)
-        usage = run("cuobjdump", "-res-usage", file.name)
+        listing = [DISASSEMBLER, "-c", file.name]
+        machine = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", machine)
     return {
         "matrix": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S+", text))),
         "copies": Counter(re.findall(r"cp\.async\.c\w\.shared\.global[^;]*?\], (0x\w+)", text)),
         "flushes_denormals": ".ftz" in text,
-        "stack": int(re.findall(r"STACK:(\d+)", usage)[0]),
-        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
         "shared": kernel.metadata.shared,
         "operations": Counter(operations),
     }
-
-
-def run(tool: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def i8(*shape: int) -> Tensor:
@@ -155,13 +150,11 @@ CASES: dict[str, Callable[[], object]] = {
     "conv-narrow": convolution(16, 16, Tile(128, 16, 64)),
     "conv-image": convolution(4, 64, Tile(128, 64, 64), kernel=7),
     "conv-split": convolution(64, 64, Tile(64, 64, 64, split=4), residual=True),
-    "conv-rows": convolution(256, 64, Tile(64, 64, 128), kernel=1, halo=0),
     "linear": lambda: static(Tile(128, 256, 128, 8)),
     "linear-dynamic": dynamic,
     "linear-w4": four_bits,
     "linear-w4-float": four_bits_float,
-    "depthwise-3": separable(3),
-    "depthwise-5": separable(5),
+    "depthwise": separable(5),
     "quantize": quantize,
     "add": add,
     "average": average,
@@ -169,19 +162,20 @@ CASES: dict[str, Callable[[], object]] = {
 }
 
 
-def main(capability: int, names: list[str]) -> None:
-    driver.set_active(Driver(capability))
+def main(capabilities: list[int]) -> None:
     launch = JITFunction.run
-    case = ""
+    about: dict[str, Any] = {}
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
-        print(json.dumps({"case": case, "kernel": self.fn.__name__, **facts(kernel)}), flush=True)
+        print(json.dumps({**about, "kernel": self.fn.__name__, **facts(kernel)}), flush=True)
 
     JITFunction.run = compile_only
-    for case in names or CASES:
-        CASES[case]()
+    for capability, (case, call) in itertools.product(capabilities, CASES.items()):
+        driver.set_active(Driver(capability))
+        about = {"capability": capability, "case": case}
+        call()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main([int(given) for given in sys.argv[1:]])

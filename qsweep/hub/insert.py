@@ -1,7 +1,7 @@
 """Where grids stand in a graph.
 
 A value is quantized when an op that can work in integers reads it. That op alone reads the quantized value: what a
-float op reads stays float. Ops that only move values share one grid with their inputs, and so do the parts of a
+float op reads stays float. A function of one number reads integers where its result becomes some. Ops that only move values share one grid with their inputs, and so do the parts of a
 concatenation.
 """
 
@@ -17,6 +17,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from qsweep.hub.form import (
     BINARY,
     COMPUTE,
+    POINTWISE,
     POOLS,
     RECTIFIERS,
     DynamicGrid,
@@ -122,7 +123,7 @@ def _reads_integers(user: fx.Node, value: fx.Node, wanted: set[fx.Node]) -> bool
     if user.target in BINARY:
         both = all(isinstance(argument, fx.Node) and argument.op != "get_attr" for argument in user.args)
         return both and len(user.args) == 2 and not user.kwargs
-    return user.target in POOLS or (user in wanted and _moves(user))
+    return user.target in POOLS or (user in wanted and (user.target in POINTWISE or _moves(user)))
 
 
 def _moves(node: fx.Node) -> bool:

@@ -23,7 +23,7 @@ class DoReFa(Trained):
     """
 
     method: Literal["dorefa"] = "dorefa"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     calibration: Calibration = "mse"
     """How ranges follow from what calibration saw: where activations are clipped."""
 

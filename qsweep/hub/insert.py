@@ -1,8 +1,8 @@
 """Where grids stand in a graph.
 
 A value is quantized when an op that can work in integers reads it. That op alone reads the quantized value: what a
-float op reads stays float. A function of one number reads integers where its result becomes some. Ops that only move values share one grid with their inputs, and so do the parts of a
-concatenation.
+float op reads stays float. A function of one number reads integers where its result becomes some. Ops that only move
+values share one grid with their inputs, and so do the parts of a concatenation.
 """
 
 from __future__ import annotations

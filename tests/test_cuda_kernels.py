@@ -71,6 +71,8 @@ class Case:
     residual: bool = False
     batch: int = 2
     tile: Tile | None = SMALL
+    room: int | None = None
+    """Channels of the input's buffer."""
     seed: int = 0
 
     def check(self, device: str) -> None:
@@ -117,8 +119,8 @@ class Case:
         buffer = torch.full((n, h + 4, w + 4, c + 3), UNTOUCHED, dtype=dtype, device=device)
         out = buffer[:, 2:-2, 2:-2, : expected.shape[3]]
         module = depthwise if self.groups == self.channels == self.out_channels else conv
-        packed = module.pack_weight(weight, self.groups).to(device)
-        given, _ = halo(x, self.padding, self.zero_point, max(packed.shape[-1], self.channels))
+        packed = module.pack_weight(weight, self.groups, self.room).to(device)
+        given, _ = halo(x, self.padding, self.zero_point, max(packed.shape[-1], self.room or self.channels))
         result = module.conv2d(
             given.to(device),
             packed,
@@ -151,6 +153,11 @@ CASES = {
     "wide kernel": Case(kernel=(1, 5), padding=2),
     "image": Case(channels=3, size=(11, 9), kernel=(7, 7), stride=(2, 2), padding=3),
     "one channel": Case(channels=1, kernel=(5, 5), padding=2),
+    "room for more channels": Case(channels=13, room=48),
+    "room of an image for 16 channels": Case(channels=3, room=16),
+    "pointwise, room for more channels": Case(kernel=(1, 1), padding=0, channels=5, room=32),
+    "groups with room for more channels": Case(channels=32, out_channels=32, groups=2, room=48),
+    "depthwise, room for more channels": Case(channels=5, out_channels=5, groups=5, room=80),
     "a step is one tap": Case(channels=32, residual=True),
     "steps across taps": Case(channels=48, tile=Tile(64, 32, 64)),
     "pointwise in rows": Case(kernel=(1, 1), padding=0, channels=40),
@@ -550,6 +557,13 @@ def test_averages_of_all_pixels_equal_the_contract(size: tuple[int, int], zero_p
     real = torch.empty((2, 21), device=device)
     pool.global_avg_pool(given, zero_point, float(averages.step / averages.count), None, real)
     assert torch.equal(real.cpu(), averages.real())
+
+
+def test_4_bit_sums_that_could_overflow_are_refused() -> None:
+    x, weight = torch.empty((1, 2**17), dtype=torch.int8), torch.empty((16, 2**16), dtype=torch.int8)
+    numbers = Requantize(torch.zeros(16, dtype=torch.int32), torch.ones(16), FULL)
+    with pytest.raises(Refused, match="fewer than 2\\^17 inputs"):
+        linear.linear_w4(x, weight, numbers, torch.empty((1, 16), dtype=torch.int8))
 
 
 def test_tensors_of_more_than_2_31_elements_are_refused() -> None:

@@ -22,7 +22,11 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Requantize:
-    """From exact sums to a result: v = f32(sum + bias[c]) * multiplier[c], then onto `output`."""
+    """From exact sums to a result: v = f32(sum + bias[c]) * multiplier[c], then onto `output`.
+
+    Sums of x * w and of (x - z_x) * w must both stay below 2^31, those of a part of the products too: the matrix units
+    of sm_80 saturate. `qsweep.hub.accumulators` refuses weights that could reach it.
+    """
 
     bias: Tensor
     """int32 (OC,): the layer's integer bias - z_x * sum(w[c])."""

@@ -30,6 +30,7 @@ def pack_weight(weight: Tensor, groups: int = 1, channels: int | None = None) ->
     packed = blocks.reshape(apart, -1, height_kernel, width_kernel, together * width)
     given = packed.shape[-1]
     wanted = given if apart > 1 else channels or (4 if given <= 4 else round_up(given, 16))
+    assert wanted >= given
     return torch.nn.functional.pad(packed, (0, wanted - given)).contiguous()
 
 
@@ -60,6 +61,7 @@ def conv2d(
     Loads take 16 bytes where CP and the strides are multiples of 16.
     """
     assert groups % weight.shape[0] == 0
+    assert x.stride(3) == 1 or x.shape[3] == 1
     check_offsets(x, out, weight)
     apart, columns, height_kernel, width_kernel, channels = weight.shape
     depth = height_kernel * width_kernel * channels

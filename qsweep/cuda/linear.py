@@ -13,6 +13,7 @@ from qsweep.cuda._launch import EXACT, check_offsets, default_tile, finish_argum
 from qsweep.cuda._product import finish_parts
 from qsweep.cuda._rows import multiply_rows, multiply_w4, multiply_w4_float, quantize_each_row
 from qsweep.cuda.arithmetic import Requantize, Residual, Tile
+from qsweep.errors import Refused
 
 _SMALLEST_SCALE = 2.0**-102
 
@@ -121,8 +122,13 @@ def linear_w4(
     residual: Residual | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """As `linear`, weights from `pack_weight4`, unpacked in the kernel."""
+    """As `linear`, weights from `pack_weight4`, unpacked in the kernel.
+
+    Raises `Refused` for 2^17 columns of `x` and more: the kernel's sums are 16 times as large until they are complete.
+    """
     (count, depth), (columns, half) = x.shape, weight.shape
+    if half >= 2**16:
+        raise Refused(f"a linear with weights of 4 bits: must have fewer than 2^17 inputs (got {2 * half})")
     check_offsets(x, weight, out)
     arguments = finish_arguments(requantize, _residual(residual), _pixels(out))
     tile = tile or default_tile(count, columns, half, half)

@@ -1,0 +1,250 @@
+"""Equality of kernels with the reference, roofs of the device, and single convolutions against cuDNN."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import gpu_asked as asked
+import torch
+from gpu_asked import Shape
+from gpu_clock import Bench, Call, reason
+from gpu_models import folded, quantized
+from gpu_rows import Rows
+from torch import Tensor, nn
+
+from qsweep.cuda.arithmetic import Output, Requantize, Tile
+from qsweep.cuda.bind import Binding
+from qsweep.cuda.chain import Chain
+from qsweep.cuda.linear import linear, pack_weight
+from qsweep.cuda.plan import plan
+from qsweep.cuda.tune import tune
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.integer import IntegerInterpreter
+
+
+def module(shape: Shape) -> nn.Module:
+    """The convolution with its ReLU, and what reads its result as integers."""
+    conv = nn.Conv2d(shape.given, shape.out, shape.size, shape.stride, shape.size // 2, groups=shape.groups)
+    return nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+
+
+def linears(bench: Bench) -> QuantizedModel:
+    """The middle of a transformer's layer."""
+    width = 32 if bench.tiny else 384
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)).eval()
+    return quantized(folded(layers, width))
+
+
+class Convolutions:
+    """The integer graphs of all shapes: made once, for equality and for time."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.shapes = [shape.small() for shape in asked.SHAPES] if bench.tiny else list(asked.SHAPES)
+
+    @cached_property
+    def models(self) -> list[QuantizedModel]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return [self._model(number, shape) for number, shape in enumerate(self.shapes)]
+
+    def _model(self, number: int, shape: Shape) -> QuantizedModel:
+        model = folded(module(shape), shape.given, shape.side, shape.side)
+        return quantized(replace(model, example=model.example + (number - 5) / 3))
+
+    def equality(self, rows: Rows) -> None:
+        equal, wrong = 0, []
+        if self.bench.gpu:
+            tune([product for binding in self._bound(2) for product in binding.products], self.bench.device)
+        for shape, model in zip(self.shapes, self.models, strict=True):
+            found, *_ = differences(Chain(model, 2, self.bench.device), model, self.bench.device)
+            equal += not found
+            wrong += [f"{shape.name}: {text}" for text in found]
+        rows.add(
+            asked.EQUAL_CONVOLUTIONS,
+            f"{equal} of {len(self.shapes)}" + "".join(f"; {text}" for text in wrong[:3]),
+            not wrong,
+        )
+
+    def linear_equality(self, rows: Rows) -> None:
+        model = linears(self.bench)
+        wrong, count, *_ = differences(Chain(model, 2, self.bench.device), model, self.bench.device)
+        rows.add(asked.EQUAL_LINEARS, "; ".join(wrong) or f"{count} of {count} int8 tensors and the output", not wrong)
+
+    def speed(self, rows: Rows, roofs: Roofs, batch: int) -> None:
+        """All shapes at `batch`; block shapes of all are compiled side by side first."""
+        count = min(batch, 2) if self.bench.tiny else batch
+        bound = self._bound(count)
+        if self.bench.gpu:
+            tune([product for binding in bound for product in binding.products], self.bench.device)
+        for number, binding in enumerate(bound):
+            name = asked.convolution(asked.SHAPES[number], batch)
+            with rows.guard(name, self.bench, 2):
+                measured, ratio = self._speed(roofs, number, count, binding)
+                rows.add(name, measured, "WRONG" not in measured)
+                rows.ratios[asked.SHAPES[number].wide, batch].append(ratio)
+
+    def _bound(self, count: int) -> list[Binding]:
+        return [Binding(plan(model, count), self.bench.device) for model in self.models]
+
+    def _speed(self, roofs: Roofs, number: int, count: int, binding: Binding) -> tuple[str, float]:
+        shape, model = self.shapes[number], self.models[number]
+        equal = self._fill(binding, model, count)
+        calls: dict[str, Call] = {"int8": binding.products[0]} | baselines(shape, count, self.bench)
+        times = self.bench.kernel_times(calls)
+        best = min((other for other in times if other != "int8"), key=times.__getitem__)
+        ratio = times[best] / times["int8"]
+        floor = roofs.floor_ms(*shape.work(count))
+        measured = f"{1e3 * times['int8']:.1f} µs, {ratio:.2f}x {best} ({1e3 * times[best]:.1f} µs)"
+        measured += f", {floor / times['int8']:.0%} of the floor" if floor else ""
+        return measured + ("" if equal else "; WRONG"), ratio
+
+    def _fill(self, binding: Binding, model: QuantizedModel, batch: int) -> bool:
+        """Launch everything once, so that buffers hold real numbers: kernels are faster on zeros. Whether the result is
+        that of the reference."""
+        (given,) = [node for node in model.graph.graph.nodes if node.op == "placeholder"]
+        example = model.example[:1].expand(batch, *model.example.shape[1:])
+        binding.floats[given] = example.to(self.bench.device).contiguous()
+        for launch in binding.launches:
+            launch()
+        expected = IntegerInterpreter(model.graph)(model.example[:1])
+        return torch.equal(binding.floats[binding.plan.result].cpu(), expected.expand(batch, *expected.shape[1:]))
+
+
+def differences(chain: Chain, model: QuantizedModel, device: torch.device) -> tuple[list[str], int, float, Tensor]:
+    """Which int8 tensors of the chain differ from the reference's on the model's two examples, how many there are, and
+    the share of their elements that differ, and the reference's output."""
+    reference = IntegerInterpreter(model.graph)
+    reference.keep = True
+    expected = reference(model.example)
+    given = chain(model.example.to(device)).cpu()
+    integers = {name: (found.cpu(), reference.tensors[name]) for name, found in chain.integers().items()}
+    differ = {name: int((found != other).sum()) for name, (found, other) in integers.items()}
+    wrong = [
+        f"{name} differs in {count} of {len(integers[name][0].flatten())}" for name, count in differ.items() if count
+    ]
+    exact = chain.integer_share == 1.0  # floating point on a GPU and on a CPU parts in the last bits
+    if exact and not torch.equal(given, expected):
+        wrong.append("the output differs")
+    total = sum(found.numel() for found, _ in integers.values())
+    return wrong, len(integers), sum(differ.values()) / max(1, total), expected
+
+
+def baselines(shape: Shape, batch: int, bench: Bench) -> dict[str, Call]:
+    """The convolution with bias and ReLU in bf16 and fp16: PyTorch's ops, and cuDNN's fused one."""
+    calls: dict[str, Call] = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        conv = module(shape)[:2].to(bench.device, dtype).to(memory_format=torch.channels_last)
+        x = torch.randn(batch, shape.given, shape.side, shape.side, device=bench.device).to(dtype)
+        x = x.to(memory_format=torch.channels_last)
+        name = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+        found: dict[str, Call] = {f"{name} conv, relu": lambda conv=conv, x=x: conv(x)}
+        if bench.gpu:
+            found[f"{name} cudnn fused"] = lambda conv=conv[0], x=x: torch.cudnn_convolution_relu(
+                x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+            )
+        for label, call in found.items():
+            try:
+                with torch.no_grad():
+                    call()
+            except RuntimeError:  # not every shape has a fused kernel
+                continue
+            calls[label] = call
+    return calls
+
+
+@dataclass
+class Roofs:
+    """Bytes and operations a second that this device reached."""
+
+    bytes: float = 0.0
+    bf16: float = 0.0
+
+    def floor_ms(self, operations: float, bytes: float) -> float | None:
+        """The larger of moving the bytes and of computing at twice the bf16 rate."""
+        if not self.bytes or not self.bf16:
+            return None
+        return 1e3 * max(bytes / self.bytes, operations / (2 * self.bf16))
+
+
+TILES = (
+    Tile(128, 256, 64, 8, 4),
+    Tile(128, 256, 128, 8, 3),
+    Tile(128, 128, 128, 8, 3),
+    Tile(256, 128, 64, 8, 4),
+    Tile(64, 256, 128, 4, 3),
+)
+"""Block shapes tried for the large square product."""
+
+
+def roofs(bench: Bench, rows: Rows, found: Roofs) -> None:
+    """Copy bandwidth (bytes read and written), and matrix rates on random numbers."""
+    size, side = (1 << 16, 64) if bench.tiny else (1 << 31, 8192)
+    with rows.guard(asked.COPY, bench, 5):
+        source = torch.empty(size, dtype=torch.uint8, device=bench.device).random_()
+        target = torch.empty_like(source)
+        ms = bench.times({"copy": lambda: target.copy_(source)})["copy"]
+        found.bytes = 2e3 * size / ms
+        rows.add(asked.COPY, f"{found.bytes / 1e12:.2f} TB/s", True)
+    operations = 2.0 * side**3
+    with rows.guard(asked.BF16, bench, 5):
+        a, b = (torch.randn(side, side, device=bench.device).bfloat16() for _ in range(2))
+        out = torch.empty_like(a)
+        ms = bench.times({"bf16": lambda: torch.mm(a, b.t(), out=out)})["bf16"]
+        found.bf16 = 1e3 * operations / ms
+        rows.add(asked.BF16, f"{found.bf16 / 1e12:.0f} T/s at {side}³", True)
+    with rows.guard(asked.MATRIX, bench, 15):
+        _matrix(bench, rows, side, operations)
+
+
+def _matrix(bench: Bench, rows: Rows, side: int, operations: float) -> None:
+    a, b = (torch.randint(-127, 128, (side, side), device=bench.device, dtype=torch.int8) for _ in range(2))
+    bias = torch.zeros(side, dtype=torch.int32, device=bench.device)
+    requantize = Requantize(bias, torch.full((side,), 1e-4, device=bench.device), Output(3))
+    out, packed = torch.empty_like(a), pack_weight(b)
+
+    def product(tile: Tile) -> Call:
+        return lambda: linear(a, packed, requantize, out, tile=tile)
+
+    calls: dict[str, Any] = {"torch._int_mm": lambda: torch._int_mm(a, b.t())}
+    failed = []
+    for tile in (Tile(32, 32, 32),) if bench.tiny else TILES:
+        label = f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages"
+        try:
+            product(tile)()
+        except Exception as error:  # a block shape that this GPU has too little shared memory for
+            failed.append(reason(error))
+            continue
+        calls[label] = product(tile)
+    if len(calls) == 1:
+        raise RuntimeError(failed[0])
+    sums = torch._int_mm(a, b.t())
+    expected = ((sums.float() * requantize.multiplier).clamp(-131, 124).round() + 3).to(torch.int8)
+    equal = torch.equal(out, expected)
+    times = bench.times(calls)
+    roof = times.pop("torch._int_mm")
+    best = min(times, key=times.__getitem__)
+    rows.add(asked.INT8, f"{operations / roof / 1e9:.0f} T/s at {side}³", True)
+    share = roof / times[best]
+    measured = f"{share:.0%}: {operations / times[best] / 1e9:.0f} T/s, blocks {best}" + ("" if equal else "; WRONG")
+    rows.add(asked.MATRIX, measured, equal and share >= 0.7)
+
+
+def summary(rows: Rows) -> None:
+    """The target over all convolutions that were measured."""
+    ratios = [ratio for (wide, batch), found in rows.ratios.items() if wide and batch >= 32 for ratio in found]
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        wanted = 2 * sum(shape.wide for shape in asked.SHAPES)
+        measured = f"{mean:.2f}x over {len(ratios)} of {wanted} ({min(ratios):.2f} to {max(ratios):.2f})"
+        rows.add(asked.WIDE, measured, mean >= 1.3 and len(ratios) == wanted)
+
+
+def example_of(tensor: Tensor, batch: int) -> Tensor:
+    """`batch` samples out of two."""
+    return tensor.repeat(-(-batch // 2), *[1] * (tensor.dim() - 1))[:batch]

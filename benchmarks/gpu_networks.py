@@ -1,0 +1,259 @@
+"""Whole networks: equality with the reference, int8 against every floating-point baseline, energy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import gpu_asked as asked
+import torch
+from gpu_clock import Bench, Call, OutOfTime, reason
+from gpu_kernels import differences, example_of
+from gpu_models import build, folded, quantized
+from gpu_rows import Rows
+from torch import nn
+
+from qsweep.cuda.capture import captured
+from qsweep.cuda.chain import Chain
+from qsweep.hub.form import QuantizedModel
+from qsweep.measure import gpu
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_COMPILE_SECONDS = {"compiled": 25.0, "max-autotune": 110.0, "torchao int8": 60.0, "torchao fp8": 60.0}
+"""What is kept free for each; replaced by what the network's last compilation of the kind has taken."""
+
+
+@dataclass
+class Case:
+    """One network at one batch size: milliseconds by what ran it."""
+
+    name: str
+    batch: int
+    int8: float | None = None
+    wrong: bool = False
+    """Whether the output differs from the reference's."""
+    times: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def best(self) -> str | None:
+        return min(self.times, key=self.times.__getitem__, default=None)
+
+    @property
+    def ratio(self) -> float | None:
+        return self.times[self.best] / self.int8 if self.int8 and self.best else None
+
+    def text(self) -> str:
+        assert self.int8 is not None
+        parts = [f"int8 {self.int8:.3f} ms"]
+        if self.best is not None:
+            parts = [f"{self.ratio:.2f}x {self.best}: {parts[0]}"]
+        parts += [", ".join(f"{label} {ms:.3f}" for label, ms in self.times.items())]
+        parts += [f"{label} {why}" for label, why in self.failed.items()]
+        tried = list(dict.fromkeys(self.skipped))
+        parts += ["WRONG"] if self.wrong else []
+        parts += [f"not tried (out of time): {', '.join(tried)}"] if tried else []
+        return "; ".join(part for part in parts if part)
+
+    def write(self, rows: Rows) -> None:
+        met = self.ratio is not None and self.ratio >= 1.4 if (self.name, self.batch) == asked.MAIN else True
+        rows.add(asked.network(self.name, self.batch), self.text(), met and not self.wrong)
+        if self.ratio is not None:
+            rows.networks[self.name, self.batch] = self.ratio
+
+
+class Networks:
+    """The models, each built and quantized once, and what has been measured on them."""
+
+    def __init__(self, bench: Bench, rows: Rows) -> None:
+        self.bench, self.rows = bench, rows
+        self.cases = {(name, batch): Case(name, batch) for name in asked.NETWORKS for batch in asked.NETWORK_BATCHES}
+        self.taken = {name: dict(_COMPILE_SECONDS) for name in asked.NETWORKS}
+        self._models: dict[str, tuple[nn.Module, QuantizedModel]] = {}
+        self._expected: dict[str, torch.Tensor] = {}
+        """What the reference gives for the two examples, of networks that are integer throughout."""
+
+    def model(self, name: str) -> tuple[nn.Module, QuantizedModel]:
+        """The float model that baselines run, batch norms folded, and the integer one."""
+        if name not in self._models:
+            module, side = build(name, self.bench.tiny)
+            found = folded(module, 3, side, side)
+            self._models[name] = (module if name == "ViT-S" else found.graph), quantized(found)
+        return self._models[name]
+
+    def equality(self, name: str) -> None:
+        row = asked.equal_network(name)
+        with self.rows.guard(row, self.bench, 30):
+            model = self.model(name)[1]
+            chain = Chain(model, 2, self.bench.device)
+            wrong, count, share, expected = differences(chain, model, self.bench.device)
+            if chain.integer_share < 1.0:
+                text = f"{chain.integer_share:.1%} of the work on integers; {share:.2%} of their elements differ"
+                self.rows.add(row, text, True)
+            else:
+                self._expected[name] = expected
+                text = f"{count} of {count} int8 tensors and the output" if not wrong else "; ".join(wrong[:3])
+                self.rows.add(row, text, not wrong)
+
+    def quick(self, name: str, batch: int, seconds: float = 12) -> None:
+        """int8, and each type eager and captured."""
+        case = self.cases[name, batch]
+        with self.rows.guard(asked.network(name, batch), self.bench, seconds):
+            case.skipped += ["compiled", "max-autotune"]
+            chain, given = self.chain(name, batch)
+            case.wrong = not self._as_reference(name, chain(given))
+            calls: dict[str, Call] = {}
+            for label, dtype in DTYPES.items():
+                calls |= self._attempt(case, partial(self._plain, name, batch, label, dtype))
+            times = self.bench.times({"int8": lambda: chain(given)} | calls)
+            case.int8 = times.pop("int8")
+            case.times |= times
+            case.write(self.rows)
+        self.bench.clear()
+
+    def _as_reference(self, name: str, outputs: torch.Tensor) -> bool:
+        if name not in self._expected:
+            return True
+        expected = example_of(self._expected[name], len(outputs))
+        return torch.equal(outputs.cpu(), expected)
+
+    def chain(self, name: str, batch: int) -> tuple[Chain, torch.Tensor]:
+        model = self.model(name)[1]
+        count = min(batch, 2) if self.bench.tiny else batch
+        given = example_of(model.example, count).to(self.bench.device)
+        chain = Chain(model, count, self.bench.device)
+        chain(given)
+        return chain, given
+
+    def compiled(self, name: str, batch: int, way: str) -> None:
+        """bf16 in one more `way`, where there is time for it."""
+        case, bench = self.cases[name, batch], self.bench
+        if case.int8 is None or bench.left < (0 if bench.tiny else self.taken[name][way]):
+            case.skipped += [] if way in case.skipped else [way]
+        else:
+            case.skipped = [other for other in case.skipped if other != way]
+            before = bench.left
+            calls = self._attempt(case, partial(self._compiled, name, batch, way))
+            case.times |= bench.times(calls)
+            self.taken[name][way] = 1.2 * (before - bench.left) + 3
+            bench.clear()
+        if case.int8 is not None:
+            case.write(self.rows)
+
+    def _attempt(self, case: Case, make: Callable[[], dict[str, Call]]) -> dict[str, Call]:
+        try:
+            with torch.no_grad():
+                return make()
+        except OutOfTime:
+            raise
+        except Exception as error:  # a baseline that cannot run is said to, and the others count
+            label = ", ".join(str(part) for part in getattr(make, "args", ())[2:3])
+            case.failed[label] = f"failed: {reason(error)}"
+            return {}
+
+    def _float(self, name: str, batch: int, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+        model, example = copy.deepcopy(self.model(name)[0]), self.model(name)[1].example
+        model = model.to(self.bench.device, dtype)
+        for parameter in [*model.parameters(), *model.buffers()]:
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        given = example_of(example, min(batch, 2) if self.bench.tiny else batch).to(self.bench.device, dtype)
+        return model, given.contiguous(memory_format=torch.channels_last)
+
+    def _plain(self, name: str, batch: int, label: str, dtype: torch.dtype) -> dict[str, Call]:
+        model, given = self._float(name, batch, dtype)
+        model(given)
+        return {f"{label} eager": without_gradient(model, given), f"{label} graph": self._captured(model, given)}
+
+    def _captured(self, model: Callable[..., Any], given: torch.Tensor) -> Call:
+        """As the integers are run: inputs copied to where the graph wants them, and a replay."""
+        if not self.bench.gpu:
+            return without_gradient(model, given)
+        run = captured(model, given)
+        return lambda: run(given)
+
+    def _compiled(self, name: str, batch: int, way: str) -> dict[str, Call]:
+        model, given = self._float(name, batch, torch.bfloat16)
+        if way.startswith("torchao"):
+            torchao(model, way)
+        if not self.bench.gpu:  # what it traces is checked, what it compiles is the GPU's
+            call = without_gradient(torch.compile(model, backend="eager", dynamic=False), given)
+            call()
+            return {label_of(way): call}
+        if way == "compiled":
+            run = torch.compile(model, dynamic=False)
+            without_gradient(run, given)()
+            return {label_of(way): self._captured(run, given)}
+        call = without_gradient(torch.compile(model, mode="max-autotune", dynamic=False), given)
+        for _ in range(3):  # compiled, recorded, replayed
+            call()
+        return {label_of(way): call}
+
+    def energy(self) -> None:
+        """Of int8, and of bf16 captured, on the same images."""
+        name, batch = asked.MAIN
+        with self.rows.guard(asked.ENERGY, self.bench, 10), torch.no_grad():
+            chain, given = self.chain(name, batch)
+            runs: dict[str, Call] = {
+                "int8": lambda: chain(given),
+                "bf16 graph": self._captured(*self._float(name, batch, torch.bfloat16)),
+            }
+            found = {label: gpu.energy(call, len(given)) if self.bench.gpu else {} for label, call in runs.items()}
+            if not all(found.values()):
+                self.rows.add(asked.ENERGY, "not measured (the machine does not tell: NVML is missing)", None)
+                return
+            texts = [
+                f"{label} {m['energy_mj']:.2f} mJ at {m['gpu_power_w']:.0f} W, {m['gpu_clock_mhz']:.0f} MHz,"
+                f" {m['gpu_temperature_c']:.0f} °C"
+                for label, m in found.items()
+            ]
+            self.rows.add(asked.ENERGY, "; ".join(texts), True)
+
+
+def label_of(way: str) -> str:
+    return way if way.startswith("torchao") else f"bf16 {way}"
+
+
+def without_gradient(model: Callable[..., Any], given: torch.Tensor) -> Call:
+    def call() -> object:
+        with torch.no_grad():
+            return model(given)
+
+    return call
+
+
+def torchao(model: nn.Module, way: str) -> None:
+    """Linears of `model` quantized by torchao, activations at each call, in place."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    if way == "torchao int8":
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    else:
+        quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+def ways(name: str, way: str) -> list[str]:
+    """How the baselines of a network are compiled in this part; torchao quantizes linears alone."""
+    quantizes = way == "max-autotune" and name == "ViT-S" and find_spec("torchao") is not None
+    return [way, "torchao int8", "torchao fp8"] if quantizes else [way]
+
+
+def floor(rows: Rows) -> None:
+    """The least ratio of all that was measured at batch 128 and more."""
+    found = {asked.network(*key): ratio for key, ratio in rows.networks.items() if key[1] >= 128}
+    found |= {
+        f"a convolution at batch {batch}": min(ratios) for (_, batch), ratios in rows.ratios.items() if batch >= 128
+    }
+    if found:
+        least = min(found, key=found.__getitem__)
+        rows.add(asked.FLOOR, f"{found[least]:.2f}x ({least}), of {len(found)} measured", found[least] >= 0.95)

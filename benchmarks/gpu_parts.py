@@ -1,0 +1,128 @@
+"""The parts of the GPU benchmark: what each measures, in which order, and which rows are its own."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import gpu_asked as asked
+import torch
+from gpu_clock import Bench
+from gpu_rows import Rows
+
+if TYPE_CHECKING:
+    from gpu_kernels import Convolutions, Roofs
+    from gpu_networks import Networks
+
+
+class Session:
+    """What parts share; made when it is first needed, so that what fails to import takes its own part along only."""
+
+    def __init__(self, bench: Bench, rows: Rows) -> None:
+        self.bench, self.rows = bench, rows
+        self.batches = (128, 1) if bench.tiny else asked.NETWORK_BATCHES
+
+    def run(self, part: str) -> None:
+        names = {
+            "equality": [asked.EQUAL_CONVOLUTIONS, asked.EQUAL_LINEARS, *map(asked.equal_network, asked.NETWORKS)],
+            "roofs": [asked.COPY, asked.BF16, asked.INT8, asked.MATRIX],
+            "main": [asked.network(*asked.MAIN)],
+            "convolutions": [asked.convolution(shape, n) for shape in asked.SHAPES for n in asked.CONVOLUTION_BATCHES],
+            "qat": [*asked.QAT.values(), asked.QAT_FP32],
+            "networks": [asked.network(name, batch) for name in asked.NETWORKS for batch in asked.NETWORK_BATCHES],
+            "energy": [asked.ENERGY],
+            "sweeps": [*asked.SWEEPS.values()],
+        }
+        with self.rows.guard(names.get(part, []), self.bench, 0):
+            getattr(self, part)()
+        if self.sound():
+            self.bench.clear()
+
+    def sound(self) -> bool:
+        """Whether the device still works."""
+        try:
+            if self.bench.gpu:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+    @cached_property
+    def convolutions_(self) -> Convolutions:
+        from gpu_kernels import Convolutions
+
+        return Convolutions(self.bench)
+
+    @cached_property
+    def roofs_(self) -> Roofs:
+        from gpu_kernels import Roofs
+
+        return Roofs()
+
+    @cached_property
+    def networks_(self) -> Networks:
+        from gpu_networks import Networks
+
+        return Networks(self.bench, self.rows)
+
+    def equality(self) -> None:
+        with self.rows.guard(asked.EQUAL_CONVOLUTIONS, self.bench, 20):
+            self.convolutions_.equality(self.rows)
+        with self.rows.guard(asked.EQUAL_LINEARS, self.bench, 5):
+            self.convolutions_.linear_equality(self.rows)
+        for name in asked.NETWORKS:
+            self.networks_.equality(name)
+
+    def roofs(self) -> None:
+        from gpu_kernels import roofs
+
+        roofs(self.bench, self.rows, self.roofs_)
+
+    def main(self) -> None:
+        self.networks_.quick(*asked.MAIN)
+        for way in ("compiled", "max-autotune"):
+            self.networks_.compiled(*asked.MAIN, way)
+
+    def convolutions(self) -> None:
+        from gpu_kernels import summary
+
+        for batch in asked.CONVOLUTION_BATCHES[: 1 if self.bench.tiny else None]:
+            self.convolutions_.speed(self.rows, self.roofs_, batch)
+        summary(self.rows)
+
+    def qat(self) -> None:
+        from gpu_qat import steps
+
+        steps(self.bench, self.rows)
+
+    def networks(self) -> None:
+        from gpu_networks import floor
+
+        for batch in self.batches:
+            for name in asked.NETWORKS:
+                if (name, batch) != asked.MAIN:
+                    self.networks_.quick(name, batch)
+        floor(self.rows)
+
+    def energy(self) -> None:
+        self.networks_.energy()
+
+    def compiled(self) -> None:
+        self._compiled("compiled")
+
+    def autotune(self) -> None:
+        self._compiled("max-autotune")
+
+    def _compiled(self, way: str) -> None:
+        from gpu_networks import floor, ways
+
+        for batch in self.batches:
+            for name in asked.NETWORKS:
+                for other in ways(name, way) if (name, batch) != asked.MAIN else ():
+                    self.networks_.compiled(name, batch, other)
+        floor(self.rows)
+
+    def sweeps(self) -> None:
+        from gpu_sweep import sweeps
+
+        sweeps(self.bench, self.rows)

@@ -1,0 +1,104 @@
+"""Rows of the GPU benchmark: all of them from the start as not measured, written again after each that is."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import traceback
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gpu_clock import Bench, OutOfTime, reason
+
+NOT_MEASURED = "not measured"
+OUT_OF_TIME = "not measured (out of time)"
+
+
+@dataclass(frozen=True)
+class Row:
+    row: str
+    asked: str
+    measured: str = NOT_MEASURED
+    met: bool | None = None
+    """None: not measured."""
+
+
+class Rows:
+    """Kept in the order of the tables, whatever the order of measuring; on disk as `gpu.json` and `gpu.md`."""
+
+    def __init__(self, rows: Iterable[Row], folder: Path, heading: str, about: str) -> None:
+        self.rows = {row.row: row for row in rows}
+        self.folder, self.heading, self.about = folder, heading, about
+        self.lock = threading.RLock()
+        """The watch ends the process between two writes, not within one."""
+        self.ratios: defaultdict[tuple[bool, int], list[float]] = defaultdict(list)
+        """Of convolutions, the best baseline's time over int8's, by whether they are wide and by batch size."""
+        self.networks: dict[tuple[str, int], float] = {}
+        """The same of networks, by name and batch size."""
+        self.write()
+
+    def keep(self, known: Iterable[Row]) -> None:
+        """Take over what has been measured before, where it was asked for in the same words."""
+        for row in known:
+            if row.row in self.rows and self.rows[row.row].asked == row.asked:
+                self.rows[row.row] = row
+
+    def add(self, name: str, measured: str, met: bool | None) -> None:
+        with self.lock:
+            self.rows[name] = Row(name, self.rows[name].asked, measured, met)
+            print(f"{MARKS[met]} {name}: {measured} (asked: {self.rows[name].asked})", flush=True)
+            self.write()
+
+    def pending(self) -> list[str]:
+        return [name for name, row in self.rows.items() if row.measured == NOT_MEASURED]
+
+    @contextmanager
+    def guard(self, names: str | list[str], bench: Bench, seconds: float) -> Iterator[None]:
+        """Rows `names` come of this block, which needs about `seconds`: whatever it raises becomes their text."""
+        names = [names] if isinstance(names, str) else names
+        try:
+            bench.need(seconds)
+            yield
+        except OutOfTime:
+            self.fill(names, OUT_OF_TIME, None)
+        except Exception as error:  # one part that fails must not take the others along
+            traceback.print_exc()
+            self.fill(names, f"failed: {reason(error)}", False)
+
+    def fill(self, names: Iterable[str], measured: str, met: bool | None) -> None:
+        """Those of `names` that have not been measured."""
+        pending = set(self.pending())
+        for name in names:
+            if name in pending:
+                self.add(name, measured, met)
+
+    def write(self) -> None:
+        content = [asdict(row) for row in self.rows.values()]
+        path = self.folder / "gpu.md"
+        notes = path.read_text().partition("\n## Notes\n")[2] if path.exists() else "\n"
+        lines = [self.heading.strip(), "", self.about, "", "| row | asked | measured | met |", "|---|---|---|---|"]
+        for row in self.rows.values():
+            lines.append(f"| {row.row} | {row.asked} | {row.measured} | {WORDS[row.met]} |")
+        _replace(self.folder / "gpu.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        _replace(path, "\n".join(lines) + "\n\n## Notes\n" + notes)
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows of an earlier run that were measured."""
+    path = folder / "gpu.json"
+    rows = [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+    return [row for row in rows if row.met is not None]
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(f"{path.suffix}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+MARKS = {True: "ok  ", False: "MISS", None: "--  "}
+WORDS = {True: "yes", False: "**no**", None: "not measured"}

@@ -1,0 +1,99 @@
+"""Whole sweeps with `engine: cuda`, where qsweep's own requirements are installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gpu_asked as asked
+from gpu_clock import Bench
+from gpu_rows import Rows
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ("pydantic", "optuna", "mlflow", "safetensors", "yaml", "typer", "zstandard")
+
+TARGET = "{engine: cuda, batch_size: 128}"
+COMPRESS = """compress:
+  quantize:
+    method: ptq
+    weight_bits: {choice: [4, 8]}
+    activation_scheme: {choice: [symmetric, asymmetric]}"""
+DIGITS = f"""
+name: digits
+task: {{method: image_classification, model: {{arch: digits_cnn}}, data: {{method: digits}}}}
+{COMPRESS}
+target: {TARGET}
+search: {{trials: 4, seed: 0}}
+"""
+CIFAR = f"""
+name: cifar10-resnet20
+task:
+  method: image_classification
+  model: {{arch: resnet20, checkpoint: $QSWEEP_DATA/checkpoints/resnet20_cifar10_jpeg.safetensors}}
+  data:
+    method: parquet
+    train: $QSWEEP_DATA/cifar10/train.parquet
+    validation: {{file: $QSWEEP_DATA/cifar10/test_dev.parquet, rows: [0, 2500]}}
+    test: {{file: $QSWEEP_DATA/cifar10/test_dev.parquet, rows: [2500, 5000]}}
+    classes: 10
+{COMPRESS}
+target: {TARGET}
+search: {{trials: 4, seed: 0}}
+"""
+SPECS = {"digits": DIGITS, "cifar10-resnet20": CIFAR}
+
+
+def sweeps(bench: Bench, rows: Rows) -> None:
+    for name, spec in SPECS.items():
+        row = asked.SWEEPS[name]
+        if (missing := lacking(name)) is not None:
+            rows.add(row, f"not measured ({missing})", None)
+            continue
+        with rows.guard(row, bench, 60):
+            rows.add(row, *run(name, spec, bench))
+
+
+def lacking(name: str) -> str | None:
+    """What stands in the way of a sweep here."""
+    missing = [module for module in NEEDED if find_spec(module) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed"
+    return "QSWEEP_DATA is not set" if name != "digits" and "QSWEEP_DATA" not in os.environ else None
+
+
+def run(name: str, spec: str, bench: Bench) -> tuple[str, bool]:
+    """What its records say, and whether all trials are complete."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "spec.yaml").write_text(spec)
+        code = "from qsweep.cli.main import app; app()"
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code, "run", str(Path(folder) / "spec.yaml")],
+                env=os.environ | {"PYTHONPATH": path},
+                capture_output=True,
+                text=True,
+                timeout=max(5.0, bench.left),
+            )
+            end = (done.stdout + done.stderr).strip().splitlines()[-1:] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            end = ["out of time"]
+        files = sorted((Path(folder) / "sweeps" / name / "trials").glob("*/record.json"))
+        records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
+    trials = [record for record in records if record["kind"] == "trial"]
+    complete = [record for record in trials if record["state"] == "complete"]
+    parts = [f"{len(complete)} of 4 trials complete", *map(described, records), *end]
+    return "; ".join(parts).replace("|", "/"), not end and len(complete) == 4
+
+
+def described(record: dict[str, Any]) -> str:
+    metrics = record["metrics"]
+    if record["state"] != "complete":
+        return f"{record['name']}: {record['state']} ({(record.get('failure') or {}).get('kind', '')})"
+    return f"{record['name']}: {100 * metrics['accuracy']:.2f} %, {metrics['latency_ratio']:.2f} of fp32's latency"

@@ -1,0 +1,82 @@
+"""`benchmarks/gpu.py` where nothing but PyTorch, Triton and numpy is installed: all that a CPU can run of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BARE = '''
+import runpy, sys
+from importlib.machinery import PathFinder
+ABSENT = set("""pydantic pydantic_core safetensors optuna mlflow sklearn pandas pyarrow onnx onnxruntime onnxscript yaml
+    typer rich zstandard scipy torchao PIL pytest hypothesis""".split())
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else PathFinder.find_spec(name, path, target)
+sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+'''
+
+
+def run(out: Path, *options: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What it prints and its rows, on one thread, in an empty folder, without what a bare image lacks."""
+    command = [sys.executable, "-c", BARE, str(BENCHMARKS / "gpu.py"), "--out", str(out), *options]
+    hidden = {"QSWEEP_DATA", "PYTHONPATH", "TRITON_INTERPRET"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, {row["row"]: row for row in json.loads((out / "gpu.json").read_text())}
+
+
+def asked() -> list[str]:
+    code = "import gpu_asked; print(*(row.row for row in gpu_asked.rows()), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_all_parts_run_in_a_bare_installation_and_integers_equal_the_reference(tmp_path: Path) -> None:
+    printed, rows = run(tmp_path, "--device", "cpu", "--tiny")
+    assert list(rows) == asked()
+    assert not [row for row in rows.values() if re.search("failed|WRONG|out of time", row["measured"])], printed
+    equal = [row for name, row in rows.items() if name.startswith("equality")]
+    assert len(equal) == 5
+    assert all(row["met"] is True for row in equal)
+    assert rows[asked()[0]]["measured"] == "11 of 11"
+    left_out = {name for name, row in rows.items() if row["measured"] == "not measured"}
+    assert all(re.search(r"batch (1|8|32|256|512)$", name) for name in left_out)
+    assert not left_out & {"ResNet-50, batch 1", "ViT-S, batch 128"}
+    assert "pydantic" in rows["digits sweep, `engine: cuda`"]["measured"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("\n| ") == len(rows) + 1
+    assert "Tiny sizes, interpreted: no figures." in text
+
+
+def test_without_a_gpu_every_row_says_that_it_is_not_measured_and_known_figures_stay(tmp_path: Path) -> None:
+    printed, rows = run(tmp_path)
+    assert printed.startswith("nothing is measured here: ")
+    assert list(rows) == asked()
+    assert all(row["measured"] == "not measured" and row["met"] is None for row in rows.values())
+    first = asked()[0]
+    known = [rows[first] | {"measured": "11 of 11", "met": True}]
+    (tmp_path / "gpu.json").write_text(json.dumps(known))
+    assert list(run(tmp_path)[1].values()) == known
+
+
+def test_the_committed_rows_are_those_that_are_asked_now() -> None:
+    committed = json.loads((BENCHMARKS / "gpu.json").read_text())
+    assert [row["row"] for row in committed] == asked()
+    assert all(set(row) == {"row", "asked", "measured", "met"} for row in committed)

@@ -113,7 +113,7 @@ def test_a_near_tie_that_is_run_again_is_told_with_mean_and_spread(spec: Path, a
     spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | near), encoding="utf-8")
     assert "repeats    1 at most" in qsweep_("plan", spec).output
     said = qsweep_("run", spec).output
-    assert "#8   ptq-w6s-a8a on onnxruntime again: 85.80 ± 1.70 of 2\n" in said
+    assert "#8   ptq-w6s-a8a on onnxruntime again: 85.80 ± 1.70 of 2 draws\n" in said
     assert "mean of draws" not in qsweep_("front", spec).output  # it left the front
 
 
@@ -188,6 +188,35 @@ def test_a_sweep_that_never_ran_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spec: Path, command: str
 ) -> None:
     assert "there is no sweep here" in failing(monkeypatch, capsys, command, spec)
+
+
+def test_a_folder_that_is_no_sweep_is_told_what_it_must_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spec: Path
+) -> None:
+    said = failing(monkeypatch, capsys, "front", spec.parent)
+    assert said.startswith(f"error: `{spec.parent}`: there is no sweep here; it must be the path of a spec, or")
+
+
+@pytest.mark.parametrize("command", [("export", "--out", "/proc/none/out"), ("run",)])
+def test_a_place_that_cannot_be_written_is_an_error_with_its_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spec: Path, command: tuple[str, ...]
+) -> None:
+    if command[0] == "run":
+        (spec.parent / "sweeps").touch()  # a file where the folder of the sweep should be
+    else:
+        sweep(spec.parent, small_spec())
+        for folder in (spec.parent / "sweeps/small/trials").iterdir():
+            (folder / "artifact").mkdir()
+        capsys.readouterr()
+    said = failing(monkeypatch, capsys, command[0], spec, *command[1:])
+    assert said.startswith(f"error: `{'/proc/none' if command[0] == 'export' else spec.parent / 'sweeps'}")
+    assert said.count("\n") == 1
+
+
+def test_a_port_that_is_none_is_refused(spec: Path) -> None:
+    result = CliRunner().invoke(app, ["ui", str(spec), "--port", "99999"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "65535" in result.stderr
 
 
 def test_the_program_itself_ends_without_a_traceback() -> None:

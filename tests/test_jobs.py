@@ -277,7 +277,7 @@ def test_another_draw_calibrates_anew_on_the_same_baseline(root: Path, baseline:
         assert "failure" not in did(folder, "build")
         return (folder / "artifact" / "graph.json").read_text()
 
-    trained = set((root / "sweeps/store").glob("*/weights.safetensors"))
+    trained = set((root / "sweeps/store").rglob("weights.safetensors"))
     assert trained
     assert grids(0) != grids(1_000_003)
-    assert set((root / "sweeps/store").glob("*/weights.safetensors")) == trained
+    assert set((root / "sweeps/store").rglob("weights.safetensors")) == trained

@@ -31,11 +31,14 @@ for command in (
 
 
 def main() -> None:
-    """Run the command line. What qsweep raises on purpose becomes one line and exit code 1."""
+    """Run the command line. What qsweep raises on purpose, and a file that cannot be read or written, becomes one line
+    and exit code 1."""
     try:
         app()
-    except QsweepError as error:
+    except (QsweepError, OSError) as error:
         from qsweep.cli.console import say_error
 
-        say_error(str(error))
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # no file of the user's: a fault of ours
+        say_error(f"`{error.filename}`: {error.strerror}" if isinstance(error, OSError) else str(error))
         sys.exit(1)

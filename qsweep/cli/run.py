@@ -117,10 +117,12 @@ class Watch:
 
 
 def again(record: Record) -> str:
-    """What came of the repetitions of a record, in one line."""
+    """What came of the last repetition of a record, in one line: why it failed, or mean and spread with it."""
     from qsweep.track.table import draws_text, engine_text
 
-    return f"#{record.number:<3} {record.name} on {engine_text(record)} again: {draws_text(record)}"
+    failed = record.repetitions[-1].failure
+    told = f"failed, {failed.kind}: {failed.message}" if failed else f"{draws_text(record)} draws"
+    return f"#{record.number:<3} {record.name} on {engine_text(record)} again: {told}"
 
 
 def line(record: Record) -> str:

@@ -24,12 +24,16 @@ By = Annotated[str, typer.Option("--by", metavar="METRIC", help="The metric that
 
 def find(path: Path) -> tuple[Spec, SweepFolder]:
     """The spec that the sweep at `path` was run with, and its folder. Raises SweepError where there is none."""
+    from qsweep.errors import SweepError
     from qsweep.spec import load_spec
     from qsweep.study.folder import SweepFolder
 
-    folder = SweepFolder(path.resolve().parent.parent, path.resolve().name) if path.is_dir() else None
-    if folder is None:
+    if not path.is_dir():
         folder = SweepFolder(path.parent, load_spec(path).name)
+    elif (path / "spec.json").is_file():
+        folder = SweepFolder(path.resolve().parent.parent, path.resolve().name)
+    else:
+        raise SweepError(f"`{path}`: there is no sweep here; it must be the path of a spec, or a folder `sweeps/NAME`")
     return folder.spec(), folder
 
 

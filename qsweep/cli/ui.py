@@ -9,7 +9,9 @@ import typer
 from qsweep.cli.sweep import Sweep
 
 
-def ui(sweep: Sweep, port: Annotated[int, typer.Option(help="On loopback; 0 takes a free one.")] = 5000) -> None:
+def ui(
+    sweep: Sweep, port: Annotated[int, typer.Option(min=0, max=65535, help="On loopback; 0 takes a free one.")] = 5000
+) -> None:
     """Serve MLflow's UI and print the address of the sweep's Pareto page; Ctrl-C ends it. Where the sweep tracks to a
     server, its address is printed."""
     import signal

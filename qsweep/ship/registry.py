@@ -56,9 +56,9 @@ def promote(sweep: Path, selector: Selector, name: str, alias: str = "champion")
     spec = folder.spec()
     record = best(folder.records(), selector)
     uri = tracking_uri(spec.track.uri, folder.root)
+    client = connect(uri)  # first of all: it keeps MLflow quiet too
     with TemporaryDirectory() as place:
         model = _save(bundle(record, folder.path, Path(place) / "bundle"), Path(place) / "model")
-        client = connect(uri)
         with answering(uri):
             run_id = _run_of(record, folder.path, uri)
             client.log_artifacts(run_id, str(model), "model")

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qsweep.cuda import conv, depthwise, linear, pointwise, pool
+from qsweep.cuda import conv, depthwise, linear, norm, pointwise, pool
 from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile
 
 DISASSEMBLER = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
@@ -144,6 +144,12 @@ def largest() -> object:
     return pool.max_pool2d(i8(4, 28, 28, 64), i8(4, 14, 14, 64), kernel=(3, 3), stride=(2, 2), padding=(1, 1))
 
 
+def normalize() -> object:
+    side, one = Operand(i8(64, 384), 1, 0.5), torch.ones(384)
+    invalid = torch.zeros(1, dtype=torch.int32)
+    return norm.layer_norm((side, side), one, one, 1e-5, 0.1, Output(1), i8(64, 384), invalid)
+
+
 CASES: dict[str, Callable[[], object]] = {
     "conv": convolution(128, 128, Tile(128, 128, 64, 8)),
     "conv-residual": convolution(128, 128, Tile(128, 128, 128, 8), residual=True),
@@ -159,6 +165,7 @@ CASES: dict[str, Callable[[], object]] = {
     "add": add,
     "average": average,
     "largest": largest,
+    "layer-norm": normalize,
 }
 
 

@@ -59,9 +59,9 @@ def test_products_run_on_integer_matrix_units(kernels: list[dict[str, Any]], cap
 
 
 def test_no_product_and_sum_are_fused(kernels: list[dict[str, Any]]) -> None:
-    """Division is made of fused steps by design, and only rows have one."""
+    """Division is made of fused steps by design; only rows have one, and layer norms, which are not exact."""
     for kernel in kernels:
-        if kernel["kernel"] != "quantize_each_row":
+        if kernel["kernel"] not in ("quantize_each_row", "normalize_rows"):
             assert not kernel["operations"].get("FFMA"), kernel["case"]
     residual = next(kernel for kernel in kernels if kernel["case"] == "conv-residual")
     each = 128 * 128 // 256  # results of a thread; three products, and two roundings and one sum, of each

@@ -14,11 +14,12 @@ from qsweep.cuda import pointwise, pool
 from qsweep.cuda.buffers import NO_HALO, Halo, Value, channels_last
 from qsweep.cuda.layers import Product, product
 from qsweep.cuda.moves import copy, memory_order, move, windows
+from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import output_of, ratio, side, table
 from qsweep.cuda.place import Places, padding_of
 from qsweep.cuda.plan import Plan
-from qsweep.cuda.steps import Add, Dequantize, Float, Layer, Map, Move, Operand, Pool, Quantize, Step
-from qsweep.hub.form import LINEARS, aten, constant
+from qsweep.cuda.steps import Add, Dequantize, Float, Layer, Map, Move, Norm, Operand, Pool, Quantize, Step
+from qsweep.hub.form import LINEARS, arguments, aten, constant, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
 
@@ -68,6 +69,8 @@ class Binding:
                 if step.node.target is aten.max_pool2d.default:
                     given = self._image(step.given[0], NO_HALO)
                 self.launches += move(step, given, self.places)
+            case Norm():
+                self._norm(step)
             case Dequantize():
                 self._dequantize(step)
             case Float():
@@ -115,6 +118,31 @@ class Binding:
         found = table(step.node, step.given.grid, step.out.grid).to(self.device)
         given, out = _inner_last(self.places[step.given.node].logical, self.places[step.out.node].logical)
         self.launches.append(partial(pointwise.look_up, given, found, out))
+
+    def _norm(self, step: Norm) -> None:
+        sizes, width = arguments(step.node), self.plan.shapes[step.node][-1]
+        weight, bias = (constant(self.plan.graph, sizes[name]) for name in ("weight", "bias"))
+        assert weight is not None and bias is not None
+        parts = [part.detach().float().to(self.device) for part in (weight, bias)]
+        sides = tuple(side(operand, self._row_view(operand, width), None) for operand in step.sides)
+        grid, out = step.out.grid, self.places[step.out.node].logical.view(-1, width)
+        rest = (*parts, sizes["eps"], grid.scale, output_of(grid), out, self.invalid)
+
+        def run() -> None:
+            layer_norm(sides or self.floats[source(step.node)].reshape(-1, width), *rest)
+
+        self.launches.append(run)
+
+    def _row_view(self, operand: Operand, width: int) -> Tensor:
+        """The integers as rows (M, width); copied once where they do not lie so."""
+        values = self.places[operand.node].logical
+        try:
+            rows = values.view(-1, width)
+        except RuntimeError:
+            rows = values
+        if rows.dim() == 2 and rows.stride(1) == 1:
+            return rows
+        return self._copied(operand.node, Value(values), self._rows, image=False).logical.view(-1, width)
 
     def _dequantize(self, step: Dequantize) -> None:
         given, grid = self.places[step.given.node].logical, step.given.grid

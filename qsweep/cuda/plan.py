@@ -22,6 +22,7 @@ from qsweep.cuda.steps import (
     Layer,
     Map,
     Move,
+    Norm,
     Operand,
     Pool,
     Quantize,
@@ -42,6 +43,7 @@ from qsweep.hub.form import (
     QuantizedModel,
     arguments,
     aten,
+    constant,
     grid_of,
     keeps_grid,
     pool_count,
@@ -49,6 +51,10 @@ from qsweep.hub.form import (
     source,
 )
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
+
+WIDEST_NORM = 8192
+"""Numbers of a row that the kernel for layer norms takes."""
+_NO_GRID = Grid(1.0, 0, -128, 127)
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,8 @@ _PRODUCTS = {
 class _Waiting:
     """An op on integers whose result is neither rounded nor real yet."""
 
-    step: Layer | Add | Pool | Map
-    """As its real value would be computed; a Map with the grid of what it reads."""
+    step: Layer | Add | Pool | Map | Norm
+    """As its real value would be computed; a Map or a Norm with a grid that does not count."""
 
 
 _State = Operand | _Waiting | None
@@ -141,6 +147,8 @@ class _Planner:
             return self._quantized(node, given)
         if node.target is DEQUANTIZE:
             return given
+        if node.target is aten.layer_norm.default:
+            return self._norm(node, given)
         if isinstance(given, _Waiting):
             return self._rectified(node, given)
         if keeps_grid(node) and not (node.target is aten.max_pool2d.default and len(self.shapes[node]) != 4):
@@ -166,9 +174,20 @@ class _Planner:
 
     def _rectified(self, node: fx.Node, given: _Waiting) -> _State:
         step = given.step
-        if node.target not in RECTIFIERS or isinstance(step, Map):
+        if node.target not in RECTIFIERS or isinstance(step, Map | Norm):
             return None
         return _Waiting(replace(step, out=node, bounds=step.bounds.within(*rectified(node))))
+
+    def _norm(self, node: fx.Node, given: _State) -> _State:
+        """Of the last dimension, with weights."""
+        sizes = arguments(node)
+        parts = [constant(self.graph, sizes[name]) for name in ("weight", "bias")]
+        if len(sizes["normalized_shape"]) > 1 or sizes["normalized_shape"][0] > WIDEST_NORM or None in parts:
+            return None
+        sides: tuple[Operand, ...] = (given,) if isinstance(given, Operand) else ()
+        if isinstance(given, _Waiting) and isinstance(given.step, Add) and given.step.bounds == UNBOUNDED:
+            sides = given.step.left, given.step.right
+        return _Waiting(Norm(Operand(node, _NO_GRID), node, sides))
 
     def _moved(self, node: fx.Node) -> _State:
         given = [self.states.get(value) for value in node.all_input_nodes]
@@ -195,7 +214,9 @@ class _Planner:
             return Map(out, None, given)
         if given is None:
             return Quantize(out, source(node))
-        if isinstance(given.step, Map):
+        if isinstance(given.step, Norm) and not given.step.sides:
+            self._make_real(source(given.step.node))
+        if isinstance(given.step, Map | Norm):
             return replace(given.step, out=out)
         return replace(given.step, out=node, grid=grid)
 
@@ -207,7 +228,7 @@ class _Planner:
         self.real.add(node)
         if isinstance(state, Operand):
             self.steps.append(Dequantize(node, state))
-        elif isinstance(state.step, Map):
+        elif isinstance(state.step, Map | Norm):
             self._float(node)
         else:
             self.steps.append(state.step)

@@ -117,6 +117,16 @@ class Map:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A layer norm, op `node`, onto a grid: of `sides`, one integer value or the sum of two, or of what the op reads
+    where there are none."""
+
+    out: Operand
+    node: fx.Node
+    sides: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
 class Dequantize:
     """Real values from integers."""
 
@@ -131,7 +141,7 @@ class Float:
     node: fx.Node
 
 
-Step = Quantize | Layer | Add | Pool | Move | Map | Dequantize | Float
+Step = Quantize | Layer | Add | Pool | Move | Map | Norm | Dequantize | Float
 
 
 def reads(step: Step) -> tuple[fx.Node, ...]:
@@ -140,8 +150,8 @@ def reads(step: Step) -> tuple[fx.Node, ...]:
         return (step.given.node,) if step.residual is None else (step.given.node, step.residual.node)
     if isinstance(step, Add):
         return step.left.node, step.right.node
-    if isinstance(step, Move):
-        return tuple(given.node for given in step.given)
+    if isinstance(step, Move | Norm):
+        return tuple(given.node for given in (step.given if isinstance(step, Move) else step.sides))
     return (step.given.node,) if isinstance(step, Pool | Map | Dequantize) else ()
 
 

@@ -1,0 +1,40 @@
+"""Layer norm of rows that fit one block each, from integers or floats, onto a grid."""
+
+import triton
+import triton.language as tl
+
+from qsweep.cuda._finish import write
+
+
+@triton.jit
+def load_side(x_ptr, zero_point, scale, places, mask):
+    x = tl.load(x_ptr + places, mask=mask, other=0)
+    if x_ptr.dtype.element_ty == tl.int8:
+        return (x.to(tl.int32) - zero_point).to(tl.float32) * scale
+    return x.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["left_zero", "right_zero", "y_zero"])
+def normalize_rows(
+    left_ptr, right_ptr, weight_ptr, bias_ptr, y_ptr, invalid_ptr,
+    left_zero, left_scale, right_zero, right_scale, inverse, y_zero, low, high, epsilon, share,
+    R, D, l_row, r_row, y_row, BOTH: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """`share` is 1 / D; integers past the ends of a row are masked out of both means."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    column = tl.arange(0, BD)
+    mask = (row < R)[:, None] & (column < D)[None, :]
+    x = load_side(left_ptr, left_zero, left_scale, row[:, None] * l_row + column[None, :], mask)
+    if BOTH:
+        x = x + load_side(right_ptr, right_zero, right_scale, row[:, None] * r_row + column[None, :], mask)
+    mean = tl.sum(tl.where(mask, x, 0.0), axis=1) * share
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    spread = tl.sqrt_rn(tl.sum(centred * centred, axis=1) * share + epsilon)  # the fast root flushes denormals
+    narrow = tl.div_rn(tl.full(spread.shape, 1.0, tl.float32), spread)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0)
+    bias = tl.load(bias_ptr + column, mask=column < D, other=0.0)
+    y = centred * narrow[:, None] * weight[None, :] + bias[None, :]
+    bad = tl.max(tl.max(((y != y) & mask).to(tl.int32), axis=1), axis=0)
+    tl.atomic_or(invalid_ptr, 1, mask=bad > 0)
+    v = tl.where(y == y, y * inverse, low)
+    write(y_ptr, row[:, None] * y_row + column[None, :], v, y_zero, low, high, mask)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
 
 import gpu_asked as asked
 import torch
@@ -88,7 +87,7 @@ def stepper(model: nn.Module, inputs: Tensor, labels: Tensor, *, bf16: bool, com
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
             outputs = run(inputs).float()
         optimizer.zero_grad()
-        cast(Tensor, nn.functional.cross_entropy(outputs, labels)).backward()  # type: ignore[no-untyped-call]
+        nn.functional.cross_entropy(outputs, labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step

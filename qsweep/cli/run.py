@@ -53,23 +53,28 @@ class Watch:
 
     def follow(self, records: Generator[Record, None, bool]) -> bool:
         """Show the records as they come; whether the sweep has finished."""
-        from qsweep.cli.console import say
-
-        if self.before:
-            say(f"going on with `{self.folder.path}`: {self.before} records are there")
         with self._live():
             while True:
                 try:
                     record = next(records)
                 except StopIteration as end:
                     return bool(end.value)
-                known = self.records.get(record.number)
-                if not sys.stdout.isatty():
-                    if known is None:
-                        say(line(record))
-                    elif record.repetitions != known.repetitions:
-                        say(again(record))
+                self._tell(record)
                 self.records[record.number] = record
+
+    def _tell(self, record: Record) -> None:
+        from qsweep.cli.console import say
+
+        if self.before:  # said with the first record: only then has the driver taken the sweep for its own
+            say(f"going on with `{self.folder.path}`: {self.before} records are there")
+            self.before = 0
+        if sys.stdout.isatty():
+            return
+        known = self.records.get(record.number)
+        if known is None:
+            say(line(record))
+        elif record.repetitions != known.repetitions:
+            say(again(record))
 
     def _live(self) -> AbstractContextManager[Live | None]:
         if not sys.stdout.isatty():

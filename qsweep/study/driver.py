@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsweep.errors import failure
+from qsweep.errors import DataError, TaskFailure, failure
 from qsweep.executors.local import Local
 from qsweep.machine import cores
 from qsweep.records import Record
@@ -155,8 +155,9 @@ class Driver:
     def _prepared(self, evaluation: Evaluation) -> bool:
         while evaluation in self.pipeline.active and not self.stopping():
             self.pipeline.step()
-        if evaluation.failure:
-            raise failure(evaluation.failure.kind, evaluation.failure.message)
+        if failed := evaluation.failure:
+            names_its_file = failed.kind in (DataError.__name__, TaskFailure.__name__) and failed.message[0] == "`"
+            raise failure(failed.kind, failed.message if names_its_file else f"`task`: {failed.message}")
         return not self.stopping()
 
     # -- the trials

@@ -360,6 +360,9 @@ def inductor_call(graph: torch.fx.GraphModule, values: list[Tensor]) -> Tensor:
         return compiled(unsigned(graph), *shifted)(*shifted).int() + low  # type: ignore[no-any-return]
 
 
-def test_inductor_is_within_one_level_layer_by_layer_on_identical_inputs(tmp_path: Path) -> None:
-    found = case("digits", tmp_path)
+@pytest.mark.parametrize("fields", [{}, {"activation_bits": 4}], ids=["a8", "a4"])
+def test_inductor_is_within_one_level_layer_by_layer_on_identical_inputs(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    found = case("digits", tmp_path, **fields)
     assert layer_by_layer(found, reference(found)[1], inductor_call) <= 1e-4

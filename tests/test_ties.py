@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsweep.hub.ties import settle_mean, settle_sum
+from qsweep.hub.ties import settle_again, settle_mean, settle_sum
 
 Operand = tuple[float, int, int, int]
 F32 = np.float32
@@ -74,8 +74,23 @@ def test_all_orders_agree_on_all_means_once_they_are_settled(
     assert scale <= settled < 1.002 * scale
 
 
+@settings(max_examples=50, deadline=None)
+@given(step=scales, ratio=st.floats(4.0, 64.0) | st.sampled_from([16.0, 17.0, 85.0]), zero_point=points)
+def test_integers_that_are_rounded_again_agree_in_all_orders_once_they_are_settled(
+    step: float, ratio: float, zero_point: int
+) -> None:
+    given_, scale = operand(step, zero_point), float(F32(F32(step) * F32(ratio)))
+    out = F32(settle_again(given_, scale))
+    centred = (np.arange(-128, 128) - zero_point).astype(F32)
+    real = centred * F32(step)
+    ways = [np.rint(real / out), np.rint(real * (F32(1) / out)), np.rint(centred * (F32(step) / out))]
+    assert all(np.array_equal(ways[0], way) for way in ways)
+    assert scale <= out < 1.002 * scale
+
+
 def test_scales_that_are_powers_of_two_stay_where_the_zero_point_is_even() -> None:
     assert settle_sum(operand(0.25, 0), operand(0.5, -128), 0.5, 4) == 0.5
+    assert settle_again(operand(0.25, -3), 4.0) == 4.0
 
 
 def test_the_mean_of_a_large_image_keeps_its_scale() -> None:

@@ -26,7 +26,7 @@ from qsweep.hub.form import (
 from qsweep.hub.insert import ActivationObserver, WeightObserver
 from qsweep.hub.norm import own_name
 from qsweep.hub.ops import QUANTIZE_DYNAMIC
-from qsweep.hub.ties import settle_mean, settle_sum
+from qsweep.hub.ties import settle_again, settle_mean, settle_sum
 from qsweep.hub.weights import Channels
 
 
@@ -71,7 +71,9 @@ def _settled(graph: fx.GraphModule, activations: list[fx.Node]) -> dict[str, Gri
         scale = None
         if any(each.high - each.low > 255 for each in (grid, *(grids[str(argument.target)] for argument in given))):
             continue  # no integer kernel takes them, and their pairs are too many to look at
-        if value.target in BINARY and len(given) == 2:
+        if str(value.target) in grids:  # the grid of sums, from which that of layers is rounded
+            scale = settle_again(grids[str(value.target)], grid.scale)
+        elif value.target in BINARY and len(given) == 2:
             left, right = (grids[str(argument.target)] for argument in given)
             scale = settle_sum(left, right, grid.scale, grid.zero_point)
         elif value.target in POOLS and len(given) == 1:

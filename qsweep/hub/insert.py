@@ -3,12 +3,13 @@
 A value is quantized when an op that can work in integers reads it. That op alone reads the quantized value: what a
 float op reads stays float. A function of one number reads integers where its result becomes some. Ops that only move
 values share one grid with their inputs, and so do the parts of a concatenation.
+Layers may read a coarser grid than sums and pools do: then they read the value of these rounded again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor, fx, nn
@@ -31,6 +32,9 @@ from qsweep.hub.form import (
     source,
 )
 from qsweep.hub.weights import Stored
+
+OF_LAYERS = "_layers"
+"""End of the name of an observer that stands behind another one, for layers alone."""
 
 
 class ActivationObserver(Protocol):
@@ -59,13 +63,15 @@ def insert_observers(
     activation: Callable[[Place], nn.Module | None],
     weight: Callable[[Place], nn.Module | None],
     *,
+    apart: Callable[[Place], bool] = lambda place: False,
     layers_only: bool = False,
 ) -> None:
     """Put observers (or fake quantizers) on every value that will be quantized, in place.
 
     `activation(place)` and `weight(place)` make them; None leaves the value as it is. A group of values on one grid
-    shares one observer, named after the first: `observe_relu_3`. With `layers_only` they stand only on what layers
-    read, for them alone.
+    shares one observer, named after the first: `observe_relu_3`. Where sums or pools read a value beside layers, and
+    `apart(place)`, the layers have an observer of their own behind it, `observe_relu_3_layers`. With `layers_only` they
+    stand only on what layers read, for them alone.
     """
     graph = model.graph
     ShapeProp(graph).propagate(model.example)
@@ -81,11 +87,18 @@ def insert_observers(
     for group, nonnegative in zip(groups, signs, strict=True):
         users = [user for value in group for user in readers[value] if user in layers]
         place = Place(tuple(layers[user] for user in users), not edges.isdisjoint(users), nonnegative)
-        if (observer := activation(place)) is not None:
-            name = f"observe_{group[0].name}"
-            graph.add_submodule(name, observer)
-            for value in group:
-                _observe(graph, value, name, readers[value])
+        summed = any(user.target in BINARY | POOLS for value in group for user in readers[value])
+        name, wide = f"observe_{group[0].name}", place
+        if users and summed and apart(place):
+            wide = replace(place, layers=(), edge=False)
+        if (observer := activation(wide)) is None:
+            continue
+        graph.add_submodule(name, observer)
+        observed = [_observe(graph, value, name, readers[value]) for value in group]
+        if wide is not place and (observer := activation(place)) is not None:
+            graph.add_submodule(f"{name}{OF_LAYERS}", observer)
+            for value in observed:
+                _observe(graph, value, f"{name}{OF_LAYERS}", [user for user in value.users if user in layers])
     for node, layer in layers.items():
         if (observer := weight(Place((layer,), node in edges))) is not None:
             name = f"observe_{node.name}_weight"
@@ -98,11 +111,13 @@ def _has_weight(graph: fx.GraphModule, node: fx.Node) -> bool:
     return constant(graph, node.args[1]) is not None
 
 
-def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.Node]) -> None:
+def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.Node]) -> fx.Node:
+    """Put the module `name` between `value` and those of its `readers`; returns its node."""
     with graph.graph.inserting_after(value):
         observed = graph.graph.call_module(name, (value,))
     for reader in readers:
         reader.replace_input_with(value, observed)
+    return observed
 
 
 def _wanted(graph: fx.GraphModule) -> set[fx.Node]:

@@ -1,10 +1,10 @@
 """Grids on which every runtime rounds alike.
 
-A sum of two 8-bit tensors, or a mean of one, is rounded from a handful of float32 operations, and runtimes differ in
-their order and in whether they fuse multiply and add. On a value close to half way between two levels that decides the
-result: one pair of inputs in 65,536 was seen to differ between the contract and ONNX Runtime, and one flip spreads over
-the rest of the network. The inputs are few enough to look at all of them, so the output's scale is moved, by some
-millionths, to where all orders agree on every input.
+A sum of two 8-bit tensors, a mean of one, or one on a coarser grid is rounded from a handful of float32 operations, and
+runtimes differ in their order and in whether they fuse multiply and add. On a value close to half way between two
+levels that decides the result: one pair of inputs in 65,536 was seen to differ between the contract and ONNX Runtime,
+and one flip spreads over the rest of the network. The inputs are few enough to look at all of them, so the output's
+scale is moved, by some millionths, to where all orders agree on every input.
 """
 
 from __future__ import annotations
@@ -56,6 +56,20 @@ def settle_mean(scale_in: float, low: int, high: int, count: int, scale: float) 
         results = [near * multiplier for multiplier in multipliers]
         results += [(near * step) / np.float32(count) / candidate, (near * step / np.float32(count)) * (1 / candidate)]
         return _all_equal([np.rint(result) for result in results])
+
+    return _settle(scale, agree)
+
+
+def settle_again(given: tuple[float, int, int, int], scale: float) -> float:
+    """A scale close to `scale` on which integers of the grid `given` (scale, zero_point, low, high) round alike."""
+    step, centred = np.float32(given[0]), np.arange(given[2], given[3] + 1) - given[1]
+    levels = centred.astype(np.float32)
+
+    def agree(candidate: np.float32) -> bool:
+        near = levels[_near_tie(centred * (np.float64(step) / np.float64(candidate)))]
+        ways = [near * step / candidate, near * step * (np.float32(1) / candidate), near * (step / candidate)]
+        exact = near.astype(np.float64) * np.float64(step) / np.float64(candidate)
+        return _all_equal([np.rint(way) for way in [*ways, exact]])
 
     return _settle(scale, agree)
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from qsweep.hub.form import Grid
 from qsweep.quantize.base import Scheme
 
+_LEAST = torch.finfo(torch.float32).tiny * 2**24
+"""Scales below it are those of nothing but zeros: their reciprocals would leave float32."""
+
 
 def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonnegative: bool) -> Grid:
     """The grid of `bits` bits, in int8, that covers [low, high] and has 0 on it.
@@ -25,7 +28,7 @@ def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonne
         high = max(-low, high)
         low = -high * (top + 1) / top
     scale = torch.tensor((high - low) / (top - bottom), dtype=torch.float32)
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny * 2**24, torch.ones(()), scale)
+    scale = torch.where(scale < _LEAST, torch.ones(()), scale)
     centred = scheme == "symmetric" and not nonnegative
     zero_point = 0 if centred else bottom - round(low / scale.item())
     return Grid(scale.item(), max(bottom, min(top, zero_point)), bottom, top)
@@ -87,7 +90,8 @@ def weight_levels(
 def _fitted(parts: Tensor, bits: int, scheme: Scheme, share: float) -> WeightLevels:
     """Levels of `parts` (C, G, n) for `share` of their range.
 
-    A part of zeros has no scale of its own: it gets 2^-12 of the largest one, so that its bias keeps its precision.
+    A part of zeros has no scale of its own: it gets 2^-12 of the largest one, so that its bias keeps its precision. So
+    do numbers next to the least ones that float32 has.
     """
     top = (1 << (bits - 1)) - 1
     if scheme == "symmetric":
@@ -96,7 +100,7 @@ def _fitted(parts: Tensor, bits: int, scheme: Scheme, share: float) -> WeightLev
         low, ends = -top - 1, (parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0))
         scale = share * (ends[1] - ends[0]) / (top - low)
     largest = scale.max()
-    floor = torch.where(largest > 0, largest * 2.0**-12, torch.full_like(largest, 2.0**-7))
+    floor = torch.where(largest > _LEAST, largest * 2.0**-12, torch.full_like(largest, 2.0**-7))
     scale = torch.maximum(scale, floor)
     zero_point = torch.zeros_like(scale)
     if scheme == "asymmetric":

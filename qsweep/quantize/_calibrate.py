@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from qsweep.errors import DataError, NotFinite
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.insert import insert_observers
-from qsweep.quantize._observers import NearestWeight, RangeObserver, activation_observer
+from qsweep.hub.insert import OF_LAYERS, insert_observers
+from qsweep.quantize._observers import NearestWeight, RangeObserver, activation_observer, apart
 from qsweep.quantize._prepare import preparation, prepared
 from qsweep.quantize._ranges import BINS
 from qsweep.quantize.base import Grids, Uniform
@@ -32,6 +32,7 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
         observed,
         lambda place: activation_observer(config, place),
         lambda place: NearestWeight(config, place),
+        apart=lambda place: apart(config, place),
         layers_only=config.activation_mode == "dynamic",
     )
     found = list(_observers(observed.graph).values())
@@ -113,9 +114,10 @@ def _observers(graph: fx.GraphModule) -> dict[str, RangeObserver]:
 
 
 def _statistics(graph: fx.GraphModule) -> dict[str, Tensor]:
-    return {name: observer.statistics for name, observer in _observers(graph).items()}
+    """By name, without those that see what another one sees: the same for all bits."""
+    return {name: observer.statistics for name, observer in _observers(graph).items() if not name.endswith(OF_LAYERS)}
 
 
 def _restore(graph: fx.GraphModule, values: dict[str, Tensor]) -> None:
     for name, observer in _observers(graph).items():
-        observer.statistics = values[name]
+        observer.statistics = values[name.removesuffix(OF_LAYERS)]

@@ -141,6 +141,11 @@ def activation_bits(config: Grids, place: Place) -> int:
     return config.edge_bits if place.edge and config.edge_bits else config.activation_bits
 
 
+def apart(config: Grids, place: Place) -> bool:
+    """Whether sums and pools have a grid of their own at `place`, where layers read too: see `Grids.sum_grid`."""
+    return config.activation_bits is not None and config.sum_grid == "own" and activation_bits(config, place) < 8
+
+
 def activation_observer(config: Grids, place: Place) -> RangeObserver | BatchObserver | None:
     """What stands on the activations at `place`; None leaves them as they are."""
     if config.activation_bits is None:

@@ -16,6 +16,7 @@ from qsweep.hub.save import load, save
 from qsweep.quantize._calibrate import calibration_inputs, observe
 from qsweep.quantize._fake import FakeActivation, FakeWeight
 from qsweep.quantize._norm import FoldedNorm, join_norms, ship_weights, split_norms
+from qsweep.quantize._observers import apart
 from qsweep.quantize._rectifiers import join_rectifiers, split_rectifiers
 from qsweep.quantize.trained import Trained
 from qsweep.stage import Context, stage_key
@@ -46,7 +47,12 @@ def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedMo
     """The graph of `model` with fake quantizers in place, not started, and its norms joined."""
     live = export(model, example_of(context))
     config.check_patterns(layer.name for layer in live.layers())
-    insert_observers(live, lambda place: config.activation(place) if config.activation_bits else None, config.weight)
+    insert_observers(
+        live,
+        lambda place: config.activation(place) if config.activation_bits else None,
+        config.weight,
+        apart=lambda place: apart(config, place),
+    )
     join_norms(live.graph, fold_scales=config.weight_granularity == "channel")
     join_rectifiers(live.graph)
     return live

@@ -65,6 +65,10 @@ class Grids(Quantization):
     activation_scheme: Scheme = "asymmetric"
     """Symmetric fixes zero at the middle of the grid (at its lower end for tensors that are never negative, such as a
     ReLU's output); asymmetric fits the grid to the range seen."""
+    sum_grid: Literal["own", "shared"] = "own"
+    """What sums and pools read of a value that layers read in less than 8 bits. own: 8 bits, which the layers round
+    again; the shortcuts of a residual network keep their precision, for one more pass over each. shared: the bits of
+    the layers."""
     activation_mode: Literal["static", "dynamic"] = "static"
     """static: ranges are fixed by calibration. dynamic: each batch sets the range of what convolutions and linears
     read, so that samples of one batch share it and a result depends on its batch; sums and pools stay in floating
@@ -102,7 +106,9 @@ class Grids(Quantization):
         return self.activation_bits is not None and self.activation_mode == "static"
 
     def canonical(self) -> Self:
-        idle = [] if self.looks_at_samples else ["calibration_samples", "calibration_seed"]
+        narrow = self.activation_bits is not None and self.activation_bits < 8 and self.activation_mode == "static"
+        idle = [] if narrow else ["sum_grid"]
+        idle += [] if self.looks_at_samples else ["calibration_samples", "calibration_seed"]
         if self.activation_bits is None:
             idle += ["activation_scheme", "activation_mode", "calibration"]
         elif self.activation_mode == "dynamic":
@@ -159,6 +165,8 @@ class Grids(Quantization):
             parts.append("tensor")
         if self.group_size:
             parts.append(f"g{self.group_size}")
+        if self.sum_grid != type(self).model_fields["sum_grid"].default:
+            parts.append(f"{self.sum_grid}sums")
         if self.layer_bits:
             parts.append("layers" + ".".join(str(bits) for _, bits in sorted(self.layer_bits.items())))
         if self.activation_bits is not None and self.activation_mode == "dynamic":

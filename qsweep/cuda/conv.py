@@ -65,6 +65,7 @@ def conv2d(
     check_offsets(x, out, weight)
     apart, columns, height_kernel, width_kernel, channels = weight.shape
     depth = height_kernel * width_kernel * channels
+    assert x.shape[3] >= apart * channels or depth == channels
     result = out
     if height_kernel == width_kernel == 1 and stride == (1, 1):
         x, out, residual = _as_rows(x, out, residual)

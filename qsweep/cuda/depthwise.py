@@ -39,6 +39,7 @@ def conv2d(
     """
     height_kernel, width_kernel, channels = weight.shape
     assert groups == out.shape[3]
+    assert x.shape[3] >= channels and x.stride(3) == 1
     check_offsets(x, out)
     tile = tile or Tile(64, min(64, power_of_two(channels)), 32)
     rows = out.shape[:3].numel()

@@ -36,15 +36,27 @@ HEADING = """# int8 on a GPU
 
 Networks: milliseconds of a call, inputs copied to the captured graph; batch norms folded and channels last everywhere;
 the ratio is that of the fastest baseline to int8, and all baselines stand beside it. `graph`: eager, captured in a CUDA
-graph; `compiled`: `torch.compile`, captured; `max-autotune`: `torch.compile(mode="max-autotune")`. Convolutions: with
-bias and ReLU, launches alone, inputs that may lie in the cache; the floor is the larger of moving int8 bytes at the
-measured bandwidth and computing at twice the measured bf16 rate. Small networks at small batch are bound by launching
-kernels."""
+graph; `compiled`: `torch.compile`, captured; `max-autotune`: `torch.compile(mode="max-autotune")`; both in bf16, the
+main network first, the others as far as time goes. Convolutions: with bias and ReLU, launches alone, inputs that may
+lie in the cache; the floor is the larger of moving int8 bytes at the measured bandwidth and computing at twice the
+measured bf16 rate. Small networks at small batch are bound by launching kernels."""
 _GRACE = 12.0
 """Seconds past the budget after which the process ends, whatever it is in the middle of."""
 
 
-PARTS = ("equality", "roofs", "main", "convolutions", "qat", "networks", "energy", "compiled", "sweeps", "autotune")
+PARTS = (
+    "equality",
+    "roofs",
+    "main",
+    "convolutions",
+    "qat",
+    "networks",
+    "linears",
+    "energy",
+    "compiled",
+    "sweeps",
+    "autotune",
+)
 """In the order of what they tell."""
 
 

@@ -69,6 +69,8 @@ COPY, BF16, INT8 = "roof: copy bandwidth", "roof: bf16 matrix rate", "roof: int8
 MATRIX = "the Triton int8 matrix product of the int8 roof"
 WIDE = "convolutions with at least 128 channels at batch 32 and more, geometric mean"
 FLOOR = "all networks and convolutions at batch 128 and more"
+LINEAR_ROWS, LINEAR_SIDE = (1, 16, 64), 4096
+MEMORY = "peak device memory, ResNet-50 at batch 128"
 ENERGY = "energy of an image, ResNet-50 at batch 128"
 QAT = {
     mode: f"QAT step of a ResNet-18 at batch 128, bf16 autocast, {mode}, of the bf16 step"
@@ -84,6 +86,10 @@ def equal_network(name: str) -> str:
 
 def network(name: str, batch: int) -> str:
     return f"{name}, batch {batch}"
+
+
+def linear(count: int) -> str:
+    return f"linear {LINEAR_SIDE} to {LINEAR_SIDE}, {count} rows, weights not in the cache"
 
 
 def convolution(shape: Shape, batch: int) -> str:
@@ -105,10 +111,13 @@ def rows() -> Iterator[Row]:
     for name in NETWORKS:
         for batch in sorted(NETWORK_BATCHES):
             yield Row(network(name, batch), "at least 1.4x the best baseline" if (name, batch) == MAIN else "shown")
+    yield Row(MEMORY, "shown")
     yield Row(ENERGY, "shown")
     for mode in QAT.values():
         yield Row(mode, "at most 1.3")
     yield Row(QAT_FP32, "shown")
+    for count in LINEAR_ROWS:
+        yield Row(linear(count), "shown")
     for shape in SHAPES:
         for batch in sorted(CONVOLUTION_BATCHES):
             yield Row(convolution(shape, batch), "shown")

@@ -194,6 +194,23 @@ class Networks:
             call()
         return {label_of(way): call}
 
+    def memory(self) -> None:
+        """Weights, inputs, buffers and the captured graph of each."""
+        if not self.bench.gpu:
+            return self.rows.add(asked.MEMORY, "not measured (a CPU has none)", None)
+        name, batch = asked.MAIN
+        with self.rows.guard(asked.MEMORY, self.bench, 10), torch.no_grad():
+            found, makers = {}, {"int8": partial(self.chain, name, batch)}
+            for label in ("bf16", "fp32"):
+                makers[f"{label} graph"] = partial(self._plain, name, batch, label, DTYPES[label])
+            for label, make in makers.items():
+                self.bench.clear()
+                memory = gpu.DeviceMemory()
+                kept = make()
+                found[label] = memory.bytes()
+                del kept
+            self.rows.add(asked.MEMORY, ", ".join(f"{label} {n / 2**20:.0f} MiB" for label, n in found.items()), True)
+
     def energy(self) -> None:
         """Of int8, and of bf16 captured, on the same images."""
         name, batch = asked.MAIN

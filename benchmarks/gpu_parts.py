@@ -30,7 +30,8 @@ class Session:
             "convolutions": [asked.convolution(shape, n) for shape in asked.SHAPES for n in asked.CONVOLUTION_BATCHES],
             "qat": [*asked.QAT.values(), asked.QAT_FP32],
             "networks": [asked.network(name, batch) for name in asked.NETWORKS for batch in asked.NETWORK_BATCHES],
-            "energy": [asked.ENERGY],
+            "linears": [*map(asked.linear, asked.LINEAR_ROWS)],
+            "energy": [asked.MEMORY, asked.ENERGY],
             "sweeps": [*asked.SWEEPS.values()],
         }
         with self.rows.guard(names.get(part, []), self.bench, 0):
@@ -104,7 +105,13 @@ class Session:
                     self.networks_.quick(name, batch)
         floor(self.rows)
 
+    def linears(self) -> None:
+        from gpu_linear import linears
+
+        linears(self.bench, self.rows)
+
     def energy(self) -> None:
+        self.networks_.memory()
         self.networks_.energy()
 
     def compiled(self) -> None:

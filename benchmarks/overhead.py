@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--sampler", default="tpe")
     parser.add_argument("--track", action="store_true")
     arguments = parser.parse_args()
-    search = {"trials": arguments.trials, "sampler": arguments.sampler}
+    search = {"trials": arguments.trials, "sampler": arguments.sampler, "repeats": 0}
     spec = Spec.model_validate(SPEC | {"search": search})
     with tempfile.TemporaryDirectory() as root:
         print(json.dumps(figures(spec, Path(root), arguments.track)))

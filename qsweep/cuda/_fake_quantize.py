@@ -105,7 +105,7 @@ def clip_backward(
     low, high = tl.load(low_ptr), tl.load(high_ptr)
     v = tl.load(values_ptr + column, mask=mask, other=0.0).to(tl.float32)
     gradient = tl.load(gradient_ptr + column, mask=mask, other=0.0)
-    place = _narrow(_narrow(v - low, NARROW) * tl.div_rn(1.0, high - low), NARROW)
+    place = _narrow(_narrow(v - _narrow(low, NARROW), NARROW) * tl.div_rn(1.0, high - low), NARROW)
     passed = tl.where((place <= 0.0) | (place >= 1.0), 0.0, gradient)
     tl.store(passed_ptr + column, passed.to(passed_ptr.dtype.element_ty), mask=mask)
     if SUMS:

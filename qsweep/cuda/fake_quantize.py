@@ -1,18 +1,17 @@
 """Fake quantization in one pass forward and one back: see `qsweep.quantize._fake`, whose values these are, to the bit.
 
-What is saved for the way back are the values as they came; the rounding is done again there. Sums are taken block by
-block and then over the blocks, in an order that depends on shapes alone: the same bits each time.
+Values are dense in memory; gradients have their layout and type. Sums are taken block by block and then over the
+blocks, in an order that depends on shapes alone: the same bits each time.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from qsweep.cuda._fake_quantize import clip_backward, round_to_grid, step_backward
+from qsweep.cuda import _fake_quantize as kernels
 from qsweep.cuda._launch import EXACT, power_of_two
 
 _BLOCK = 2048
@@ -29,29 +28,6 @@ def takes(values: Tensor, scale: Tensor, bottom: float | Tensor) -> bool:
         bottom.dtype is torch.float32 and (bottom.numel() == 1 or bottom.shape == scale.shape)
     )
     return (rows or one) and exact and fits and scale.dtype is torch.float32 and 0 < values.numel() < 2**31
-
-
-def straight_through(
-    values: Tensor, scale: Tensor, bottom: float | Tensor, steps: float, margins: tuple[float, float]
-) -> Tensor:
-    """`values` on the grid; the gradient passes less than `margins` beyond its ends, in steps."""
-    found = _StraightThrough.apply(values, scale, bottom, steps, margins)  # type: ignore[no-untyped-call]
-    return cast(Tensor, found)
-
-
-def learned_step(
-    values: Tensor, scale: Tensor, bottom: float | Tensor, steps: float, factor: float, offset: Tensor | None = None
-) -> Tensor:
-    """`values` on the grid of a learned `scale`, and a learned `offset` if there is one."""
-    found = _LearnedStep.apply(values, scale, offset, bottom, steps, factor)  # type: ignore[no-untyped-call]
-    return cast(Tensor, found)
-
-
-def learned_clip(
-    values: Tensor, low: Tensor, high: Tensor, scale: Tensor, bottom: float | Tensor, steps: float
-) -> Tensor:
-    """`values` on a grid between learned ends, numbers both."""
-    return cast(Tensor, _LearnedClip.apply(values, low, high, scale, bottom, steps))  # type: ignore[no-untyped-call]
 
 
 class _Launch(NamedTuple):
@@ -92,92 +68,43 @@ def _launch(values: Tensor, scale: Tensor, bottom: float | Tensor, steps: float)
     return _Launch(rows, arguments["blocks"], arguments)
 
 
-def _rounded(values: Tensor, scale: Tensor, bottom: float | Tensor, steps: float) -> Tensor:
+def on_grid(values: Tensor, scale: Tensor, bottom: float | Tensor, steps: float) -> Tensor:
+    """`values` on the grid."""
     launch, outputs = _launch(values, scale, bottom, steps), torch.empty_like(values)
-    round_to_grid[launch.grid](values, outputs, **launch.arguments)
+    kernels.round_to_grid[launch.grid](values, outputs, **launch.arguments)
     return outputs
 
 
-def _alike(gradient: Tensor, values: Tensor) -> Tensor:
-    """`gradient` in the layout of `values`."""
-    return gradient if gradient.stride() == values.stride() else torch.empty_like(values).copy_(gradient)
+def step_backward(
+    gradient: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bottom: float | Tensor,
+    steps: float,
+    margins: tuple[float, float],
+    *,
+    sums: bool,
+    offset: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient less than `margins` beyond the ends, in steps; with `sums`, what the step's gradient is, of the
+    shape of `scale`; with a learned `offset`, the sum of what does not pass."""
+    launch, passed = _launch(values, scale, bottom, steps), torch.empty_like(values)
+    step, beyond = (launch.sums(values) if wanted else passed for wanted in (sums, offset))
+    kernels.step_backward[launch.grid](
+        gradient, values, passed, step, beyond, *margins, **launch.arguments, SUMS=sums, OFFSET=offset
+    )
+    return passed, step.sum(1).reshape(scale.shape) if sums else None, beyond.sum() if offset else None
 
 
-def _keep(ctx: Any, bottom: float | Tensor, steps: float, *tensors: Tensor) -> None:
-    ctx.save_for_backward(*tensors, bottom if isinstance(bottom, Tensor) else None)
-    ctx.bottom, ctx.steps = bottom if not isinstance(bottom, Tensor) else None, steps
-
-
-def _kept(ctx: Any) -> tuple[Any, ...]:
-    """The tensors that were kept, and the bottom."""
-    *tensors, bottom = ctx.saved_tensors
-    return *tensors, ctx.bottom if bottom is None else bottom
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, scale: Tensor, bottom: float | Tensor, steps: float, margins: tuple[float, float]
-    ) -> Tensor:
-        _keep(ctx, bottom, steps, values, scale)
-        ctx.margins = margins
-        return _rounded(values, scale, bottom, steps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, scale, bottom = _kept(ctx)
-        launch, passed = _launch(values, scale, bottom, ctx.steps), torch.empty_like(values)
-        given = (_alike(gradient, values), values, passed, passed, passed, *ctx.margins)
-        step_backward[launch.grid](*given, **launch.arguments, SUMS=False, OFFSET=False)
-        return passed, None, None, None, None
-
-
-class _LearnedStep(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        scale: Tensor,
-        offset: Tensor | None,
-        bottom: float | Tensor,
-        steps: float,
-        factor: float,
-    ) -> Tensor:
-        _keep(ctx, bottom, steps, values, scale)
-        ctx.factor, ctx.learns_offset = factor, offset is not None
-        return _rounded(values, scale, bottom, steps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, scale, bottom = _kept(ctx)
-        launch, passed = _launch(values, scale, bottom, ctx.steps), torch.empty_like(values)
-        step = launch.sums(values)
-        beyond = launch.sums(values) if ctx.learns_offset else step
-        given = (_alike(gradient, values), values, passed, step, beyond, 0.0, 0.0)
-        step_backward[launch.grid](*given, **launch.arguments, SUMS=True, OFFSET=ctx.learns_offset)
-        moved = beyond.sum() * ctx.factor if ctx.learns_offset else None
-        return passed, step.sum(1).reshape(scale.shape) * ctx.factor, moved, None, None, None
-
-
-class _LearnedClip(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, low: Tensor, high: Tensor, scale: Tensor, bottom: float | Tensor, steps: float
-    ) -> Tensor:
-        ctx.save_for_backward(values, low, high)
-        return _rounded(values, scale, bottom, steps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, low, high = ctx.saved_tensors
-        learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        launch, passed = _launch(values, low, 0.0, 0.0), torch.empty_like(values)
-        lowered, raised = (launch.sums(values) if learns else passed for _ in range(2))
-        names = ("columns", "NARROW", "BLOCK", "num_warps", *EXACT)
-        given = (_alike(gradient, values), values, low, high, passed, lowered, raised)
-        clip_backward[launch.grid](*given, **{name: launch.arguments[name] for name in names}, SUMS=learns)
-        ends = (lowered.sum().reshape(low.shape), raised.sum().reshape(high.shape)) if learns else (None, None)
-        return passed, *ends, None, None, None
+def clip_backward(
+    gradient: Tensor, values: Tensor, low: Tensor, high: Tensor, *, sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient between `low` and `high`, numbers both; with `sums`, those of `low` and of `high`."""
+    launch, passed = _launch(values, low, 0.0, 0.0), torch.empty_like(values)
+    lowered, raised = (launch.sums(values) if sums else passed for _ in range(2))
+    names = ("columns", "NARROW", "BLOCK", "num_warps", *EXACT)
+    given = {name: launch.arguments[name] for name in names}
+    kernels.clip_backward[launch.grid](gradient, values, low, high, passed, lowered, raised, **given, SUMS=sums)
+    if not sums:
+        return passed, None, None
+    return passed, lowered.sum().reshape(low.shape), raised.sum().reshape(high.shape)

@@ -12,8 +12,6 @@ would write it, took 4 times as long as all of this together.
 from __future__ import annotations
 
 import math
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -22,11 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from qsweep.hub.form import Grid
 from qsweep.hub.insert import Place
+from qsweep.quantize import _fused
 from qsweep.quantize._arithmetic import WeightLevels
+from qsweep.quantize._fused import Level, alike, dense, kernels_for
 from qsweep.quantize._observers import NearestWeight, RangeObserver
 from qsweep.quantize.base import Uniform
 
-Level = float | Tensor
 _pass_between = torch.ops.aten.hardtanh_backward.default
 """`(gradient, values, low, high)`: the gradient where low < value < high, else 0, in one pass."""
 
@@ -119,8 +118,8 @@ def straight_through(values: Tensor, scale: Tensor, bottom: Level, steps: float,
     `rectified`: 0 already from the lower end on, as that of a ReLU.
     """
     margins = (0.0 if rectified else 0.5, 0.5)
-    if kernels := _fused(values, scale, bottom):
-        return cast(Tensor, kernels.straight_through(values, scale, bottom, steps, margins))
+    if kernels := kernels_for(values, scale, bottom):
+        return _fused.straight_through(kernels, values, scale, bottom, steps, margins)
     found = _StraightThrough.apply(values, scale, bottom, steps, margins)  # type: ignore[no-untyped-call]
     return cast(Tensor, found)
 
@@ -137,8 +136,8 @@ def learned_step(
     end and `steps` over the upper one; that of the offset is 1 beyond the ends and 0 in between (LSQ+, equations 3 to
     6).
     """
-    if kernels := _fused(values, scale, bottom):
-        return cast(Tensor, kernels.learned_step(values, scale, bottom, steps, factor, offset))
+    if kernels := kernels_for(values, scale, bottom):
+        return _fused.learned_step(kernels, values, scale, bottom, steps, factor, offset)
     found = _LearnedStep.apply(values, scale, offset, bottom, steps, factor)  # type: ignore[no-untyped-call]
     return cast(Tensor, found)
 
@@ -148,35 +147,14 @@ def learned_clip(values: Tensor, low: Tensor, high: Tensor, scale: Tensor, botto
 
     The gradient is that of the values in low < value < high, that of `high` at and over it, that of `low` at and under.
     """
-    if kernels := _fused(values, scale, bottom):
-        return cast(Tensor, kernels.learned_clip(values, low, high, scale, bottom, steps))
+    if kernels := kernels_for(values, scale, bottom):
+        return _fused.learned_clip(kernels, values, low, high, scale, bottom, steps)
     return cast(Tensor, _LearnedClip.apply(values, low, high, scale, bottom, steps))  # type: ignore[no-untyped-call]
 
 
 def step_factor(shared_by: int, top: int) -> float:
     """Gradient scale of a learned step: 1 / sqrt(N * Qp) (LSQ, section 2.2)."""
     return 1.0 / math.sqrt(shared_by * top)
-
-
-def _fused(values: Tensor, scale: Tensor, bottom: Level) -> Any:
-    """`qsweep.cuda.fake_quantize` where it is for these tensors, which are on a GPU; else None, and plain ops do it.
-
-    Plain ops under `torch.compile`, too: it puts them into the kernels of what stands before and behind, a norm or a
-    sum, which saves a pass each way that a kernel of one's own takes.
-    """
-    if not values.is_cuda or torch.compiler.is_compiling() or not _dense(values):
-        return None
-    kernels = _kernels()
-    return kernels if kernels and kernels.takes(values, scale, bottom) else None
-
-
-@cache
-def _kernels() -> Any:
-    if find_spec("triton") is None:
-        return None
-    from qsweep.cuda import fake_quantize
-
-    return fake_quantize
 
 
 def _on_grid(values: Tensor, scale: Tensor, bottom: Level, steps: float) -> tuple[Tensor, Tensor]:
@@ -196,14 +174,9 @@ def _passed(
     return cast(Tensor, _pass_between(gradient, ratio, low - margins[0], low + steps + margins[1]))
 
 
-def _alike(gradient: Tensor, other: Tensor) -> Tensor:
-    """`gradient` in the layout of `other`: what goes over both then goes over memory in one direction."""
-    return gradient if gradient.stride() == other.stride() else torch.empty_like(other).copy_(gradient)
-
-
 def _dot(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     """a * b summed to `shape`, in float32; both in one layout."""
-    if shape.numel() > 1 or torch.compiler.is_compiling() or not _dense(a):
+    if shape.numel() > 1 or torch.compiler.is_compiling() or not dense(a):
         return (a * b).float().sum_to_size(shape)
     if a.dtype is torch.float32:
         return torch.dot(_flat(a), _flat(b)).reshape(shape)  # one pass instead of two
@@ -212,13 +185,9 @@ def _dot(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
 
 def _sum(values: Tensor) -> Tensor:
     """In float32."""
-    if values.dtype is torch.float32 or values.dim() < 2 or torch.compiler.is_compiling() or not _dense(values):
+    if values.dtype is torch.float32 or values.dim() < 2 or torch.compiler.is_compiling() or not dense(values):
         return values.sum(dtype=torch.float32)
     return _flat(values).view(len(values), -1).sum(1).float().sum()  # bf16: sum(dtype=float32) takes 5 times as long
-
-
-def _dense(values: Tensor) -> bool:
-    return values.is_contiguous() or (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -241,7 +210,7 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ratio, bottom = ctx.saved_tensors
         bottom = ctx.bottom if bottom is None else bottom
-        return _passed(_alike(gradient, ratio), ratio, bottom, ctx.steps, ctx.margins), None, None, None, None
+        return _passed(alike(gradient, ratio), ratio, bottom, ctx.steps, ctx.margins), None, None, None, None
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -259,7 +228,7 @@ class _LearnedStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ratio, outputs, scale, bottom = ctx.saved_tensors
-        gradient = _alike(gradient, ratio)
+        gradient = alike(gradient, ratio)
         passed = _passed(gradient, ratio, ctx.bottom if bottom is None else bottom, ctx.steps)
         step = _dot(gradient, outputs, scale.shape) / scale - _dot(passed, ratio, scale.shape)
         beyond = None
@@ -284,7 +253,7 @@ class _LearnedClip(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, low, high = ctx.saved_tensors
         place = (values - low).mul_(1 / (high - low))
-        gradient = _alike(gradient, place)
+        gradient = alike(gradient, place)
         passed = _pass_between(gradient, place, 0.0, 1.0)
         lowered = raised = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from qsweep.hub.insert import Place
 from qsweep.quantize._arithmetic import WeightLevels
-from qsweep.quantize._fake import FakeWeight, Level, learned_step, step_factor, straight_through
+from qsweep.quantize._fake import FakeWeight, learned_step, step_factor, straight_through
+from qsweep.quantize._fused import Level
 from qsweep.quantize.base import Uniform
 
 _SMALLEST = 2.0**-10

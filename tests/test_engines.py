@@ -33,6 +33,7 @@ GRIDS: tuple[dict[str, Any], ...] = (
     {"weight_bits": 4, "activation_bits": 6, "activation_scheme": "symmetric"},
     {"weight_bits": 2, "activation_bits": 4},
     {"weight_bits": 3, "activation_bits": 2, "weight_granularity": "tensor", "edge_bits": 8},
+    {"weight_bits": 4, "activation_bits": 3, "sum_grid": "own"},
 )
 COUNT = 50
 
@@ -103,7 +104,7 @@ def assert_equal_everywhere(case: Case, folder: Path) -> None:
     assert torch.equal(outputs, engine.load(folder)(case.inputs))
 
 
-@pytest.mark.parametrize("fields", GRIDS, ids=["w8a8", "w4a6 symmetric", "w2a4", "w3a2 tensor"])
+@pytest.mark.parametrize("fields", GRIDS, ids=["w8a8", "w4a6 symmetric", "w2a4", "w3a2 tensor", "w4a3 own sums"])
 @pytest.mark.parametrize("name", ["digits", *NETWORKS])
 def test_onnxruntime_equals_the_reference_on_every_integer_tensor(
     name: str, fields: dict[str, Any], root: Path, tmp_path: Path
@@ -137,7 +138,7 @@ def test_every_layer_runs_on_integers(engine: EngineConfig, name: str, root: Pat
     assert engine.integer_macs(tmp_path, run, found.inputs) == 1.0
 
 
-@pytest.mark.parametrize("fields", GRIDS, ids=["w8a8", "w4a6 symmetric", "w2a4", "w3a2 tensor"])
+@pytest.mark.parametrize("fields", GRIDS, ids=["w8a8", "w4a6 symmetric", "w2a4", "w3a2 tensor", "w4a3 own sums"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_simulation_is_within_one_level_of_the_reference(name: str, fields: dict[str, Any], root: Path) -> None:
     found = case(name, root, **fields)
@@ -360,7 +361,7 @@ def inductor_call(graph: torch.fx.GraphModule, values: list[Tensor]) -> Tensor:
         return compiled(unsigned(graph), *shifted)(*shifted).int() + low  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("fields", [{}, {"activation_bits": 4}], ids=["a8", "a4"])
+@pytest.mark.parametrize("fields", [{}, {"activation_bits": 4, "sum_grid": "own"}], ids=["a8", "a4 own sums"])
 def test_inductor_is_within_one_level_layer_by_layer_on_identical_inputs(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:

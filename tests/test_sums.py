@@ -57,7 +57,7 @@ def test_who_reads_eight_bits_anyway_has_one_grid(tmp_path: Path) -> None:
         assert own.uid() == shared.uid()
         graphs = [config.apply(network("shortcut"), context(tmp_path)).graph for config in (own, shared)]
         assert len(graphs[0].graph.nodes) == len(graphs[1].graph.nodes)
-    assert PTQ(activation_bits=4).uid() != PTQ(activation_bits=4, sum_grid="shared").uid()
+    assert PTQ(activation_bits=4).uid() != PTQ(activation_bits=4, sum_grid="own").uid()
 
 
 def test_ranges_are_computed_once_whoever_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,5 +66,5 @@ def test_ranges_are_computed_once_whoever_reads_them(tmp_path: Path, monkeypatch
         see = getattr(calibrate, name)
         monkeypatch.setattr(calibrate, name, lambda graph, inputs, see=see: runs.append(1) or see(graph, inputs))
     for bits in (4, 8, 3):
-        PTQ(activation_bits=bits, calibration="mse").apply(network("shortcut"), context(tmp_path))
+        PTQ(activation_bits=bits, calibration="mse", sum_grid="own").apply(network("shortcut"), context(tmp_path))
     assert len(runs) == 2

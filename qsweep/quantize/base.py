@@ -65,10 +65,10 @@ class Grids(Quantization):
     activation_scheme: Scheme = "asymmetric"
     """Symmetric fixes zero at the middle of the grid (at its lower end for tensors that are never negative, such as a
     ReLU's output); asymmetric fits the grid to the range seen."""
-    sum_grid: Literal["own", "shared"] = "own"
-    """What sums and pools read of a value that layers read in less than 8 bits. own: 8 bits, which the layers round
-    again; the shortcuts of a residual network keep their precision, for one more pass over each. shared: the bits of
-    the layers."""
+    sum_grid: Literal["shared", "own"] = "shared"
+    """What sums and pools read of a value that layers read in less than 8 bits. shared: the bits of the layers. own: 8
+    bits, which the layers round again; the shortcuts of a residual network keep their precision, for one more pass over
+    each (in training: one more fake quantizer). Tells most at 2 and 3 bits."""
     activation_mode: Literal["static", "dynamic"] = "static"
     """static: ranges are fixed by calibration. dynamic: each batch sets the range of what convolutions and linears
     read, so that samples of one batch share it and a result depends on its batch; sums and pools stay in floating

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -26,10 +26,6 @@ class Trained(Uniform):
     whole epoch.
     """
 
-    sum_grid: Literal["own", "shared"] = "shared"  # own grids are as many more fake quantizers in every step
-    """What sums and pools read of a value that layers read in less than 8 bits. own: 8 bits, which the layers round
-    again; the shortcuts of a residual network keep their precision, and steps take longer. shared: the bits of the
-    layers."""
     epochs: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Highest of the schedule."""

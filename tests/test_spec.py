@@ -115,7 +115,7 @@ def test_stages_come_in_their_order() -> None:
         ),
         (
             {"target": {"engine": "abacus"}},
-            "`target.engine`: must be one of 'float', 'inductor', 'onnxruntime', 'reference' (got 'abacus')",
+            "`target.engine`: must be one of 'cuda', 'float', 'inductor', 'onnxruntime', 'reference' (got 'abacus')",
         ),
         ({"target": {"batch_size": 1}}, "`target.engine`: is required and was not given"),
         (

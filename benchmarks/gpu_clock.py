@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -89,6 +90,7 @@ class Bench:
     def clear(self) -> None:
         """Give back what the compiler and the allocator hold, so that the next model has the memory."""
         torch.compiler.reset()
+        gc.collect()  # captured graphs and what they hold are cycles
         if self.gpu:
             torch.cuda.empty_cache()
 

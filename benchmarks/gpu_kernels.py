@@ -78,13 +78,15 @@ class Convolutions:
 
     def speed(self, rows: Rows, roofs: Roofs, batch: int) -> None:
         """All shapes at `batch`; block shapes of all are compiled side by side first."""
+        self.bench.need(8)
         count = min(batch, 2) if self.bench.tiny else batch
         bound = self._bound(count)
         if self.bench.gpu:
             tune([product for binding in bound for product in binding.products], self.bench.device)
         for number, binding in enumerate(bound):
             name = asked.convolution(asked.SHAPES[number], batch)
-            with rows.guard(name, self.bench, 2):
+            with rows.guard(name):
+                self.bench.need(2)
                 measured, ratio = self._speed(roofs, number, count, binding)
                 rows.add(name, measured, "WRONG" not in measured)
                 rows.ratios[asked.SHAPES[number].wide, batch].append(ratio)
@@ -185,20 +187,23 @@ TILES = (
 def roofs(bench: Bench, rows: Rows, found: Roofs) -> None:
     """Copy bandwidth (bytes read and written), and matrix rates on random numbers."""
     size, side = (1 << 16, 64) if bench.tiny else (1 << 31, 8192)
-    with rows.guard(asked.COPY, bench, 5):
+    with rows.guard(asked.COPY):
+        bench.need(5)
         source = torch.empty(size, dtype=torch.uint8, device=bench.device).random_()
         target = torch.empty_like(source)
         ms = bench.times({"copy": lambda: target.copy_(source)})["copy"]
         found.bytes = 2e3 * size / ms
         rows.add(asked.COPY, f"{found.bytes / 1e12:.2f} TB/s", True)
     operations = 2.0 * side**3
-    with rows.guard(asked.BF16, bench, 5):
+    with rows.guard(asked.BF16):
+        bench.need(5)
         a, b = (torch.randn(side, side, device=bench.device).bfloat16() for _ in range(2))
         out = torch.empty_like(a)
         ms = bench.times({"bf16": lambda: torch.mm(a, b.t(), out=out)})["bf16"]
         found.bf16 = 1e3 * operations / ms
         rows.add(asked.BF16, f"{found.bf16 / 1e12:.0f} T/s at {side}³", True)
-    with rows.guard(asked.MATRIX, bench, 15):
+    with rows.guard(asked.MATRIX):
+        bench.need(15)
         _matrix(bench, rows, side, operations)
 
 

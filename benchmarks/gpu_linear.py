@@ -18,7 +18,8 @@ _COPIES = 12
 def linears(bench: Bench, rows: Rows) -> None:
     for count in asked.LINEAR_ROWS:
         name = asked.linear(count)
-        with rows.guard(name, bench, 5), torch.no_grad():
+        with rows.guard(name), torch.no_grad():
+            bench.need(5)
             times, wrong = _measured(bench, min(count, 4) if bench.tiny else count)
             ratios = ", ".join(f"{label} {times['bf16'] / ms:.2f}x" for label, ms in times.items() if label != "bf16")
             measured = f"{ratios} of bf16's {1e3 * times['bf16']:.1f} µs" + "".join(f"; {text} WRONG" for text in wrong)

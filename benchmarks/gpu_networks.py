@@ -88,7 +88,8 @@ class Networks:
 
     def equality(self, name: str) -> None:
         row = asked.equal_network(name)
-        with self.rows.guard(row, self.bench, 30):
+        with self.rows.guard(row):
+            self.bench.need(30)
             model = self.model(name)[1]
             chain = Chain(model, 2, self.bench.device)
             wrong, count, share, expected = differences(chain, model, self.bench.device)
@@ -103,7 +104,8 @@ class Networks:
     def quick(self, name: str, batch: int, seconds: float = 12) -> None:
         """int8, and each type eager and captured."""
         case = self.cases[name, batch]
-        with self.rows.guard(asked.network(name, batch), self.bench, seconds):
+        with self.rows.guard(asked.network(name, batch)):
+            self.bench.need(seconds)
             case.skipped += ["compiled", "max-autotune"]
             chain, given = self.chain(name, batch)
             case.wrong = not self._as_reference(name, chain(given))
@@ -199,7 +201,8 @@ class Networks:
         if not self.bench.gpu:
             return self.rows.add(asked.MEMORY, "not measured (a CPU has none)", None)
         name, batch = asked.MAIN
-        with self.rows.guard(asked.MEMORY, self.bench, 10), torch.no_grad():
+        with self.rows.guard(asked.MEMORY), torch.no_grad():
+            self.bench.need(10)
             found, makers = {}, {"int8": partial(self.chain, name, batch)}
             for label in ("bf16", "fp32"):
                 makers[f"{label} graph"] = partial(self._plain, name, batch, label, DTYPES[label])
@@ -214,7 +217,8 @@ class Networks:
     def energy(self) -> None:
         """Of int8, and of bf16 captured, on the same images."""
         name, batch = asked.MAIN
-        with self.rows.guard(asked.ENERGY, self.bench, 10), torch.no_grad():
+        with self.rows.guard(asked.ENERGY), torch.no_grad():
+            self.bench.need(10)
             chain, given = self.chain(name, batch)
             runs: dict[str, Call] = {
                 "int8": lambda: chain(given),

@@ -34,7 +34,7 @@ class Session:
             "energy": [asked.MEMORY, asked.ENERGY],
             "sweeps": [*asked.SWEEPS.values()],
         }
-        with self.rows.guard(names.get(part, []), self.bench, 0):
+        with self.rows.guard(names.get(part, [])):
             getattr(self, part)()
         if self.sound():
             self.bench.clear()
@@ -67,9 +67,11 @@ class Session:
         return Networks(self.bench, self.rows)
 
     def equality(self) -> None:
-        with self.rows.guard(asked.EQUAL_CONVOLUTIONS, self.bench, 20):
+        with self.rows.guard(asked.EQUAL_CONVOLUTIONS):
+            self.bench.need(20)
             self.convolutions_.equality(self.rows)
-        with self.rows.guard(asked.EQUAL_LINEARS, self.bench, 5):
+        with self.rows.guard(asked.EQUAL_LINEARS):
+            self.bench.need(5)
             self.convolutions_.linear_equality(self.rows)
         for name in asked.NETWORKS:
             self.networks_.equality(name)

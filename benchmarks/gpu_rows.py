@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpu_clock import Bench, OutOfTime, reason
+from gpu_clock import OutOfTime, reason
 
 NOT_MEASURED = "not measured"
 OUT_OF_TIME = "not measured (out of time)"
@@ -57,11 +57,10 @@ class Rows:
         return [name for name, row in self.rows.items() if row.measured == NOT_MEASURED]
 
     @contextmanager
-    def guard(self, names: str | list[str], bench: Bench, seconds: float) -> Iterator[None]:
-        """Rows `names` come of this block, which needs about `seconds`: whatever it raises becomes their text."""
+    def guard(self, names: str | list[str]) -> Iterator[None]:
+        """Rows `names` come of this block: what it raises becomes the text of those that it has left unmeasured."""
         names = [names] if isinstance(names, str) else names
         try:
-            bench.need(seconds)
             yield
         except OutOfTime:
             self.fill(names, OUT_OF_TIME, None)

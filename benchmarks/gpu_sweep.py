@@ -55,7 +55,8 @@ def sweeps(bench: Bench, rows: Rows) -> None:
         if (missing := lacking(name)) is not None:
             rows.add(row, f"not measured ({missing})", None)
             continue
-        with rows.guard(row, bench, 60):
+        with rows.guard(row):
+            bench.need(60)
             rows.add(row, *run(name, spec, bench))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -65,6 +66,13 @@ def test_all_parts_run_in_a_bare_installation_and_integers_equal_the_reference(t
     assert "Tiny sizes, interpreted: no figures." in text
 
 
+def test_without_time_every_row_says_so(tmp_path: Path) -> None:
+    _, rows = run(tmp_path, "--device", "cpu", "--tiny", "--budget", "0")
+    measured = {row["measured"] for name, row in rows.items() if "sweep" not in name and "memory" not in name}
+    assert measured == {"not measured (out of time)", "not measured"}
+    assert rows[asked()[0]]["measured"] == "not measured (out of time)"
+
+
 def test_without_a_gpu_every_row_says_that_it_is_not_measured_and_known_figures_stay(tmp_path: Path) -> None:
     printed, rows = run(tmp_path)
     assert printed.startswith("nothing is measured here: ")
@@ -74,6 +82,34 @@ def test_without_a_gpu_every_row_says_that_it_is_not_measured_and_known_figures_
     known = [rows[first] | {"measured": "11 of 11", "met": True}]
     (tmp_path / "gpu.json").write_text(json.dumps(known))
     assert list(run(tmp_path)[1].values()) == known
+
+
+def test_a_part_that_no_longer_fits_or_fails_says_so_in_its_rows_and_leaves_those_that_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu_clock import Bench
+    from gpu_rows import OUT_OF_TIME, Row, Rows, read
+
+    names = ["first", "second", "third"]
+    rows = Rows([Row(name, "shown") for name in names], tmp_path, "# Heading", "about")
+    bench = Bench(torch.device("cpu"), tiny=False, budget=3600)
+    with rows.guard(names[:2]):
+        bench.need(1)
+        rows.add("first", "1 ms", True)
+        raise ValueError("a | b\nmore")
+    with rows.guard("third"):
+        bench.need(7200)
+        rows.add("third", "never", True)
+    found = {row["row"]: (row["measured"], row["met"]) for row in json.loads((tmp_path / "gpu.json").read_text())}
+    assert found == {
+        "first": ("1 ms", True),
+        "second": ("failed: ValueError: a / b", False),
+        "third": (OUT_OF_TIME, None),
+    }
+    rows.keep([Row("first", "asked otherwise", "2 ms", True), Row("third", "shown", "3 ms", True)])
+    assert [row.measured for row in rows.rows.values()][::2] == ["1 ms", "3 ms"]
+    assert [row.row for row in read(tmp_path)] == ["first", "second"]
 
 
 def test_the_committed_rows_are_those_that_are_asked_now() -> None:

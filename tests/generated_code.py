@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qsweep.cuda import conv, depthwise, linear, norm, pointwise, pool
+from qsweep.cuda import conv, depthwise, fake_quantize, linear, norm, pointwise, pool
 from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile
 
 DISASSEMBLER = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
@@ -150,6 +150,20 @@ def normalize() -> object:
     return norm.layer_norm((side, side), one, one, 1e-5, 0.1, Output(1), i8(64, 384), invalid)
 
 
+def fake(dtype: torch.dtype, *, rows: int = 1, moving: bool = False) -> Callable[[], object]:
+    """Fake quantization forward and back, of activations or of weights with a scale a row."""
+
+    def call() -> object:
+        values = torch.zeros(rows, 2**20 // rows, dtype=dtype)
+        scale = torch.ones(rows, 1) if rows > 1 else torch.ones(())
+        bottom = torch.zeros_like(scale) if moving else 0.0
+        fake_quantize.on_grid(values, scale, bottom, 15)
+        fake_quantize.step_backward(values, values, scale, bottom, 15, (0.0, 0.0), sums=True, offset=moving)
+        return rows > 1 or fake_quantize.clip_backward(values, values, scale, scale, sums=True)
+
+    return call
+
+
 CASES: dict[str, Callable[[], object]] = {
     "conv": convolution(128, 128, Tile(128, 128, 64, 8)),
     "conv-residual": convolution(128, 128, Tile(128, 128, 128, 8), residual=True),
@@ -166,6 +180,10 @@ CASES: dict[str, Callable[[], object]] = {
     "average": average,
     "largest": largest,
     "layer-norm": normalize,
+    "fake": fake(torch.float32),
+    "fake-moving": fake(torch.float32, moving=True),
+    "fake-bf16": fake(torch.bfloat16, moving=True),
+    "fake-rows": fake(torch.float32, rows=64),
 }
 
 

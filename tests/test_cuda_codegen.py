@@ -59,7 +59,7 @@ def test_products_run_on_integer_matrix_units(kernels: list[dict[str, Any]], cap
 
 
 def test_no_product_and_sum_are_fused(kernels: list[dict[str, Any]]) -> None:
-    """Division is made of fused steps by design; only rows and scales have one, and layer norms, which are not exact."""
+    """Division is made of fused steps by design; rows and scales have one, and layer norms, which are not exact."""
     for kernel in kernels:
         if kernel["case"].startswith("fake"):  # each has one division, of the scale, and 16 elements a thread
             products = {"round_to_grid": 2, "step_backward": 3, "clip_backward": 3}[kernel["kernel"]]

@@ -78,9 +78,7 @@ def stepper(model: nn.Module, task: Images, precision: Precision, *, compiled: b
 
 
 def quantized(method: str, task: Images, folder: Path) -> nn.Module:
-    context = Context(
-        task, Store(folder), "model", 0, task.model, Training(), progress=lambda text: None
-    )
+    context = Context(task, Store(folder), "model", 0, task.model, Training(), progress=lambda text: None)
     config = METHODS[method](weight_bits=4, activation_bits=4, edge_bits=8)
     live = prepared(config, task.model(), context)
     start(live.graph, 4, task.samples("train").inputs)

@@ -115,6 +115,17 @@ def test_a_transformer_multiplies_on_integers_and_the_rest_is_float_and_told(roo
     assert aten.gelu.default not in floats
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_in_half_precision_is_close_and_its_results_are_float32(
+    dtype: torch.dtype, root: Path, device: str
+) -> None:
+    model = own(Transformer, root)
+    inputs = samples(model).to(device)
+    found = [Chain(model, BATCH, device, {}, products=each)(inputs) for each in (dtype, torch.float32)]
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(*found, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("sides", [0, 1, 2])
 @pytest.mark.parametrize("width", [16, 24, 200])
 def test_a_layer_norm_is_within_one_level_of_floating_point(sides: int, width: int, device: str) -> None:

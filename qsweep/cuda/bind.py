@@ -17,9 +17,9 @@ from qsweep.cuda.moves import copy, memory_order, move, windows
 from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import output_of, ratio, side, table
 from qsweep.cuda.place import Places, padding_of
-from qsweep.cuda.plan import Plan
+from qsweep.cuda.plan import ATTENTION, PRODUCTS, Plan
 from qsweep.cuda.steps import Add, Dequantize, Float, Layer, Map, Move, Norm, Operand, Pool, Quantize, Step
-from qsweep.hub.form import LINEARS, arguments, aten, constant, source
+from qsweep.hub.form import LINEARS, QUANTIZE, arguments, aten, constant, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
 
@@ -32,6 +32,8 @@ class Binding:
 
     plan: Plan
     device: torch.device
+    attention: torch.dtype = torch.float32
+    """Of what products of two activations read."""
     places: Places = field(init=False)
     launches: list[Launch] = field(default_factory=list)
     floats: dict[fx.Node, Any] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Binding:
                 self.launches.append(self._float(step.node))
 
     def _quantize(self, step: Quantize, out: Tensor) -> None:
-        given, grid = self.floats[step.given].to(torch.float32), step.out.grid
+        given, grid = self.floats[step.given], step.out.grid
         given, out = _inner_last(given, out) if out.dim() <= 4 else (given.flatten(0, -4), out.flatten(0, -4))
         pointwise.quantize(given, grid.scale, output_of(grid), out, invalid=self.invalid)
 
@@ -184,12 +186,20 @@ class Binding:
         target: Any = node.target
         for given in node.all_input_nodes:
             self._constant(given)
+        narrow = (node.target in PRODUCTS or node.target is ATTENTION) and self.attention != torch.float32
+        wide_again = narrow and any(user.target is not QUANTIZE for user in node.users)
 
         def run() -> None:
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._argument)
-            self.floats[node] = target(*args, **kwargs)
+            if narrow:
+                args = fx.node.map_aggregate(args, self._narrowed)
+            result = target(*args, **kwargs)
+            self.floats[node] = result.to(torch.float32) if wide_again else result
 
         return run
+
+    def _narrowed(self, value: Any) -> Any:
+        return value.to(self.attention) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, fx.Node):

@@ -15,12 +15,15 @@ from qsweep.cuda.tune import tune
 from qsweep.errors import Refused
 from qsweep.hub.form import QuantizedModel
 
+_PRODUCTS = {"cuda": torch.float16, "cpu": torch.float32}
+
 
 class Chain:
     """`model` for batches of `batch_size` on `device`: a CUDA device, or in Triton's interpreter the CPU.
 
     `tiles`: block shapes by the name of a layer's weight; None: those that are fastest on this GPU, measured once and
-    kept on disk, and on the CPU the kernels' own choice. Raises Refused for what int8 does not hold.
+    kept on disk, and on the CPU the kernels' own choice. `products`: the type of what products of two activations read,
+    as attention has them; None: float16 on a GPU, float32 on the CPU. Raises Refused for what int8 does not hold.
     """
 
     def __init__(
@@ -29,10 +32,11 @@ class Chain:
         batch_size: int,
         device: torch.device | str,
         tiles: Mapping[str, Tile] | None = None,
+        products: torch.dtype | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.plan = plan(model, batch_size)
-        self._binding = Binding(self.plan, self.device)
+        self._binding = Binding(self.plan, self.device, products or _PRODUCTS[self.device.type])
         (self._input,) = [node for node in model.graph.graph.nodes if node.op == "placeholder"]
         self._example = torch.zeros(batch_size, *model.example.shape[1:], device=self.device)
         for product in self._binding.products:

@@ -81,15 +81,15 @@ class Plan:
         out = self.shapes[node].numel() if node in self.shapes else 0
         if node.target in COMPUTE:
             return out * self.shapes[source(node, 1)][1:].numel()
-        if node.target in _PRODUCTS:
-            return out * self.shapes[source(node, _PRODUCTS[node.target])][-1]
-        if node.target is aten.scaled_dot_product_attention.default:
+        if node.target in PRODUCTS:
+            return out * self.shapes[source(node, PRODUCTS[node.target])][-1]
+        if node.target is ATTENTION:
             query, key = self.shapes[source(node)], self.shapes[source(node, 1)]
             return query[:-1].numel() * key[-2] * query[-1] + out * key[-2]
         return 0
 
 
-_PRODUCTS = {
+PRODUCTS = {
     aten.matmul.default: 0,
     aten.mm.default: 0,
     aten.bmm.default: 0,
@@ -97,6 +97,7 @@ _PRODUCTS = {
     aten.baddbmm.default: 1,
 }
 """Products of two activations, and which argument is the first factor."""
+ATTENTION = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 class Cuda(EngineConfig):
     """int8 kernels in Triton on an NVIDIA GPU (Ampere or newer), a call captured in one CUDA graph. Whatever is integer
-    equals the reference bit for bit; softmax, layer norms and products of two activations run in float32."""
+    equals the reference bit for bit; softmax, layer norms and products of two activations run in floating point."""
 
     preload: ClassVar[tuple[str, ...]] = ("qsweep.cuda.chain",)
     engine: Literal["cuda"] = "cuda"
     device: Literal["cuda"] = "cuda"
+    products: Literal["fp32", "bf16", "fp16"] = "fp16"
+    """Type of what products of two activations read (attention); their sums and softmax are float32 all the same."""
 
     def available(self) -> str | None:
         from qsweep.cuda.device import refusal
@@ -46,10 +48,13 @@ class Cuda(EngineConfig):
 
         if (reason := self.available()) is not None:
             raise Refused(f"the `cuda` engine does not work on this machine: {reason}")
+        import torch
+
         from qsweep.cuda.chain import Chain
         from qsweep.hub.save import load
 
-        return Chain(load(folder), self.batch_size, self.device)
+        products = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.products]
+        return Chain(load(folder), self.batch_size, self.device, products=products)
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
         from qsweep.cuda.chain import Chain

@@ -58,13 +58,15 @@ def samples(model: QuantizedModel, count: int = BATCH) -> Tensor:
     return torch.randn(count, *model.example.shape[1:], generator=torch.Generator().manual_seed(2))
 
 
-def assert_equal(model: QuantizedModel, device: str, joined: int = 0, tiles: dict[str, Tile] | None = None) -> Chain:
+def assert_equal(
+    model: QuantizedModel, device: str, joined: int = 0, tiles: dict[str, Tile] | None = None, batch: int = BATCH
+) -> Chain:
     """Every integer tensor and the output equal those of the reference; `joined`: sums inside which one has gone."""
-    inputs = samples(model)
+    inputs = samples(model, batch)
     reference = IntegerInterpreter(model.graph)
     reference.keep = True
     wanted = reference(inputs)
-    chain = Chain(model, BATCH, device, tiles or {})
+    chain = Chain(model, batch, device, tiles or {})
     found = chain(inputs.to(device)).cpu()
     integers = chain.integers()
     assert len(reference.tensors) - len(integers) == joined
@@ -82,6 +84,14 @@ def test_a_chain_equals_the_reference_on_every_integer_tensor(
 ) -> None:
     joined = {"digits_cnn": 1, "depthwise": 1, "shortcut": 1}.get(name, 0)
     assert assert_equal(small(name, root, **fields), device, joined).integer_share == 1.0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("name", "joined"), [("pools", 0), ("shortcut", 1), ("sequence", 0), ("mlp", 0)])
+def test_chains_for_other_batch_sizes_equal_the_reference(
+    name: str, joined: int, batch: int, root: Path, device: str
+) -> None:
+    assert_equal(small(name, root), device, joined, batch=batch)
 
 
 @pytest.mark.parametrize(("kind", "joined"), [(Bottlenecks, 2), (Joined, 0), (Windows, 0)])

@@ -24,7 +24,7 @@ from qsweep.cuda.plan import plan
 from qsweep.cuda.steps import Float, Layer, Map, Move, Norm
 from qsweep.cuda.tune import MOST, Tiles, candidates
 from qsweep.errors import Refused
-from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, aten, nodes_of, set_constant
+from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, aten, grid_of, nodes_of, set_constant
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.quantize.ptq import PTQ
 
@@ -215,7 +215,7 @@ def test_integers_that_come_to_another_grid_go_there_by_a_table(root: Path, devi
     (pool,) = nodes_of(model.graph, {aten.max_pool2d.default})
     (after,) = pool.users
     for node in (after, *after.users):
-        node.update_arg(1, 2.5 * node.args[1])
+        node.update_arg(1, 2.5 * grid_of(node).scale)
         node.update_arg(2, -17)
     model.graph.recompile()
     chain = assert_equal(model, device)

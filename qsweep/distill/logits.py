@@ -28,12 +28,14 @@ class Logits(Distillation):
     """T: a higher one shows the student more of how the teacher ranks the wrong classes."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Weight of the teacher; the labels have the rest."""
-    epochs: Annotated[int, Field(ge=1)] = 1
+    epochs: Annotated[int, Field(ge=0)] = 1
+    """Of the model as it is before it is quantized. 0: none; quantization-aware training has the loss all the same."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Peak of a one-cycle schedule."""
 
     def canonical(self) -> Self:
-        return super().canonical().with_defaults(*["temperature"] * (self.alpha == 0))
+        unused = ["temperature"] * (self.alpha == 0) + ["learning_rate"] * (self.epochs == 0)
+        return super().canonical().with_defaults(*unused)
 
     def label(self) -> str:
         return f"T{self.temperature:.0f}" if self.temperature.is_integer() else f"T{self.temperature:.1f}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 
-import torch._inductor.codecache  # what the checks would import: not from two threads at once
+import torch._inductor.codecache  # noqa: F401  what the checks would import: not from two threads at once
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
 checks = threading.Thread(target=valid_vec_isa_list, name="instruction sets")

@@ -89,6 +89,14 @@ def test_distillation_is_computed_once(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_without_epochs_the_model_stays_as_it_is_and_the_rate_counts_for_nothing(tmp_path: Path) -> None:
+    given, stage = model(), Logits(epochs=0, learning_rate=0.1)
+    before = {name: value.clone() for name, value in given.state_dict().items()}
+    after = stage.apply(given, context(tmp_path)).state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert stage.uid() == Logits(epochs=0).uid() != Logits().uid()
+
+
 @pytest.mark.parametrize(("temperature", "label"), [(4, "T4"), (2.5, "T2.5"), (10.0, "T10"), (3.14159, "T3.1")])
 def test_the_name_of_a_distillation_tells_its_temperature(temperature: Any, label: str) -> None:
     assert Logits(temperature=temperature).label() == label

@@ -1,10 +1,11 @@
 """Accuracy of the quantization methods on a ResNet-20 and CIFAR-10, by qsweep's own sweeps.
 
-    QSWEEP_DATA=<folder of data> python benchmarks/quantization.py [calibration weights w4a8 mixed training speed]
+    QSWEEP_DATA=<folder of data> python benchmarks/quantization.py [calibration weights w4a8 mixed training distilled
+        speed]
 
 Each part runs a spec of `experiments/quantization` and reads its records; what has run is not run again. Writes
 `quantization.json` and `quantization.md` beside it. F is the accuracy of the fp32 checkpoint on the same 5,000 images.
-Parts without training take minutes, `training` an hour.
+Parts without training take minutes, `training` and `distilled` an hour.
 """
 
 from __future__ import annotations
@@ -152,19 +153,25 @@ def mixed() -> Rows:
 
 def training() -> Rows:
     sweep = Sweep("training")
-    asked = {("W4A4", 4, 4): 0.6, ("W3A8", 3, 8): 0.3, ("W2A8", 2, 8): 1.5, ("W2A2", 2, 2): None}
-    rows = []
-    for (name, weight, activation), bound in asked.items():
-        (found,) = sweep.find(method="lsq", weight_bits=weight, activation_bits=activation)
-        (change,) = sweep.pp(method="lsq", weight_bits=weight, activation_bits=activation)
-        epochs = found.config["compress"]["quantize"]["epochs"]
-        wanted = f"within {bound} pp of F" if bound else "shown"
-        met = bound is None or change >= -bound
-        rows.append((f"{name}, LSQ, edges 8 bits", wanted, f"{spread([change])} after {epochs} epochs", met))
+    rows = [_trained(sweep, *asked) for asked in ((3, 8, 0.3), (2, 8, 1.5))]
     learned, straight = (sweep.pp(method=name, weight_bits=3, activation_bits=3)[0] for name in ("lsq", "qat"))
     measured = f"{learned - straight:+.2f} pp ({learned:+.2f} and {straight:+.2f}, one epoch each)"
-    rows.append(("W3A3, LSQ against straight-through", "0.5 pp better", measured, learned >= straight + 0.5))
-    return rows
+    return [*rows, ("W3A3, LSQ against straight-through", "0.5 pp better", measured, learned >= straight + 0.5)]
+
+
+def distilled() -> Rows:
+    sweep = Sweep("distilled")
+    return [_trained(sweep, *asked, "that follow the float model") for asked in ((4, 4, 0.6), (2, 2, None))]
+
+
+def _trained(
+    sweep: Sweep, weight: int, activation: int, bound: float | None, how: str = ""
+) -> tuple[str, str, str, bool]:
+    fields = {"method": "lsq", "weight_bits": weight, "activation_bits": activation}
+    (found,), (change,) = sweep.find(**fields), sweep.pp(**fields)
+    epochs = f"{found.config['compress']['quantize']['epochs']} epochs {how}".strip()
+    asked, met = f"within {bound} pp of F" if bound else "shown", bound is None or change >= -bound
+    return f"W{weight}A{activation}, LSQ, edges 8 bits", asked, f"{spread([change])} after {epochs}", met
 
 
 def speed() -> Rows:
@@ -187,6 +194,7 @@ PARTS = {
     "w4a8": w4a8,
     "mixed": mixed,
     "training": training,
+    "distilled": distilled,
     "speed": speed,
 }
 HEADING = """# Quantization methods: a ResNet-20 on CIFAR-10

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from qsweep.cuda.arithmetic import Operand as Side
 from qsweep.cuda.arithmetic import Output, Requantize, Residual
-from qsweep.cuda.steps import UNBOUNDED, Bounds, Layer, Operand
+from qsweep.cuda.steps import Layer, Operand
 from qsweep.errors import Refused
 from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, constant, grid_of, nodes_of, source
+from qsweep.hub.integer import UNBOUNDED, Bounds
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
 

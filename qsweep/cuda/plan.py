@@ -14,7 +14,6 @@ from torch import fx
 
 from qsweep.cuda.shapes import shapes_of
 from qsweep.cuda.steps import (
-    UNBOUNDED,
     Add,
     Dequantize,
     Float,
@@ -50,6 +49,7 @@ from qsweep.hub.form import (
     rectified,
     source,
 )
+from qsweep.hub.integer import UNBOUNDED
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
 
 WIDEST_NORM = 8192

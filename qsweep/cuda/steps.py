@@ -6,35 +6,12 @@ point is named by its node too; both may exist for one node.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import fx
 
 from qsweep.hub.form import Grid
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What rectifiers set on real values."""
-
-    low: float = -math.inf
-    high: float = math.inf
-
-    def within(self, low: float, high: float) -> Bounds:
-        return Bounds(max(self.low, low), min(self.high, high))
-
-    def on(self, grid: Grid) -> tuple[int, int]:
-        """The lowest and highest integer of `grid` that lie inside."""
-        low, high = grid.low - grid.zero_point, grid.high - grid.zero_point
-        if self.low > -math.inf:
-            low = max(low, round(self.low / grid.scale))
-        if self.high < math.inf:
-            high = min(high, round(self.high / grid.scale))
-        return low + grid.zero_point, high + grid.zero_point
-
-
-UNBOUNDED = Bounds()
+from qsweep.hub.integer import Bounds
 
 
 @dataclass(frozen=True)

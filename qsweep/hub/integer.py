@@ -25,6 +25,7 @@ from qsweep.hub.form import (
     QUANTIZE,
     RECTIFIERS,
     SAME_GRID,
+    Grid,
     arguments,
     aten,
     pool_count,
@@ -63,6 +64,18 @@ class Bounds:
     def within(self, low: float, high: float) -> Bounds:
         return Bounds(max(self.low, low), min(self.high, high))
 
+    def on(self, grid: Grid) -> tuple[int, int]:
+        """The lowest and highest integer of `grid` that lie inside."""
+        low, high = grid.low - grid.zero_point, grid.high - grid.zero_point
+        if self.low > -math.inf:
+            low = max(low, round(self.low / grid.scale))
+        if self.high < math.inf:
+            high = min(high, round(self.high / grid.scale))
+        return low + grid.zero_point, high + grid.zero_point
+
+
+UNBOUNDED = Bounds()
+
 
 @dataclass(frozen=True)
 class Accumulator:
@@ -72,7 +85,7 @@ class Accumulator:
     step: Tensor
     count: int = 1
     """Sums of a pool are over this many elements: their step is divided by it on the way out."""
-    bounds: Bounds = Bounds()
+    bounds: Bounds = UNBOUNDED
 
     def real(self) -> Tensor:
         values = self.sums.float() * _channels(self.step / self.count, self.sums)
@@ -89,7 +102,7 @@ class Sum:
 
     left: Integers
     right: Integers
-    bounds: Bounds = Bounds()
+    bounds: Bounds = UNBOUNDED
 
     def real(self) -> Tensor:
         return (self.left.real() + self.right.real()).clamp(self.bounds.low, self.bounds.high)
@@ -179,12 +192,9 @@ def quantize(values: Any, scale: float, zero_point: int, low: int, high: int) ->
         values = values.real()
     if isinstance(values, Tensor):
         return Integers(((values * (1 / s)).round() + zero_point).clamp(low, high).double(), s, zero_point)
-    bottom, top = low - zero_point, high - zero_point
-    if values.bounds.low > -math.inf:
-        bottom = max(bottom, round(values.bounds.low / scale))
-    if values.bounds.high < math.inf:
-        top = min(top, round(values.bounds.high / scale))
-    return Integers(values.onto(s).clamp(bottom, top).round().double() + zero_point, s, zero_point)
+    low, high = values.bounds.on(Grid(scale, zero_point, low, high))
+    centred = values.onto(s).clamp(low - zero_point, high - zero_point).round().double()
+    return Integers(centred + zero_point, s, zero_point)
 
 
 def _pool(node: fx.Node, given: Integers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

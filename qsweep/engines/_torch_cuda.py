@@ -32,7 +32,7 @@ def gpu_runner(folder: Path, engine: EngineConfig, *, compile: bool, capture: bo
     try:
         call = compiled(graph, example) if compile else graph
         return fixed(captured(call, example) if capture else call, example)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # not the model's fault: the device's
         raise
     except Exception as error:  # the compiler raises dozens of types; all mean that it cannot take the model
         raise Refused(f"the model cannot run on the GPU: {str(error).splitlines()[0][:300]}") from error

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from qsweep.cuda._launch import EXACT, check_offsets, default_tile, finish_arguments, round_up
-from qsweep.cuda._product import convolve, finish_parts
+from qsweep.cuda._parts import add_up, parts_of
+from qsweep.cuda._product import convolve
 from qsweep.cuda.arithmetic import Requantize, Residual, Tile
 
 
@@ -72,9 +73,7 @@ def conv2d(
     arguments = finish_arguments(requantize, residual, out)
     rows = out.shape[0] * out.shape[1] * out.shape[2]
     tile = tile or default_tile(rows, columns, depth, channels)
-    steps = -(-depth // tile.depth)
-    split = -(-steps // -(-steps // tile.split))  # no part is empty
-    parts = torch.empty((split, rows, out.shape[3]), dtype=torch.int32, device=x.device) if split > 1 else None
+    split, parts = parts_of(tile, depth, rows, out.shape[3], x.device)
     unit = math.gcd(16, *x.stride()[:3])
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), apart, split)
     convolve[grid](
@@ -104,8 +103,7 @@ def conv2d(
         **EXACT,
     )
     if parts is not None:
-        blocks = (triton.cdiv(rows, 16), triton.cdiv(out.shape[3], 64))
-        finish_parts[blocks](parts, M=rows, OC=out.shape[3], BM=16, BN=64, SPLIT=split, **arguments, **EXACT)
+        add_up(parts, arguments)
     return result
 
 

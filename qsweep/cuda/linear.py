@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qsweep.cuda import conv
 from qsweep.cuda._launch import EXACT, check_offsets, default_tile, finish_arguments, power_of_two, round_up
-from qsweep.cuda._product import finish_parts
+from qsweep.cuda._parts import add_up, parts_of
 from qsweep.cuda._rows import multiply_rows, multiply_w4, multiply_w4_float, quantize_each_row
 from qsweep.cuda.arithmetic import Requantize, Residual, Tile
 from qsweep.errors import Refused
@@ -132,9 +132,7 @@ def linear_w4(
     check_offsets(x, weight, out)
     arguments = finish_arguments(requantize, _residual(residual), _pixels(out))
     tile = tile or default_tile(count, columns, half, half)
-    steps = -(-half // tile.depth)
-    split = -(-steps // -(-steps // tile.split))  # no part is empty
-    parts = torch.empty((split, count, columns), dtype=torch.int32, device=x.device) if split > 1 else None
+    split, parts = parts_of(tile, half, count, columns, x.device)
     multiply_w4[triton.cdiv(count, tile.rows) * triton.cdiv(columns, tile.columns), split](
         x,
         weight,
@@ -153,8 +151,7 @@ def linear_w4(
         **EXACT,
     )
     if parts is not None:
-        blocks = (triton.cdiv(count, 16), triton.cdiv(columns, 64))
-        finish_parts[blocks](parts, M=count, OC=columns, BM=16, BN=64, SPLIT=split, **arguments, **EXACT)
+        add_up(parts, arguments)
     return out
 
 

@@ -9,6 +9,9 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor
 
+LEAST_SCALE = torch.finfo(torch.float32).tiny * 2**24
+"""Scales below it are those of nothing but zeros: their reciprocals would leave float32."""
+
 
 @torch.library.custom_op("qsweep::dequantize_groups", mutates_args=())
 def dequantize_groups(integers: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -35,7 +38,7 @@ def dynamic_fake_quantize(values: Tensor, low: int, high: int, symmetric: bool) 
     smallest, largest = values.detach().aminmax()
     smallest, largest = smallest.clamp(max=0.0), largest.clamp(min=0.0)
     scale = torch.maximum(-smallest, largest) / high if symmetric else (largest - smallest) / (high - low)
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny * 2**24, torch.ones_like(scale), scale)
+    scale = torch.where(scale < LEAST_SCALE, torch.ones_like(scale), scale)
     fitted = (low - (smallest / scale).round()).clamp(low, high)
     zero_point = torch.zeros_like(fitted) if symmetric else fitted
     return torch.fake_quantize_per_tensor_affine(values, scale, zero_point.to(torch.int32), low, high)

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from qsweep.hub.form import Grid
+from qsweep.hub.ops import LEAST_SCALE
 from qsweep.quantize.base import Scheme
-
-_LEAST = torch.finfo(torch.float32).tiny * 2**24
-"""Scales below it are those of nothing but zeros: their reciprocals would leave float32."""
 
 
 def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonnegative: bool) -> Grid:
@@ -28,7 +26,7 @@ def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonne
         high = max(-low, high)
         low = -high * (top + 1) / top
     scale = torch.tensor((high - low) / (top - bottom), dtype=torch.float32)
-    scale = torch.where(scale < _LEAST, torch.ones(()), scale)
+    scale = torch.where(scale < LEAST_SCALE, torch.ones(()), scale)
     centred = scheme == "symmetric" and not nonnegative
     zero_point = 0 if centred else bottom - round(low / scale.item())
     return Grid(scale.item(), max(bottom, min(top, zero_point)), bottom, top)
@@ -100,7 +98,7 @@ def _fitted(parts: Tensor, bits: int, scheme: Scheme, share: float) -> WeightLev
         low, ends = -top - 1, (parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0))
         scale = share * (ends[1] - ends[0]) / (top - low)
     largest = scale.max()
-    floor = torch.where(largest > _LEAST, largest * 2.0**-12, torch.full_like(largest, 2.0**-7))
+    floor = torch.where(largest > LEAST_SCALE, largest * 2.0**-12, torch.full_like(largest, 2.0**-7))
     scale = torch.maximum(scale, floor)
     zero_point = torch.zeros_like(scale)
     if scheme == "asymmetric":

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qsweep.hub.form import Grid
 from qsweep.hub.insert import Place
+from qsweep.hub.ops import LEAST_SCALE
 from qsweep.quantize._fake import (
     FakeActivation,
     learned_clip,
@@ -91,7 +92,7 @@ class EndsOfRange(FakeActivation):
         lowest, highest = self.ends()
         steps = self.high - self.low
         scale = (highest - lowest) / steps
-        scale = torch.where(scale < torch.finfo(torch.float32).tiny * 2**24, torch.ones_like(scale), scale)
+        scale = torch.where(scale < LEAST_SCALE, torch.ones_like(scale), scale)
         return scale, 0.0 if self.place.nonnegative else (lowest / scale).round().clamp(-steps, 0), steps
 
     def grid(self) -> Grid:

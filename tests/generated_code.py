@@ -68,6 +68,7 @@ def facts(kernel: Any) -> dict[str, Any]:
     return {
         "matrix": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S+", text))),
         "copies": Counter(re.findall(r"cp\.async\.c\w\.shared\.global[^;]*?\], (0x\w+)", text)),
+        "padding": sorted(set(re.findall(r"mov\.\w+ %\w+, (0x[0-9a-f]+);", text))),
         "flushes_denormals": ".ftz" in text,
         "shared": kernel.metadata.shared,
         "operations": Counter(operations),

@@ -87,6 +87,12 @@ def test_inputs_come_in_asynchronous_copies_of_16_bytes(kernels: list[dict[str, 
     assert set(image["copies"]) == {"0x4"}
 
 
+def test_masked_loads_are_filled_with_nothing_but_zeros(kernels: list[dict[str, Any]]) -> None:
+    """Of a narrow constant below 0 Triton fills every element of a word but the first with -1."""
+    assert any(kernel["padding"] for kernel in kernels)
+    assert all(set(kernel["padding"]) <= {"0x0"} for kernel in kernels)
+
+
 def test_denormals_are_not_flushed(kernels: list[dict[str, Any]]) -> None:
     assert not any(kernel["flushes_denormals"] for kernel in kernels)
 

@@ -6,22 +6,24 @@ import triton.language as tl
 from qsweep.cuda._finish import place, write
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lowest"])
 def max_windows(
-    x_ptr, y_ptr, M, H, W, C, x_n, x_h, x_w, y_n, y_h, y_w,
+    x_ptr, y_ptr, lowest, M, H, W, C, x_n, x_h, x_w, y_n, y_h, y_w,
     OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    """`lowest` is -128, and no constant: of `other=-128` Triton 3.6 and 3.7 make words of 80 ff ff ff."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     n, oh, ow = place(row, OH, OW)
+    lowest = lowest.to(tl.int8)
     largest = tl.full((BM, BC), -128, dtype=tl.int8)
     for kh in tl.static_range(KH):
         for kw in tl.static_range(KW):
             ih, iw = oh * SH - PH + kh * DH, ow * SW - PW + kw * DW
             inside = (row < M) & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
             places = (n * x_n + ih * x_h + iw * x_w)[:, None] + channel[None, :]
-            x = tl.load(x_ptr + places, mask=inside[:, None] & (channel < C)[None, :], other=-128)
+            x = tl.load(x_ptr + places, mask=inside[:, None] & (channel < C)[None, :], other=lowest)
             largest = tl.maximum(largest, x)
     places = (n * y_n + oh * y_h + ow * y_w)[:, None] + channel[None, :]
     tl.store(y_ptr + places, largest, mask=(row < M)[:, None] & (channel < C)[None, :])

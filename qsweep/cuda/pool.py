@@ -29,7 +29,7 @@ def max_pool2d(
     """
     blocks, arguments = _layout(x, out)
     windows = _windows(kernel, stride, padding)
-    max_windows[blocks](x, out, **arguments, **windows, DH=dilation[0], DW=dilation[1], **EXACT)
+    max_windows[blocks](x, out, -128, **arguments, **windows, DH=dilation[0], DW=dilation[1], **EXACT)
     return out
 
 

@@ -23,8 +23,10 @@ MOST = 4
 """Block shapes that are tried for a layer."""
 _LAUNCHES, _REPLAYS = 10, 5
 """Launches captured together, so that their cost on the CPU is not measured, and how often they are replayed."""
-_SHAPES = ((128, 128, 128, 8, 3), (128, 64, 128, 4, 4), (64, 64, 128, 4, 4), (128, 256, 64, 8, 3))
-"""Rows, columns, depth, warps, stages: what large, narrow and small layers have been seen to want."""
+_SHAPES = ((128, 128, 128, 4, 3), (128, 64, 128, 4, 4), (128, 128, 64, 4, 3), (64, 64, 128, 4, 4))
+"""Rows, columns, depth, warps, stages: of 13 shapes tried on all layers of a ResNet-50 at batch 128 (H100), the four
+that together come within 1 % of the best for each. 4 warps mean two blocks a multiprocessor: while one waits for its
+products, which Triton's integer products do at every step, the other computes."""
 
 
 def cache_folder() -> Path:
@@ -108,10 +110,11 @@ def _compiled(trials: Iterable[tuple[Product, Tile]], device: torch.device) -> s
 
     Returns those that the GPU can run: some ask for more shared memory than it has.
     """
+    index = torch.cuda.current_device() if device.index is None else device.index  # of this thread, not of others
 
     def launch(trial: tuple[Product, Tile]) -> tuple[str, Tile] | None:
         product, tile = trial
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(index)
         try:
             product.launch(tile=tile)
         except triton.runtime.errors.OutOfResources:

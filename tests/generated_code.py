@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from qsweep.cuda import conv, depthwise, fake_quantize, linear, norm, pointwise, pool
 from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile
+from qsweep.cuda.layers import lines
 
 DISASSEMBLER = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
 
@@ -98,6 +99,12 @@ def convolution(
     return call
 
 
+def stem() -> object:
+    x, weight = lines(i8(4, 230, 230, 4), i8(64, 3, 7, 7), 2, 112)
+    packed = conv.pack_weight(weight, 1, x.shape[3])
+    return conv.conv2d(x, packed, numbers(64), i8(4, 112, 112, 64), stride=(2, 1), tile=Tile(128, 64, 64))
+
+
 def static(tile: Tile, depth: int = 256, columns: int = 256) -> object:
     weight = linear.pack_weight(i8(columns, depth))
     return linear.linear(i8(512, depth), weight, numbers(columns), i8(512, columns), tile=tile)
@@ -130,6 +137,11 @@ def separable(kernel: int) -> Callable[[], object]:
 def quantize() -> object:
     x, invalid = torch.zeros(2, 3, 32, 32).permute(0, 2, 3, 1), torch.zeros(1, dtype=torch.int32)
     return pointwise.quantize(x, 0.1, Output(1), i8(2, 32, 32, 4)[..., :3], invalid=invalid)
+
+
+def quantize_images() -> object:
+    x, buffer, invalid = torch.zeros(2, 3, 32, 32), i8(2, 38, 38, 4), torch.zeros(1, dtype=torch.int32)
+    return pointwise.quantize_images(x, 0.1, Output(1), buffer[:, 3:35, 3:35], invalid=invalid)
 
 
 def add() -> object:
@@ -169,7 +181,7 @@ CASES: dict[str, Callable[[], object]] = {
     "conv": convolution(128, 128, Tile(128, 128, 64, 8)),
     "conv-residual": convolution(128, 128, Tile(128, 128, 128, 8), residual=True),
     "conv-narrow": convolution(16, 16, Tile(128, 16, 64)),
-    "conv-image": convolution(4, 64, Tile(128, 64, 64), kernel=7),
+    "conv-image": stem,
     "conv-split": convolution(64, 64, Tile(64, 64, 64, split=4), residual=True),
     "linear": lambda: static(Tile(128, 256, 128, 8)),
     "linear-dynamic": dynamic,
@@ -177,6 +189,7 @@ CASES: dict[str, Callable[[], object]] = {
     "linear-w4-float": four_bits_float,
     "depthwise": separable(5),
     "quantize": quantize,
+    "quantize-images": quantize_images,
     "add": add,
     "average": average,
     "largest": largest,

@@ -417,6 +417,27 @@ def test_floats_are_quantized_as_the_contract_says(grid: Output, device: str) ->
 
 
 @OVERFLOWS
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_images_of_few_channels_are_quantized_a_pixel_at_a_time(grid: Output, channels: int, device: str) -> None:
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(2, channels, 9, 70, generator=g) * 5
+    x[0, 0, 0, :4] = torch.tensor([math.inf, -math.inf, 3e38, -0.0])
+    x[1, 0, 2, 3] = math.nan
+    buffer = torch.full((2, 11, 73, 4), UNTOUCHED, dtype=torch.int8, device=device)
+    out, invalid = buffer[:, 1:-1, 2:-1], torch.zeros(1, dtype=torch.int32, device=device)
+    pointwise.quantize_images(x.to(device), 0.05, grid, out, invalid=invalid)
+    found = out.cpu().permute(0, 3, 1, 2)
+    assert found[1, 0, 2, 3] == grid.low
+    x[1, 0, 2, 3] = -math.inf
+    assert torch.equal(found[:, :channels].double(), onto(x, 0.05, *grid).q)
+    assert (found[:, channels:] == 0).all()
+    assert invalid.item() == 1
+    out.fill_(UNTOUCHED)
+    assert (buffer == UNTOUCHED).all()
+
+
+@OVERFLOWS
 @pytest.mark.parametrize("scale", [2.0**-126, 2.0**-127 * 1.01, 1e-30, 1e30, 3e38])
 def test_extreme_scales_quantize_as_the_contract_says(scale: float, device: str) -> None:
     x = torch.cat([torch.linspace(-300, 300, 97) * f32(scale), torch.tensor([0.0, 1e-45, 3e38, -3e38, 1.0])])

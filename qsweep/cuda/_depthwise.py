@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qsweep.cuda._finish import NOT_SPECIALIZED, finish, place
+from qsweep.cuda._finish import NOT_SPECIALIZED, finish, place, residual_of
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -31,8 +31,8 @@ def convolve_depthwise(
                 acc += tl.load(inputs, mask=(channel < CP)[None, :], other=0).to(tl.int32) * filters
     mask = (row < M)[:, None] & (channel < C)[None, :]
     y_places = (n * y_n + oh * y_h + ow * y_w)[:, None] + channel[None, :]
-    r_places = (n * r_n + oh * r_h + ow * r_w)[:, None] + channel[None, :]
+    r = residual_of(r_ptr, (n * r_n + oh * r_h + ow * r_w)[:, None] + channel[None, :], mask, RESIDUAL)
     finish(
         acc, channel, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
-        r_ptr, r_places, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, channel < C, RESIDUAL,
+        r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, channel < C, RESIDUAL,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qsweep.cuda._finish import write
+from qsweep.cuda._finish import between, nearest, place, write
 
 PLAIN = ["y_zero", "x_zero", "left_zero", "right_zero"]
 """Arguments that are not specialized, see `NOT_SPECIALIZED`."""
@@ -34,6 +34,27 @@ def quantize_elements(
         bad = tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0)
         tl.atomic_or(invalid_ptr, 1, mask=bad > 0)
     write(y_ptr, places_of(row, column, B, C, y_a, y_b, y_c, y_d), v, y_zero, low, high, mask)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def quantize_pixels(
+    x_ptr, words_ptr, invalid_ptr, inverse, y_zero, low, high, M, x_n, x_c, x_h, x_w, y_n, y_h, y_w,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, FLAG: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Up to four channels of a pixel as one word, the first in its lowest byte; the bytes of no channel are 0."""
+    pixel = tl.program_id(0) * BM + tl.arange(0, BM)
+    mask = pixel < M
+    n, h, w = place(pixel, H, W)
+    word = tl.zeros((BM,), dtype=tl.int32)
+    bad = tl.zeros((BM,), dtype=tl.int32)
+    for c in tl.static_range(C):
+        x = tl.load(x_ptr + n * x_n + c * x_c + h * x_h + w * x_w, mask=mask, other=0).to(tl.float32)
+        bad = tl.where(x == x, bad, 1)
+        v = between(tl.where(x == x, x * inverse, low), low, high)
+        word = word | (((nearest(v) + y_zero) & 255) << (8 * c))
+    if FLAG:
+        tl.atomic_or(invalid_ptr, 1, mask=tl.max(bad, axis=0) > 0)
+    tl.store(words_ptr + n * y_n + h * y_h + w * y_w, word, mask=mask)
 
 
 @triton.jit(do_not_specialize=PLAIN)

@@ -39,9 +39,18 @@ def write(y_ptr, places, v, zero_point, low, high, mask):
 
 
 @triton.jit
+def residual_of(r_ptr, places, mask, RESIDUAL: tl.constexpr):
+    """What `finish` adds; load it before the sums, whose time then hides the memory's."""
+    r = 0
+    if RESIDUAL:
+        r = tl.load(r_ptr + places, mask=mask, other=0)
+    return r
+
+
+@triton.jit
 def finish(
     sums, channel, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
-    r_ptr, r_places, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column_mask,
+    r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column_mask,
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """From sums (rows, channels) to results; see `Requantize` and `Residual`."""
@@ -50,8 +59,7 @@ def finish(
     v = (sums + bias[None, :]).to(tl.float32) * multiplier[None, :]
     if RESIDUAL:
         v = nearest(between(v, own_low, own_high)).to(tl.float32) * own_multiplier
-        r = tl.load(r_ptr + r_places, mask=mask, other=0).to(tl.int32)
-        v = v + (r - r_zero).to(tl.float32) * r_multiplier
+        v = v + (r.to(tl.int32) - r_zero).to(tl.float32) * r_multiplier
     write(y_ptr, y_places, v, y_zero, low, high, mask)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qsweep.cuda._finish import NOT_SPECIALIZED, finish, place
+from qsweep.cuda._finish import NOT_SPECIALIZED, finish, place, residual_of
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def convolve(
     """M = N * OH * OW rows times OCG columns of a group. A linear is OH = OW = KH = KW = 1.
 
     Strides of x count UNITs, so that the compiler knows what divides its addresses: 16-byte loads need 16, and images
-    of 4 channels get loads of 4 bytes instead of 1.
+    of 4 channels get loads of a pixel or two instead of single bytes.
     SPLIT > 1: y is int32 (SPLIT, M, OC), its parts' sums, for `finish_parts`.
     """
     COLUMN_BLOCKS: tl.constexpr = (OCG + BN - 1) // BN
@@ -77,20 +77,24 @@ def convolve(
     x_n, x_h, x_w = x_n * UNIT, x_h * UNIT, x_w * UNIT
     a = x_ptr + (group * CG + n * x_n + oh * SH * x_h + ow * SW * x_w)[:, None]
     b = w_ptr + ((group * OCG + tl.minimum(column, OCG - 1)) * (KH * KW * CG))[None, :]
-    acc = sums_of(a, b, x_h, x_w, part, K, CG, KH, KW, DH, DW, BM, BN, BK, SPLIT)
     mask = (row < M)[:, None]
     if OCG % BN != 0:
         mask = mask & (column < OCG)[None, :]
     channel = group * OCG + column
+    r_places = (n * r_n + oh * r_h + ow * r_w)[:, None] + channel[None, :]
+    SHORT: tl.constexpr = KH * KW == 1  # the sums of a 3 x 3 hide little of it, and want the registers
+    r = residual_of(r_ptr, r_places, mask, RESIDUAL and SHORT and SPLIT == 1)
+    acc = sums_of(a, b, x_h, x_w, part, K, CG, KH, KW, DH, DW, BM, BN, BK, SPLIT)
     if SPLIT > 1:
         OC = tl.num_programs(1) * OCG
         tl.store(y_ptr + (part * M + row)[:, None] * OC + channel[None, :], acc, mask=mask)
     else:
         y_places = (n * y_n + oh * y_h + ow * y_w)[:, None] + channel[None, :]
-        r_places = (n * r_n + oh * r_h + ow * r_w)[:, None] + channel[None, :]
+        if not SHORT:
+            r = residual_of(r_ptr, r_places, mask, RESIDUAL)
         finish(
             acc, channel, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
-            r_ptr, r_places, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < OCG, RESIDUAL,
+            r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < OCG, RESIDUAL,
         )  # fmt: skip
 
 
@@ -105,13 +109,13 @@ def finish_parts(
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     channel = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (row < M)[:, None] & (channel < OC)[None, :]
+    n, oh, ow = place(row, OH, OW)
+    y_places = (n * y_n + oh * y_h + ow * y_w)[:, None] + channel[None, :]
+    r = residual_of(r_ptr, (n * r_n + oh * r_h + ow * r_w)[:, None] + channel[None, :], mask, RESIDUAL)
     acc = tl.zeros((BM, BN), dtype=tl.int32)
     for part in tl.static_range(SPLIT):
         acc += tl.load(parts_ptr + (part * M + row)[:, None] * OC + channel[None, :], mask=mask, other=0)
-    n, oh, ow = place(row, OH, OW)
-    y_places = (n * y_n + oh * y_h + ow * y_w)[:, None] + channel[None, :]
-    r_places = (n * r_n + oh * r_h + ow * r_w)[:, None] + channel[None, :]
     finish(
         acc, channel, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
-        r_ptr, r_places, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, channel < OC, RESIDUAL,
+        r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, channel < OC, RESIDUAL,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qsweep.cuda._finish import NOT_SPECIALIZED, between, finish, nearest
+from qsweep.cuda._finish import NOT_SPECIALIZED, between, finish, nearest, residual_of
 from qsweep.cuda._product import block_of, sums_of
 
 
@@ -108,10 +108,11 @@ def multiply_w4(
     if SPLIT > 1:
         tl.store(y_ptr + (part * M + row)[:, None] * N + column[None, :], acc, mask=mask)
     else:
-        y_places, r_places = (row * y_n)[:, None] + column[None, :], (row * r_n)[:, None] + column[None, :]
+        y_places = (row * y_n)[:, None] + column[None, :]
+        r = residual_of(r_ptr, (row * r_n)[:, None] + column[None, :], mask, RESIDUAL)
         finish(
             acc, column, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
-            r_ptr, r_places, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < N, RESIDUAL,
+            r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < N, RESIDUAL,
         )  # fmt: skip
 
 

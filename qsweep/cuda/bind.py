@@ -16,7 +16,7 @@ from qsweep.cuda.layers import Product, product
 from qsweep.cuda.moves import copy, memory_order, move, windows
 from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import output_of, ratio, side, table
-from qsweep.cuda.place import Places, padding_of
+from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
 from qsweep.cuda.plan import ATTENTION, PRODUCTS, Plan
 from qsweep.cuda.steps import Add, Dequantize, Float, Layer, Map, Move, Norm, Operand, Pool, Quantize, Step
 from qsweep.hub.form import LINEARS, QUANTIZE, arguments, aten, constant, source
@@ -57,7 +57,7 @@ class Binding:
     def _bind(self, step: Step) -> None:
         match step:
             case Quantize():
-                self.launches.append(partial(self._quantize, step, self.places[step.out.node].logical))
+                self.launches.append(partial(self._quantize, step, self.places[step.out.node]))
             case Layer():
                 self.launches.append(self._layer(step))
             case Add():
@@ -78,8 +78,12 @@ class Binding:
             case Float():
                 self.launches.append(self._float(step.node))
 
-    def _quantize(self, step: Quantize, out: Tensor) -> None:
-        given, grid = self.floats[step.given], step.out.grid
+    def _quantize(self, step: Quantize, value: Value) -> None:
+        given, grid, out = self.floats[step.given], step.out.grid, value.logical
+        if self.places.narrow(step.out.node) and given.dim() == 4:
+            pixels = value.around(NO_HALO, IMAGE_CHANNELS)
+            pointwise.quantize_images(given, grid.scale, output_of(grid), pixels, invalid=self.invalid)
+            return
         given, out = _inner_last(given, out) if out.dim() <= 4 else (given.flatten(0, -4), out.flatten(0, -4))
         pointwise.quantize(given, grid.scale, output_of(grid), out, invalid=self.invalid)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from qsweep.cuda import conv, depthwise, linear
@@ -89,7 +90,10 @@ def _convolution(
     channels = up(given.pixels.shape[3])
     if kernel is conv and groups == 1 and given.pixels.shape[3] <= IMAGE_CHANNELS and given.pixels.stride(2) == 4:
         channels = IMAGE_CHANNELS
-    x, pixels = given.around(padding_of(node), channels), channels_last(out)
+    x, pixels, window = given.around(padding_of(node), channels), channels_last(out), tuple(integers.shape[2:])
+    if channels == IMAGE_CHANNELS and window[1] > 1 and dilation[-1] == 1:
+        x, integers = lines(x, integers, stride[-1], pixels.shape[2])
+        channels, stride = x.shape[3], [stride[0], 1]
     launch = partial(
         kernel.conv2d,
         x,
@@ -101,11 +105,26 @@ def _convolution(
         groups=groups,
         residual=None if other is None else residual(layer, channels_last(other)),
     )
-    window = "x".join(map(str, integers.shape[2:]))
     sizes = f"{'x'.join(map(str, x.shape))} to {'x'.join(map(str, pixels.shape))}"
-    kind = f"{kernel.__name__.rpartition('.')[2]} {sizes} k{window} s{_pair(stride)} d{_pair(dilation)} g{groups}"
+    numbers = f"k{'x'.join(map(str, window))} s{_pair(stride)} d{_pair(dilation)} g{groups}"
+    kind = f"{kernel.__name__.rpartition('.')[2]} {sizes} {numbers}"
     depth = integers[0].numel() // integers.shape[1] * (channels // groups or 1)
     return Product("", kind + _ending(layer), pixels.shape[:3].numel(), len(integers), depth, launch)
+
+
+def lines(x: Tensor, weight: Tensor, stride: int, width: int) -> tuple[Tensor, Tensor]:
+    """A convolution of images as one whose windows are one pixel wide: a line of a window lies together in memory.
+
+    `x`: int8 (N, H, W, 4), contiguous along a line, with its halo; `weight`: int8 (OC, C, KH, KW), C <= 4; `stride`: of
+    the columns. Returns x as (N, H, `width`, CP), pixels that overlap, and the weights as (OC, CP, KH, 1), CP = 4 * KW
+    rounded up to 16. Loads are then as wide as 4 * `stride` bytes, and what is past a line's end meets weights of 0.
+    """
+    batch, down, across, _ = x.stride()
+    count, channels, height, columns = weight.shape
+    apart = torch.nn.functional.pad(weight.permute(0, 2, 3, 1), (0, across - channels)).reshape(count, height, -1)
+    taps = torch.nn.functional.pad(apart, (0, up(apart.shape[2]) - apart.shape[2])).permute(0, 2, 1).unsqueeze(3)
+    size = (len(x), x.shape[1], width, taps.shape[1])
+    return x.as_strided(size, (batch, down, across * stride, 1), x.storage_offset()), taps
 
 
 def _pair(sizes: list[int]) -> tuple[int, int]:

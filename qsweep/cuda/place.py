@@ -57,7 +57,7 @@ class Places:
         """A new buffer for `node`."""
         shape, zero_point = self.plan.shapes[node], self.operands[node].grid.zero_point
         halo = self.halos.get(node, NO_HALO) if image else NO_HALO
-        channels = IMAGE_CHANNELS if image and self._narrow(node) else 0
+        channels = IMAGE_CHANNELS if image and self.narrow(node) else 0
         return allocate(shape, zero_point, self.device, halo=halo, channels=channels, image=image)
 
     def _is_image(self, node: fx.Node) -> bool:
@@ -68,7 +68,8 @@ class Places:
         layers += [step for step in self.readers[node] if isinstance(step, Layer)]
         return any(layer.node.target in CONVOLUTIONS for layer in layers)
 
-    def _narrow(self, node: fx.Node) -> bool:
+    def narrow(self, node: fx.Node) -> bool:
+        """Whether it is an image whose pixels take 4 bytes, no part of any other value."""
         dense = [isinstance(step, Layer) and is_dense(step) for step in self.readers[node]]
         return self.plan.shapes[node][1] <= IMAGE_CHANNELS and node not in self.homes and bool(dense) and all(dense)
 

@@ -14,10 +14,19 @@ import torch
 import triton
 from torch import Tensor
 
-from qsweep.cuda._elements import add_elements, look_up_elements, quantize_elements, rescale_elements
+from qsweep.cuda._elements import (
+    add_elements,
+    look_up_elements,
+    quantize_elements,
+    quantize_pixels,
+    rescale_elements,
+)
 from qsweep.cuda._launch import EXACT, check_offsets, grid_arguments, power_of_two
 from qsweep.cuda.arithmetic import Operand, Output
 from qsweep.errors import Refused
+
+_PIXELS = 1024
+"""Of a program: 8 of each of its threads, 16-byte loads of 16-bit and 32-bit images."""
 
 
 def quantize(x: Tensor, scale: float, output: Output, out: Tensor, *, invalid: Tensor | None = None) -> Tensor:
@@ -32,6 +41,35 @@ def quantize(x: Tensor, scale: float, output: Output, out: Tensor, *, invalid: T
     grid = grid_arguments(output)
     quantize_elements[blocks](
         x, out, invalid if flag else out, inverse_of(scale), **grid, **arguments, FLAG=flag, **EXACT
+    )
+    return out
+
+
+def quantize_images(x: Tensor, scale: float, output: Output, out: Tensor, *, invalid: Tensor | None = None) -> Tensor:
+    """As `quantize`, of images with few channels, which are written a pixel at a time.
+
+    `x`: float (N, C, H, W), C <= 4, any strides. `out`: int8 (N, H, W, 4), channel stride 1, the others multiples of 4;
+    of channels past C the integer 0 is written.
+    """
+    assert out.dtype == torch.int8 and x.shape[1] <= out.shape[3] == 4
+    assert (len(x), *x.shape[2:]) == out.shape[:3]
+    check_offsets(x, out)
+    count, words, flag = out.shape[:3].numel(), out.view(torch.int32), invalid is not None
+    quantize_pixels[(triton.cdiv(count, _PIXELS),)](
+        x,
+        words,
+        invalid if flag else words,
+        inverse_of(scale),
+        **grid_arguments(output),
+        M=count,
+        **dict(zip(("x_n", "x_c", "x_h", "x_w"), x.stride(), strict=True)),
+        **dict(zip(("y_n", "y_h", "y_w"), words.stride(), strict=False)),
+        C=x.shape[1],
+        H=x.shape[2],
+        W=x.shape[3],
+        FLAG=flag,
+        BM=_PIXELS,
+        **EXACT,
     )
     return out
 

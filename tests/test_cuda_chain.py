@@ -16,11 +16,12 @@ from chain_networks import Bottlenecks, Joined, Transformer, Windows, made
 from networks import NETWORKS, Noise, context, digits, network
 from torch import Tensor, nn
 
+from qsweep.cuda import pointwise
 from qsweep.cuda.arithmetic import Tile
 from qsweep.cuda.chain import Chain
 from qsweep.cuda.layers import Product
 from qsweep.cuda.numbers import check_scales
-from qsweep.cuda.plan import plan
+from qsweep.cuda.plan import ATTENTION, plan
 from qsweep.cuda.steps import Float, Layer, Map, Move, Norm
 from qsweep.cuda.tune import MOST, Tiles, candidates
 from qsweep.errors import Refused
@@ -134,6 +135,18 @@ def test_attention_in_half_precision_is_close_and_its_results_are_float32(
     found = [Chain(model, BATCH, device, {}, products=each)(inputs) for each in (dtype, torch.float32)]
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(*found, atol=0.05, rtol=0)
+
+
+def test_attention_reads_what_a_layer_wrote_and_nothing_around_it_is_copied(root: Path, device: str) -> None:
+    model = own(Transformer, root)
+    chain = Chain(model, BATCH, device, {}, products=torch.float16)
+    chain(samples(model).to(device))
+    (attention,) = [node for node in chain.plan.graph.graph.nodes if node.target is ATTENTION]
+    binding = chain._binding
+    assert {binding.floats[given].dtype for given in attention.all_input_nodes} == {torch.float16}
+    launched = [getattr(launch, "func", None) for launch in binding.launches]
+    assert pointwise.copy not in launched
+    assert not any("copied" in getattr(launch, "__qualname__", "") for launch in binding.launches)
 
 
 @pytest.mark.parametrize("sides", [0, 1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +34,7 @@ class Binding:
     plan: Plan
     device: torch.device
     attention: torch.dtype = torch.float32
-    """Of what products of two activations read."""
+    """Of what products of two activations read; layers that give nothing else write it themselves."""
     places: Places = field(init=False)
     launches: list[Launch] = field(default_factory=list)
     floats: dict[fx.Node, Any] = field(default_factory=dict)
@@ -159,11 +160,11 @@ class Binding:
     def _real(self, node: fx.Node) -> Tensor:
         """A buffer for the float value of `node`, images with their channels last."""
         shape = self.plan.shapes[node]
-        room = torch.empty(shape, device=self.device)
+        room = torch.empty(shape, device=self.device, dtype=self.attention if _for_products(node) else torch.float32)
         if len(shape) == 4:
             room = room.contiguous(memory_format=torch.channels_last)
         elif len(shape) == 3:
-            room = torch.empty(shape[0], shape[2], shape[1], device=self.device).transpose(1, 2)
+            room = room.view(shape[0], shape[2], shape[1]).transpose(1, 2)
         self.floats[node] = room
         return room
 
@@ -216,6 +217,31 @@ class Binding:
         value = real_weight(self.plan.graph, node) if node.target in STORED else constant(self.plan.graph, node)
         assert value is not None
         self.floats[node] = value.detach().to(self.device)
+
+
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.unbind.int,
+    operator.getitem,
+}
+"""What leaves numbers as they are."""
+
+
+def _for_products(node: fx.Node) -> bool:
+    """Whether `node` is read by products of two activations alone, seen through views."""
+    ends = [user for user in node.users if user.target in PRODUCTS or user.target is ATTENTION]
+    views = [user for user in node.users if user.target in _VIEWS]
+    return bool(node.users) and len(ends) + len(views) == len(node.users) and all(map(_for_products, views))
 
 
 def _inner_last(first: Tensor, *others: Tensor) -> list[Tensor]:

@@ -120,7 +120,7 @@ def lines(x: Tensor, weight: Tensor, stride: int, width: int) -> tuple[Tensor, T
     rounded up to 16. Loads are then as wide as 4 * `stride` bytes, and what is past a line's end meets weights of 0.
     """
     batch, down, across, _ = x.stride()
-    count, channels, height, columns = weight.shape
+    count, channels, height, _ = weight.shape
     apart = torch.nn.functional.pad(weight.permute(0, 2, 3, 1), (0, across - channels)).reshape(count, height, -1)
     taps = torch.nn.functional.pad(apart, (0, up(apart.shape[2]) - apart.shape[2])).permute(0, 2, 1).unsqueeze(3)
     size = (len(x), x.shape[1], width, taps.shape[1])

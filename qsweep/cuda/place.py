@@ -9,7 +9,7 @@ from torch import fx
 
 from qsweep.cuda.buffers import NO_HALO, Halo, Value, allocate
 from qsweep.cuda.plan import Plan
-from qsweep.cuda.steps import Layer, Move, Operand, Step, reads, writes
+from qsweep.cuda.steps import Layer, Move, Operand, Quantize, Step, reads, writes
 from qsweep.hub.form import CONVOLUTIONS, arguments, aten
 
 IMAGE_CHANNELS = 4
@@ -51,7 +51,28 @@ class Places:
         if node in self.homes:
             whole, start = self.homes[node]
             return self[whole].part(start, self.plan.shapes[node][1])
+        order = self._transposed(node)
+        if order is not None:  # so that what the transposition gives lies there in order
+            moved = torch.Size([self.plan.shapes[node][dim] for dim in order])
+            room = allocate(moved, 0, self.device, channels=moved[-1], image=False)
+            return Value(room.logical.permute([order.index(dim) for dim in range(len(order))]))
         return self.fresh(node, image=node in self.images)
+
+    def _transposed(self, node: fx.Node) -> list[int] | None:
+        """The order of dimensions that the only reader of `node` brings about; None where `node` is more than a step
+        between floats and a transposition, as the heads of an attention are."""
+        written = any(isinstance(step, Quantize) and step.out.node is node for step in self.plan.steps)
+        reader = self.readers[node][0] if len(self.readers[node]) == 1 else None
+        if not written or not isinstance(reader, Move):
+            return None
+        given, order = arguments(reader.node), list(range(len(self.plan.shapes[node])))
+        if reader.node.target is aten.permute.default:
+            return [dim % len(order) for dim in given["dims"]]
+        if reader.node.target is aten.transpose.int:
+            one, other = given["dim0"], given["dim1"]
+            order[one], order[other] = order[other], order[one]
+            return order
+        return None
 
     def fresh(self, node: fx.Node, *, image: bool) -> Value:
         """A new buffer for `node`."""
@@ -62,6 +83,8 @@ class Places:
 
     def _is_image(self, node: fx.Node) -> bool:
         """Images have their channels last; sequences do where convolutions give or read them."""
+        if self._transposed(node) is not None:
+            return False
         if len(self.plan.shapes[node]) != 3:
             return len(self.plan.shapes[node]) == 4
         layers = [step for step in self.plan.steps if isinstance(step, Layer) and step.out is node]

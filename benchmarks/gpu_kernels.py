@@ -59,10 +59,8 @@ class Convolutions:
 
     def equality(self, rows: Rows) -> None:
         equal, wrong = 0, []
-        if self.bench.gpu:
-            tune([product for binding in self._bound(2) for product in binding.products], self.bench.device)
         for shape, model in zip(self.shapes, self.models, strict=True):
-            found, *_ = differences(Chain(model, 2, self.bench.device), model, self.bench.device)
+            found, *_ = differences(Chain(model, 2, self.bench.device, {}), model, self.bench.device)
             equal += not found
             wrong += [f"{shape.name}: {text}" for text in found]
         rows.add(
@@ -73,7 +71,7 @@ class Convolutions:
 
     def linear_equality(self, rows: Rows) -> None:
         model = linears(self.bench)
-        wrong, count, *_ = differences(Chain(model, 2, self.bench.device), model, self.bench.device)
+        wrong, count, *_ = differences(Chain(model, 2, self.bench.device, {}), model, self.bench.device)
         rows.add(asked.EQUAL_LINEARS, "; ".join(wrong) or f"{count} of {count} int8 tensors and the output", not wrong)
 
     def speed(self, rows: Rows, roofs: Roofs, batch: int) -> None:

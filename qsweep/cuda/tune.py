@@ -63,7 +63,8 @@ def _read(path: Path) -> dict[str, Tile]:
 def candidates(product: Product, multiprocessors: int) -> list[Tile]:
     """At most four block shapes for `product`, no larger than it, first those for large layers.
 
-    Where the smallest leaves most multiprocessors idle, its sums are also cut into parts that run side by side.
+    Where the smallest or the largest leave multiprocessors idle, their sums are also cut into parts that run side by
+    side.
     """
     found: list[Tile] = []
     for rows, columns, depth, warps, stages in _SHAPES:
@@ -72,12 +73,17 @@ def candidates(product: Product, multiprocessors: int) -> list[Tile]:
         tile = Tile(down, across, _block(product.depth, 32, depth), fewer, stages)
         if tile not in found:
             found.append(tile)
-    small = min(found, key=lambda tile: tile.rows * tile.columns)
-    blocks = triton.cdiv(product.rows, small.rows) * triton.cdiv(product.columns, small.columns)
-    parts = min(8, multiprocessors // blocks, product.depth // (2 * small.depth))
-    if parts >= 2:
-        found = [replace(small, split=parts), *found[: MOST - 1]]
-    return found[:MOST]
+    ends = [min(found, key=lambda tile: tile.rows * tile.columns), found[0]]
+    parts = [replace(tile, split=_parts(product, tile, multiprocessors)) for tile in dict.fromkeys(ends)]
+    return [*(tile for tile in parts if tile.split > 1), *found][:MOST]
+
+
+def _parts(product: Product, tile: Tile, multiprocessors: int) -> int:
+    """So many that two blocks come to a multiprocessor, with at least two steps each; 1 where all are busy anyway."""
+    blocks: int = triton.cdiv(product.rows, tile.rows) * triton.cdiv(product.columns, tile.columns)
+    if blocks > multiprocessors:
+        return 1
+    return max(1, min(8, 2 * multiprocessors // blocks, product.depth // (2 * tile.depth)))
 
 
 def _block(size: int, least: int, most: int) -> int:

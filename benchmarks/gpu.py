@@ -53,6 +53,7 @@ PARTS = (
     "networks",
     "linears",
     "energy",
+    "tuned",
     "compiled",
     "sweeps",
     "autotune",

@@ -60,9 +60,9 @@ class Convolutions:
     def equality(self, rows: Rows) -> None:
         equal, wrong = 0, []
         for shape, model in zip(self.shapes, self.models, strict=True):
-            found, *_ = differences(Chain(model, 2, self.bench.device, {}), model, self.bench.device)
-            equal += not found
-            wrong += [f"{shape.name}: {text}" for text in found]
+            found = differences(Chain(model, 2, self.bench.device, {}), model, self.bench.device)
+            equal += not found.wrong
+            wrong += [f"{shape.name}: {text}" for text in found.wrong]
         rows.add(
             asked.EQUAL_CONVOLUTIONS,
             f"{equal} of {len(self.shapes)}" + "".join(f"; {text}" for text in wrong[:3]),
@@ -71,8 +71,8 @@ class Convolutions:
 
     def linear_equality(self, rows: Rows) -> None:
         model = linears(self.bench)
-        wrong, count, *_ = differences(Chain(model, 2, self.bench.device, {}), model, self.bench.device)
-        rows.add(asked.EQUAL_LINEARS, "; ".join(wrong) or f"{count} of {count} int8 tensors and the output", not wrong)
+        found = differences(Chain(model, 2, self.bench.device, {}), model, self.bench.device)
+        rows.add(asked.EQUAL_LINEARS, told(found), not found.wrong)
 
     def speed(self, rows: Rows, roofs: Roofs, batch: int) -> None:
         """All shapes at `batch`; block shapes of all are compiled side by side first."""
@@ -116,23 +116,44 @@ class Convolutions:
         return torch.equal(binding.floats[binding.plan.result].cpu(), expected.expand(batch, *expected.shape[1:]))
 
 
-def differences(chain: Chain, model: QuantizedModel, device: torch.device) -> tuple[list[str], int, float, Tensor]:
-    """Which int8 tensors of the chain differ from the reference's on the model's two examples, how many there are, and
-    the share of their elements that differ, and the reference's output."""
+def told(found: Differences) -> str:
+    return "; ".join(found.wrong[:3]) or f"{found.tensors} of {found.tensors} int8 tensors and the output"
+
+
+@dataclass
+class Differences:
+    """The int8 tensors of a chain beside the reference's, on the model's two examples."""
+
+    wrong: list[str]
+    """Which differ, one line each."""
+    tensors: int
+    first: float
+    """Share of elements that differ in the first tensor behind a float op that is not exact; 0 where there is none."""
+    all: float
+    """The same of all tensors."""
+    far: float
+    """Share of all elements that are more than one level apart."""
+    expected: Tensor
+    """The reference's output."""
+
+
+def differences(chain: Chain, model: QuantizedModel, device: torch.device) -> Differences:
     reference = IntegerInterpreter(model.graph)
     reference.keep = True
     expected = reference(model.example)
     given = chain(model.example.to(device)).cpu()
-    integers = {name: (found.cpu(), reference.tensors[name]) for name, found in chain.integers().items()}
-    differ = {name: int((found != other).sum()) for name, (found, other) in integers.items()}
-    wrong = [
-        f"{name} differs in {count} of {len(integers[name][0].flatten())}" for name, count in differ.items() if count
-    ]
+    apart = {
+        name: (found.cpu().int() - reference.tensors[name].int()).abs() for name, found in chain.integers().items()
+    }
+    shares = {name: (levels > 0).float().mean().item() for name, levels in apart.items()}
+    wrong = [f"{name} differs in {share:.2%} of its elements" for name, share in shares.items() if share]
     exact = chain.integer_share == 1.0  # floating point on a GPU and on a CPU parts in the last bits
     if exact and not torch.equal(given, expected):
         wrong.append("the output differs")
-    total = sum(found.numel() for found, _ in integers.values())
-    return wrong, len(integers), sum(differ.values()) / max(1, total), expected
+    levels = torch.cat([found.flatten() for found in apart.values()])
+    first = next(filter(None, shares.values()), 0.0)
+    far, all_ = ((levels > least).float().mean().item() for least in (1, 0))
+    return Differences(wrong, len(apart), first, all_, far, expected)
 
 
 def baselines(shape: Shape, batch: int, bench: Bench) -> dict[str, Call]:

@@ -83,15 +83,19 @@ class Session:
 
     def main(self) -> None:
         self.networks_.quick(*asked.MAIN)
-        for way in ("compiled", "max-autotune"):
-            self.networks_.compiled(*asked.MAIN, way)
+        self.networks_.compiled(*asked.MAIN, "compiled")
+
+    def tuned(self) -> None:
+        self.networks_.compiled(*asked.MAIN, "max-autotune")
 
     def convolutions(self) -> None:
         from gpu_kernels import summary
 
-        for batch in asked.CONVOLUTION_BATCHES[: 1 if self.bench.tiny else None]:
-            self.convolutions_.speed(self.rows, self.roofs_, batch)
-        summary(self.rows)
+        try:
+            for batch in asked.CONVOLUTION_BATCHES[: 1 if self.bench.tiny else None]:
+                self.convolutions_.speed(self.rows, self.roofs_, batch)
+        finally:
+            summary(self.rows)
 
     def qat(self) -> None:
         from gpu_qat import steps

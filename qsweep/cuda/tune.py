@@ -20,13 +20,15 @@ from qsweep.cuda.capture import graph_of
 from qsweep.cuda.layers import Product
 
 MOST = 4
-"""Block shapes that are tried for a layer."""
+"""Block shapes that are tried for a layer, each also with its sums cut into parts where that may pay."""
 _LAUNCHES, _REPLAYS = 10, 5
 """Launches captured together, so that their cost on the CPU is not measured, and how often they are replayed."""
 _SHAPES = ((128, 128, 128, 4, 3), (128, 64, 128, 4, 4), (128, 128, 64, 4, 3), (64, 64, 128, 4, 4))
 """Rows, columns, depth, warps, stages: of 13 shapes tried on all layers of a ResNet-50 at batch 128 (H100), the four
 that together come within 1 % of the best for each. 4 warps mean two blocks a multiprocessor: while one waits for its
 products, which Triton's integer products do at every step, the other computes."""
+_FEW = ((128, 128, 128, 8, 4), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (64, 64, 128, 4, 4))
+"""For layers with fewer large blocks than there are multiprocessors: two groups of warps in a block take turns then."""
 
 
 def cache_folder() -> Path:
@@ -61,26 +63,26 @@ def _read(path: Path) -> dict[str, Tile]:
 
 
 def candidates(product: Product, multiprocessors: int) -> list[Tile]:
-    """At most four block shapes for `product`, no larger than it, first those for large layers.
-
-    Where the smallest or the largest leave multiprocessors idle, their sums are also cut into parts that run side by
-    side.
-    """
+    """At most four block shapes for `product`, no larger than it, and those of them that leave multiprocessors idle
+    also with sums that are cut into parts, which run side by side."""
     found: list[Tile] = []
-    for rows, columns, depth, warps, stages in _SHAPES:
+    for rows, columns, depth, warps, stages in _FEW if _blocks(product, 128, 128) <= multiprocessors else _SHAPES:
         down, across = _block(product.rows, 16, rows), _block(product.columns, 16, columns)
         fewer = min(warps, max(1, down * across // 1024))
         tile = Tile(down, across, _block(product.depth, 32, depth), fewer, stages)
         if tile not in found:
             found.append(tile)
-    ends = [min(found, key=lambda tile: tile.rows * tile.columns), found[0]]
-    parts = [replace(tile, split=_parts(product, tile, multiprocessors)) for tile in dict.fromkeys(ends)]
-    return [*(tile for tile in parts if tile.split > 1), *found][:MOST]
+    parts = [replace(tile, split=_parts(product, tile, multiprocessors)) for tile in found]
+    return [*found, *(tile for tile in parts if tile.split > 1)]
+
+
+def _blocks(product: Product, rows: int, columns: int) -> int:
+    return -(-product.rows // rows) * -(-product.columns // columns)
 
 
 def _parts(product: Product, tile: Tile, multiprocessors: int) -> int:
     """So many that two blocks come to a multiprocessor, with at least two steps each; 1 where all are busy anyway."""
-    blocks: int = triton.cdiv(product.rows, tile.rows) * triton.cdiv(product.columns, tile.columns)
+    blocks = _blocks(product, tile.rows, tile.columns)
     if blocks > multiprocessors:
         return 1
     return max(1, min(8, 2 * multiprocessors // blocks, product.depth // (2 * tile.depth)))

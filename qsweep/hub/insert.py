@@ -56,6 +56,8 @@ class Place:
     edge: bool
     """Whether one of them is the first or the last of the model."""
     nonnegative: bool = False
+    inputs: bool = False
+    """Whether it stands on what the model is given, which no gradient is wanted of."""
 
 
 def insert_observers(
@@ -86,7 +88,8 @@ def insert_observers(
     edges = {next(iter(layers), None), next(reversed(layers), None)}
     for group, nonnegative in zip(groups, signs, strict=True):
         users = [user for value in group for user in readers[value] if user in layers]
-        place = Place(tuple(layers[user] for user in users), not edges.isdisjoint(users), nonnegative)
+        inputs = all(map(_given, group))
+        place = Place(tuple(layers[user] for user in users), not edges.isdisjoint(users), nonnegative, inputs)
         summed = any(user.target in BINARY | POOLS for value in group for user in readers[value])
         name, wide = f"observe_{group[0].name}", place
         if users and summed and apart(place):
@@ -158,6 +161,10 @@ def _groups(graph: fx.GraphModule, wanted: set[fx.Node]) -> list[list[fx.Node]]:
     order = {node: place for place, node in enumerate(graph.graph.nodes)}
     groups = {id(values): sorted(values, key=order.__getitem__) for values in group.values()}
     return sorted(groups.values(), key=lambda values: order[values[0]])
+
+
+def _given(value: fx.Node) -> bool:
+    return value.op == "placeholder" or (_moves(value) and all(map(_given, value.all_input_nodes)))
 
 
 def _nonnegative(value: fx.Node) -> bool:

@@ -22,7 +22,11 @@ _SMALLEST = 2.0**-10
 
 
 class LearnedStep(FakeActivation):
-    """A learned step, and a learned offset where the tensor is asymmetric and can be negative (LSQ, LSQ+)."""
+    """A learned step, and a learned offset where the tensor is asymmetric and can be negative (LSQ, LSQ+).
+
+    That of the model's inputs stays as calibrated: its gradient would need that of the first layer's inputs, which
+    nothing else asks for (1.6 ms of the 15.6 of a step of a ResNet-18 on an H100).
+    """
 
     scale: Tensor
     offset: Tensor
@@ -30,12 +34,12 @@ class LearnedStep(FakeActivation):
 
     def __init__(self, config: Uniform, place: Place) -> None:
         super().__init__(config, place)
-        self.learns_offset = config.activation_scheme == "asymmetric" and not place.nonnegative
+        self.learns_offset = config.activation_scheme == "asymmetric" and not (place.nonnegative or place.inputs)
         self.zero_point = 0
 
     def begin(self, grid: Grid) -> None:
         self.low, self.high, self.zero_point = grid.low, grid.high, grid.zero_point
-        self.scale = nn.Parameter(torch.tensor(grid.scale))
+        self.scale = nn.Parameter(torch.tensor(grid.scale), requires_grad=not self.place.inputs)
         self.register_buffer("smallest", torch.tensor(grid.scale * _SMALLEST))
         if self.learns_offset:
             self.offset = nn.Parameter(torch.tensor((grid.low - grid.zero_point) * grid.scale))
@@ -107,9 +111,10 @@ class MovingRange(EndsOfRange):
 
     def rounded(self, values: Tensor) -> Tensor:
         if self.training:
-            low, high = values.detach().amin(), values.detach().amax()  # aminmax takes 10 times as long as both
-            self.lowest.lerp_(low.float().clamp(max=0.0), self.momentum)
-            self.highest.lerp_(high.float().clamp(min=0.0), self.momentum)
+            seen = values.detach()  # its aminmax takes 10 times as long as both
+            self.highest.lerp_(seen.amax().float().clamp(min=0.0), self.momentum)
+            if not self.place.nonnegative:
+                self.lowest.lerp_(seen.amin().float().clamp(max=0.0), self.momentum)
         return straight_through(values, *self.levels(), rectified=self.place.nonnegative)
 
 
@@ -122,7 +127,10 @@ class FixedClip(EndsOfRange):
 
 
 class LearnedClip(FixedClip):
-    """Learned ends (PACT): the upper one, and the lower one of asymmetric tensors that can be negative."""
+    """Learned ends (PACT): the upper one, and the lower one of asymmetric tensors that can be negative.
+
+    Those of the model's inputs stay as calibrated, as in `LearnedStep`.
+    """
 
     smallest: Tensor
 
@@ -132,10 +140,11 @@ class LearnedClip(FixedClip):
         self.learns_lowest = config.activation_scheme == "asymmetric" and not place.nonnegative
 
     def hold(self, lowest: Tensor, highest: Tensor) -> None:
-        self.highest = nn.Parameter(highest)
+        learns = not self.place.inputs
+        self.highest = nn.Parameter(highest, requires_grad=learns)
         self.register_buffer("smallest", highest * _SMALLEST)
         if self.learns_lowest:
-            self.lowest = nn.Parameter(lowest)
+            self.lowest = nn.Parameter(lowest, requires_grad=learns)
 
     def ends(self) -> tuple[Tensor, Tensor]:
         if self.learns_lowest or self.place.nonnegative:
@@ -143,8 +152,10 @@ class LearnedClip(FixedClip):
         steps = self.high - self.low
         return -self.highest * ((steps + 1) // 2) / (steps // 2), self.highest
 
-    def penalty(self) -> Tensor:
+    def penalty(self) -> Tensor | None:
         """What pulls the ends towards zero (section 3 of the paper)."""
+        if self.place.inputs:
+            return None
         squares = self.highest.square() + (self.lowest.square() if self.learns_lowest else 0)
         return self.decay / 2 * squares
 

@@ -1,7 +1,8 @@
 /* Fake quantization in one pass forward and one back: see _loops.py. Compiled for float values, or bf16 with -DBF16.
 
    Every step is rounded to the type of the values, as tensor ops would leave it: no fused multiply-adds. Sums are those
-   of blocks, each in 16 lanes, whatever the width of the machine's vectors: the same bits on any number of threads. */
+   of blocks, each in 16 lanes, whatever the width of the machine's vectors: the same bits on any number of threads.
+   Flags are constants in the loops: what one of them leaves out costs nothing. */
 
 #include <math.h>
 #include <stdint.h>
@@ -9,112 +10,154 @@
 
 #define BLOCK 2048
 #define LANES 16
+#define INLINE static inline __attribute__((always_inline))
 
 #ifdef BF16
 typedef uint16_t value;
-static inline float get(value x) {
+INLINE float get(value x) {
   uint32_t bits = (uint32_t)x << 16;
   float found;
   memcpy(&found, &bits, 4);
   return found;
 }
-static inline float narrow(float x) { /* to the nearest, half to even */
+INLINE uint32_t nearest(float x) { /* bits whose upper half is x, half to even; NaN stays NaN: its lower half is 0 here */
   uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits + 0x7FFF + ((bits >> 16) & 1);
+}
+INLINE float narrow(float x) {
+  uint32_t bits = nearest(x) & 0xFFFF0000;
   float found;
-  memcpy(&bits, &x, 4);
-  bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
   memcpy(&found, &bits, 4);
-  return x == x ? found : x;
+  return found;
 }
-static inline value put(float x) { /* what `narrow` has given */
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return (value)(bits >> 16);
-}
+INLINE value put(float x) { return (value)(nearest(x) >> 16); }
 #else
 typedef float value;
-static inline float get(value x) { return x; }
-static inline value put(float x) { return x; }
-static inline float narrow(float x) { return x; }
+INLINE float get(value x) { return x; }
+INLINE value put(float x) { return x; }
+INLINE float narrow(float x) { return x; }
 #endif
 
-static inline float between(float x, float low, float high) { /* NaN stays NaN */
+INLINE float between(float x, float low, float high) { /* NaN stays NaN */
   x = low > x ? low : x;
   return high < x ? high : x;
 }
 
-static inline float sum(const float *lanes) {
+INLINE float sum(const float *lanes) {
   float total = 0;
   for (int k = 0; k < LANES; k++) total += lanes[k];
   return total;
 }
 
-/* Calls lanes(gradient, values, passed) for LANES elements at a time from `start`; zeros stand behind the last ones. */
-#define FOR_LANES(start, count, lanes)                                     \
-  do {                                                                     \
-    int i = 0;                                                             \
-    for (; i + LANES <= (count); i += LANES)                               \
-      lanes((gradient + (start) + i), (values + (start) + i), (passed + (start) + i)); \
-    if (i < (count)) {                                                     \
-      value given[LANES] = {0}, of[LANES] = {0}, found[LANES];             \
-      memcpy(given, gradient + (start) + i, ((count) - i) * sizeof(value)); \
-      memcpy(of, values + (start) + i, ((count) - i) * sizeof(value));     \
-      lanes(given, of, found);                                             \
-      memcpy(passed + (start) + i, found, ((count) - i) * sizeof(value));  \
-    }                                                                      \
+/* `body` for each block: its number, where it starts, how many elements it has. */
+#define FOR_BLOCKS(body)                                                        \
+  _Pragma("omp parallel for num_threads(threads) schedule(static)")             \
+  for (int64_t block = 0; block < (count + BLOCK - 1) / BLOCK; block++) {       \
+    int64_t start = block * BLOCK;                                              \
+    int length = (int)(count - start < BLOCK ? count - start : BLOCK);          \
+    body;                                                                       \
+  }
+
+/* Calls lanes(gradient, values, passed) for LANES elements at a time; zeros stand behind the last ones. */
+#define FOR_LANES(lanes)                                                        \
+  do {                                                                          \
+    int i = 0;                                                                  \
+    for (; i + LANES <= length; i += LANES) lanes((gradient + i), (values + i), (passed + i)); \
+    if (i < length) {                                                           \
+      value given[LANES] = {0}, of[LANES] = {0}, found[LANES];                  \
+      memcpy(given, gradient + i, (length - i) * sizeof(value));                \
+      memcpy(of, values + i, (length - i) * sizeof(value));                     \
+      lanes(given, of, found);                                                  \
+      memcpy(passed + i, found, (length - i) * sizeof(value));                  \
+    }                                                                           \
   } while (0)
 
-/* All take the elements from `first`, a multiple of BLOCK, to the one before `last`. */
-
-void round_to_grid(const value *restrict values, value *restrict outputs, int64_t first, int64_t last, float inverse,
-                   float scale, float bottom, float steps, int moving) {
-  float low = moving ? 0 : bottom, shift = moving ? bottom : 0;
-  for (int64_t i = first; i < last; i++) {
-    float level = narrow(rintf(narrow(get(values[i]) * inverse)) - shift);
-    outputs[i] = put(narrow(narrow(between(level, low, low + steps) + shift) * scale));
+/* The levels that bf16 numbers round to are bf16 numbers, too: only where `moving` need they be narrowed. */
+INLINE void round_block(const value *restrict values, value *restrict outputs, int length, float inverse, float scale,
+                        float bottom, float steps, const int moving) {
+  float low = moving ? 0 : narrow(bottom), high = moving ? steps : narrow(bottom + steps);
+  for (int i = 0; i < length; i++) {
+    float level = rintf(narrow(get(values[i]) * inverse));
+    if (moving) level = narrow(level - bottom);
+    level = between(level, low, high);
+    if (moving) level = narrow(level + bottom);
+    outputs[i] = put(level * scale);
   }
 }
 
-void step_backward(const value *restrict gradient, const value *restrict values, value *restrict passed,
-                   float *restrict step, float *restrict beyond, int64_t first, int64_t last, float inverse,
-                   float bottom, float steps, float under, float over, int moving, int offset) {
-  float low = moving ? 0 : bottom, high = low + steps, shift = moving ? bottom : 0;
-  float back = offset ? 0 : shift; /* with a learned offset, its own gradient holds what the ends add */
-  for (int64_t start = first; start < last; start += BLOCK) {
-    int count = (int)(last - start < BLOCK ? last - start : BLOCK);
-    float steep[LANES] = {0}, stopped[LANES] = {0};
-#define STEP(gradient, values, passed)                                                       \
-  for (int k = 0; k < LANES; k++) {                                                          \
-    float arrived = get(gradient[k]), ratio = narrow(get(values[k]) * inverse);              \
-    float place = narrow(ratio - shift), level = narrow(rintf(ratio) - shift);               \
-    float through = (place <= low - under) | (place >= high + over) ? 0 : arrived;           \
-    passed[k] = put(through);                                                                \
-    steep[k] += arrived * (between(level, low, high) + back) - through * (place + back);     \
-    stopped[k] += arrived - through;                                                         \
-  }
-    FOR_LANES(start, count, STEP);
-    if (step) step[start / BLOCK] = sum(steep);
-    if (beyond) beyond[start / BLOCK] = sum(stopped);
-  }
+void round_to_grid(const value *values, value *outputs, int64_t count, int threads, float inverse, float scale,
+                   float bottom, float steps, int moving) {
+  if (moving)
+    FOR_BLOCKS(round_block(values + start, outputs + start, length, inverse, scale, bottom, steps, 1))
+  else
+    FOR_BLOCKS(round_block(values + start, outputs + start, length, inverse, scale, bottom, steps, 0))
 }
 
-void clip_backward(const value *restrict gradient, const value *restrict values, value *restrict passed,
-                   float *restrict lowered, float *restrict raised, int64_t first, int64_t last, float low,
-                   float inverse) {
-  for (int64_t start = first; start < last; start += BLOCK) {
-    int count = (int)(last - start < BLOCK ? last - start : BLOCK);
-    float down[LANES] = {0}, up[LANES] = {0};
-#define CLIP(gradient, values, passed)                                                       \
-  for (int k = 0; k < LANES; k++) {                                                          \
+INLINE void step_block(const value *restrict gradient, const value *restrict values, value *restrict passed, int length,
+                       float *step, float *beyond, float inverse, float bottom, float steps, float under, float over,
+                       const int moving, const int sums, int offset) {
+  float low = moving ? 0 : bottom, high = low + steps, first = low - under, last = high + over;
+  float back = moving && !offset ? bottom : 0; /* with a learned offset, its own gradient holds what the ends add */
+  float steep[LANES] = {0}, stopped[LANES] = {0};
+#define STEP(gradient, values, passed)                                          \
+  for (int k = 0; k < LANES; k++) {                                             \
+    float arrived = get(gradient[k]), ratio = narrow(get(values[k]) * inverse); \
+    float place = moving ? narrow(ratio - bottom) : ratio;                      \
+    int stops = (place <= first) | (place >= last);                             \
+    passed[k] = stops ? 0 : gradient[k];                                        \
+    if (sums) {                                                                 \
+      float through = stops ? 0 : arrived;                                      \
+      float level = moving ? narrow(rintf(ratio) - bottom) : rintf(ratio);      \
+      steep[k] += arrived * (between(level, low, high) + back) - through * (place + back); \
+      stopped[k] += arrived - through;                                          \
+    }                                                                           \
+  }
+  FOR_LANES(STEP);
+  if (sums && step) *step = sum(steep);
+  if (sums && beyond) *beyond = sum(stopped);
+}
+
+void step_backward(const value *gradient, const value *values, value *passed, float *step, float *beyond, int64_t count,
+                   int threads, float inverse, float bottom, float steps, float under, float over, int moving,
+                   int offset) {
+#define RUN(moving, sums)                                                                                        \
+  FOR_BLOCKS(step_block(gradient + start, values + start, passed + start, length, step ? step + block : 0,       \
+                        beyond ? beyond + block : 0, inverse, bottom, steps, under, over, moving, sums, offset))
+  if (moving && (step || beyond))
+    RUN(1, 1)
+  else if (moving)
+    RUN(1, 0)
+  else if (step || beyond)
+    RUN(0, 1)
+  else
+    RUN(0, 0)
+}
+
+INLINE void clip_block(const value *restrict gradient, const value *restrict values, value *restrict passed, int length,
+                       float *lowered, float *raised, float low, float inverse, const int sums) {
+  float down[LANES] = {0}, up[LANES] = {0};
+#define CLIP(gradient, values, passed)                                          \
+  for (int k = 0; k < LANES; k++) {                                             \
     float arrived = get(gradient[k]), place = narrow(narrow(get(values[k]) - low) * inverse); \
-    float through = (place <= 0) | (place >= 1) ? 0 : arrived;                               \
-    float raising = arrived * between(place, 0, 1) - through * place;                        \
-    passed[k] = put(through);                                                                \
-    up[k] += raising;                                                                        \
-    down[k] += arrived - through - raising;                                                  \
+    int stops = (place <= 0) | (place >= 1);                                    \
+    passed[k] = stops ? 0 : gradient[k];                                        \
+    if (sums) {                                                                 \
+      float through = stops ? 0 : arrived;                                      \
+      float raising = arrived * between(place, 0, 1) - through * place;         \
+      up[k] += raising;                                                         \
+      down[k] += arrived - through - raising;                                   \
+    }                                                                           \
   }
-    FOR_LANES(start, count, CLIP);
-    if (raised) raised[start / BLOCK] = sum(up);
-    if (lowered) lowered[start / BLOCK] = sum(down);
-  }
+  FOR_LANES(CLIP);
+  if (sums) *lowered = sum(down), *raised = sum(up);
+}
+
+void clip_backward(const value *gradient, const value *values, value *passed, float *lowered, float *raised,
+                   int64_t count, int threads, float low, float inverse) {
+  if (lowered)
+    FOR_BLOCKS(clip_block(gradient + start, values + start, passed + start, length, lowered + block, raised + block, low,
+                          inverse, 1))
+  else
+    FOR_BLOCKS(clip_block(gradient + start, values + start, passed + start, length, 0, 0, low, inverse, 0))
 }

@@ -133,25 +133,24 @@ def test_a_learned_step_is_that_of_the_plain_ops(
     form=st.sampled_from(["number", "one", "rows"]),
 )
 def test_steps_of_channels_or_groups_are_those_of_the_plain_ops(
-    device: str, rows: Any, columns: int, seed: int, bits: int, form: str
+    kernels: Any, place: str, rows: Any, columns: int, seed: int, bits: int, form: str
 ) -> None:
-    kernels = pytest.importorskip("qsweep.cuda.fake_quantize", exc_type=ImportError)
     steps, generator = 2**bits - 1, torch.Generator().manual_seed(seed)
     scale = torch.rand(*rows, 1, generator=generator) + 0.1
     scale = scale[:1, :1].expand(*rows, 1) if seed % 5 == 0 else scale
     values, gradient = drawn((*rows, columns), seed, steps / 3, torch.float32)
     fitted = torch.randint(-steps, 1, (*rows, 1), generator=generator).float()
     bottom = -float(steps // 2) if form == "number" else fitted if form == "rows" else fitted[:1, :1]
-    assert kernels.takes(values, scale, bottom)
+    assert fused.fits(values, scale, bottom)
 
     def reference(v: Tensor, s: Tensor) -> Tensor:
         return plain._LearnedStep.apply(v, s, None, bottom, steps, 0.25)  # type: ignore[no-any-return, no-untyped-call]
 
     def one_pass(v: Tensor, s: Tensor) -> Tensor:
-        return fused.learned_step(kernels, v, s, on(device, bottom), steps, 0.25, None)
+        return fused.learned_step(kernels, v, s, on(place, bottom), steps, 0.25, None)
 
     learned = values, scale
-    agree(run(one_pass, device, gradient, *learned), run(reference, "cpu", gradient, *learned), gradient, 4 * steps)
+    agree(run(one_pass, place, gradient, *learned), run(reference, "cpu", gradient, *learned), gradient, 4 * steps)
 
 
 @cases
@@ -198,25 +197,51 @@ def test_values_that_are_not_numbers_stay_so(kernels: Any, place: str) -> None:
 
 
 def test_what_kernels_are_not_for_is_told() -> None:
-    kernels = pytest.importorskip("qsweep.cuda.fake_quantize", exc_type=ImportError)
     values, step = torch.randn(4, 6), torch.tensor(0.5)
-    assert kernels.takes(values, step, 0.0)
-    assert kernels.takes(values, step.expand(4, 1), 0.0)
-    assert not kernels.takes(values.half(), step, 0.0)
-    assert not kernels.takes(values, step.expand(1, 6), 0.0)
-    assert not kernels.takes(values.bfloat16(), step.expand(4, 1), 0.0)  # float32 comes out of that
-    assert not kernels.takes(values.t(), step.expand(6, 1), 0.0)
-    assert not kernels.takes(values, step, step.expand(4, 1))
-    assert not kernels.takes(values[:0], step, 0.0)
+    assert fused.fits(values, step, 0.0)
+    assert fused.fits(values, step.expand(4, 1), 0.0)
+    assert not fused.fits(values.half(), step, 0.0)
+    assert not fused.fits(values, step.expand(1, 6), 0.0)
+    assert not fused.fits(values.bfloat16(), step.expand(4, 1), 0.0)  # float32 comes out of that
+    assert not fused.fits(values.t(), step.expand(6, 1), 0.0)
+    assert not fused.fits(values, step, step.expand(4, 1))
+    assert not fused.fits(values[:0], step, 0.0)
 
 
-def test_activations_of_the_cpu_go_through_the_loops() -> None:
+def test_activations_and_weights_of_the_cpu_go_through_the_loops() -> None:
     step, many = torch.tensor(0.5), torch.randn(2, 8, 32, 32)
     assert fused.kernels_for(many, step, 0.0) is loops
     assert fused.kernels_for(many.contiguous(memory_format=torch.channels_last), step, step) is loops
-    for other in (many[..., 1:], many.half(), many[:1, :1]):
+    assert fused.kernels_for(many.reshape(16, -1), step.expand(16, 1), 0.0) is loops
+    for other in (many[..., 1:], many.half()):
         assert fused.kernels_for(other, step, 0.0) is None
     assert fused.kernels_for(many, step.expand(2, 1, 1, 1), 0.0) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 15, BLOCK, 3 * BLOCK + 17])
+def test_extremes_are_those_of_the_tensor_and_nan_where_there_is_one(count: int, dtype: torch.dtype) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
+    assert [found.item() for found in fused.extremes(values)] == [values.min().item(), values.max().item()]
+    values[count // 2] = -torch.inf
+    assert fused.extremes(values)[0] == -torch.inf
+    values[-1] = torch.nan
+    assert all(found.isnan() for found in fused.extremes(values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("margins", [(0.5, 0.5), (0.0, 0.5)])
+@pytest.mark.parametrize("bottom", [-4.0, 0.0, torch.tensor(-3.0)], ids=["signed", "unsigned", "moving"])
+def test_what_a_compiled_step_lets_pass_is_what_an_eager_one_does(
+    bottom: float | Tensor, margins: tuple[float, float], dtype: torch.dtype
+) -> None:
+    ends = torch.tensor([0.0, -0.5, 7.0, 7.5, -4.0, -4.5, 3.0, 3.5])
+    ratio = torch.cat([ends, ends.nextafter(ends + 1), ends.nextafter(ends - 1), torch.linspace(-20, 20, 401)]).to(
+        dtype
+    )
+    ratio = torch.cat([ratio, torch.tensor([1e30, -1e30, torch.inf, -torch.inf], dtype=dtype)])
+    eager = plain._passed(torch.ones_like(ratio), ratio, bottom, 7, margins)
+    assert torch.equal(plain._inside(ratio, bottom, 7, margins).to(dtype), eager)
 
 
 def test_without_a_compiler_plain_ops_do_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -234,6 +234,24 @@ def test_training_lowers_the_loss_moves_the_statistics_and_keeps_zeros(method: t
     assert all((stored[name][zeros] == 0).all() for name, zeros in keep.items())
 
 
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+def test_the_grid_of_the_inputs_is_not_learned_and_nothing_goes_back_to_them(
+    method: type[Trained], scheme: Scheme, tmp_path: Path
+) -> None:
+    config = method(weight_bits=4, activation_bits=4, activation_scheme=scheme)
+    live = training_graph(config, network("digits_cnn"), context(tmp_path))
+    fakes = [module for module in live.graph.modules() if isinstance(module, FakeActivation)]
+    of_inputs, others = [fake for fake in fakes if fake.place.inputs], [fake for fake in fakes if not fake.place.inputs]
+    assert len(of_inputs) == 1
+    assert of_inputs[0].penalty() is None
+    assert not any(parameter.requires_grad for parameter in of_inputs[0].parameters())
+    assert all(parameter.requires_grad for fake in others for parameter in fake.parameters())
+    seen: list[bool] = []
+    of_inputs[0].register_forward_hook(lambda module, given, rounded: seen.append(rounded.requires_grad))
+    live.graph(INPUTS).sum().backward()
+    assert seen == [False]
+
+
 def test_running_statistics_follow_the_batches(tmp_path: Path) -> None:
     live = training_graph(QAT(), network("digits_cnn"), context(tmp_path))
     before = live.graph.get_buffer("stem.bn.running_mean").clone()

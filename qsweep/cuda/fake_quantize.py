@@ -18,16 +18,9 @@ _BLOCK = 2048
 """Elements of a program: 16 of each of its threads."""
 
 
-def takes(values: Tensor, scale: Tensor, bottom: float | Tensor) -> bool:
-    """Whether the kernels are for these: float32 or bf16 values, dense in memory, one scale for all or, for contiguous
-    float32 values, one for each of their last dimension's rows; `bottom` a number, or one, or as many as scales."""
-    rows = tuple(scale.shape) == (*values.shape[:-1], 1) and values.is_contiguous()
-    one = scale.numel() == 1 and scale.dim() <= values.dim()
-    exact = values.dtype is torch.float32 or (values.dtype is torch.bfloat16 and scale.dim() == 0)
-    fits = not isinstance(bottom, Tensor) or (
-        bottom.dtype is torch.float32 and (bottom.numel() == 1 or bottom.shape == scale.shape)
-    )
-    return (rows or one) and exact and fits and scale.dtype is torch.float32 and 0 < values.numel() < 2**31
+def takes(values: Tensor) -> bool:
+    """Whether the kernels are for so many values."""
+    return values.numel() < 2**31
 
 
 class _Launch(NamedTuple):

@@ -174,6 +174,17 @@ def _passed(
     return cast(Tensor, _pass_between(gradient, ratio, low - margins[0], low + steps + margins[1]))
 
 
+def _inside(ratio: Tensor, bottom: Level, steps: float, margins: tuple[float, float]) -> Tensor:
+    """uint8: 1 where `_passed` lets pass, made without comparing.
+
+    Of a comparison the compiler would save booleans, which it writes one by one on a CPU: a compiled step took 2.0
+    to 2.6 times that of the float model, with these numbers 1.3 to 1.4.
+    """
+    low = 0.0 if isinstance(bottom, Tensor) else bottom
+    between = (ratio - (low - margins[0])) * ((low + steps + margins[1]) - ratio)
+    return between.sign().clamp(0, 1).to(torch.uint8)
+
+
 def _dot(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     """a * b summed to `shape`, in float32; both in one layout."""
     if shape.numel() > 1 or torch.compiler.is_compiling() or not dense(a):
@@ -201,16 +212,19 @@ class _StraightThrough(torch.autograd.Function):
         ctx: Any, values: Tensor, scale: Tensor, bottom: Level, steps: float, margins: tuple[float, float]
     ) -> Tensor:
         outputs, ratio = _on_grid(values, scale, bottom, steps)
-        ctx.save_for_backward(ratio, bottom if isinstance(bottom, Tensor) else None)
+        saved = _inside(ratio, bottom, steps, margins) if torch.compiler.is_compiling() else ratio
+        ctx.save_for_backward(saved, bottom if isinstance(bottom, Tensor) else None)
         ctx.bottom, ctx.steps, ctx.margins = bottom if not isinstance(bottom, Tensor) else None, steps, margins
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, bottom = ctx.saved_tensors
+        saved, bottom = ctx.saved_tensors
+        if saved.dtype is torch.uint8:
+            return gradient * saved, None, None, None, None
         bottom = ctx.bottom if bottom is None else bottom
-        return _passed(alike(gradient, ratio), ratio, bottom, ctx.steps, ctx.margins), None, None, None, None
+        return _passed(alike(gradient, saved), saved, bottom, ctx.steps, ctx.margins), None, None, None, None
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -22,8 +22,8 @@ Level = float | Tensor
 class Kernels(Protocol):
     """Values and gradients are dense, in one layout and of one type. Sums are float32, of a fixed order."""
 
-    def takes(self, values: Tensor, scale: Tensor, bottom: Level) -> bool:
-        """Whether the others are for these."""
+    def takes(self, values: Tensor) -> bool:
+        """Whether the others are for these, if they fit."""
 
     def on_grid(self, values: Tensor, scale: Tensor, bottom: Level, steps: float) -> Tensor:
         """`values` on the grid."""
@@ -55,10 +55,30 @@ def kernels_for(values: Tensor, scale: Tensor, bottom: Level) -> Kernels | None:
     Under `torch.compile` plain ops are: it puts them into the kernels of what stands before and behind, a norm or a
     sum, which saves the pass each way that a kernel of one's own takes.
     """
-    if torch.compiler.is_compiling() or not dense(values):
+    if torch.compiler.is_compiling() or not fits(values, scale, bottom):
         return None
     kernels = _of(values.device.type)
-    return kernels if kernels is not None and kernels.takes(values, scale, bottom) else None
+    return kernels if kernels is not None and kernels.takes(values) else None
+
+
+def fits(values: Tensor, scale: Tensor, bottom: Level) -> bool:
+    """Whether kernels are made for these: float32 or bf16 values, dense in memory, one scale for all or, for contiguous
+    float32 values, one for each of their last dimension's rows; `bottom` a number, or one, or as many as scales."""
+    rows = tuple(scale.shape) == (*values.shape[:-1], 1) and values.is_contiguous()
+    one = scale.numel() == 1 and scale.dim() <= values.dim()
+    exact = values.dtype is torch.float32 or (values.dtype is torch.bfloat16 and scale.dim() == 0)
+    known = not isinstance(bottom, Tensor) or (
+        bottom.dtype is torch.float32 and (bottom.numel() == 1 or bottom.shape == scale.shape)
+    )
+    return (rows or one) and exact and known and scale.dtype is torch.float32 and values.numel() > 0 and dense(values)
+
+
+def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of `values`, in one pass where that is to be had."""
+    ready = values.device.type == "cpu" and not torch.compiler.is_compiling() and dense(values)
+    if ready and values.dtype in (torch.float32, torch.bfloat16) and values.numel() > 0 and _loops.takes(values):
+        return _loops.extremes(values)
+    return values.amin().float(), values.amax().float()  # `aminmax` takes 10 times as long as both
 
 
 @cache
@@ -103,7 +123,9 @@ def dense(values: Tensor) -> bool:
 
 def alike(gradient: Tensor, other: Tensor) -> Tensor:
     """`gradient` in the layout of `other`: what goes over both then goes over memory in one direction."""
-    return gradient if gradient.stride() == other.stride() else torch.empty_like(other).copy_(gradient)
+    if torch.compiler.is_compiling() or gradient.stride() == other.stride():
+        return gradient
+    return torch.empty_like(other).copy_(gradient)
 
 
 def _keep(ctx: Any, kernels: Kernels, values: Tensor, scale: Tensor, bottom: Level, steps: float) -> Tensor:

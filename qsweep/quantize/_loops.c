@@ -50,33 +50,49 @@ INLINE float sum(const float *lanes) {
   return total;
 }
 
-/* `body` for each block: its number, where it starts, how many elements it has. */
-#define FOR_BLOCKS(body)                                                        \
-  _Pragma("omp parallel for num_threads(threads) schedule(static)")             \
-  for (int64_t block = 0; block < (count + BLOCK - 1) / BLOCK; block++) {       \
-    int64_t start = block * BLOCK;                                              \
-    int length = (int)(count - start < BLOCK ? count - start : BLOCK);          \
-    body;                                                                       \
-  }
+/* How a tensor is gone over: `rows` of `columns` elements with a scale each, and where `bottoms` is given a lowest level
+   (one for all where `apart` is 0), in blocks. */
+typedef struct {
+  int64_t rows, columns;
+  int threads;
+  const float *scales, *bottoms;
+  int apart;
+} layout;
+
+/* `body` for each block: its number, its row, where it starts and how many elements it has. */
+#define FOR_BLOCKS(body)                                                             \
+  do {                                                                               \
+    int64_t blocks = (at.columns + BLOCK - 1) / BLOCK;                               \
+    _Pragma("omp parallel for num_threads(at.threads) schedule(static)")             \
+    for (int64_t block = 0; block < at.rows * blocks; block++) {                     \
+      int64_t row = block / blocks, before = block % blocks * BLOCK;                 \
+      int64_t start = row * at.columns + before;                                     \
+      int length = (int)(at.columns - before < BLOCK ? at.columns - before : BLOCK); \
+      body;                                                                          \
+    }                                                                                \
+  } while (0)
+
+#define SCALE at.scales[row]
+#define BOTTOM (at.bottoms ? at.bottoms[row * at.apart] : bottom)
 
 /* Calls lanes(gradient, values, passed) for LANES elements at a time; zeros stand behind the last ones. */
-#define FOR_LANES(lanes)                                                        \
-  do {                                                                          \
-    int i = 0;                                                                  \
+#define FOR_LANES(lanes)                                                             \
+  do {                                                                               \
+    int i = 0;                                                                       \
     for (; i + LANES <= length; i += LANES) lanes((gradient + i), (values + i), (passed + i)); \
-    if (i < length) {                                                           \
-      value given[LANES] = {0}, of[LANES] = {0}, found[LANES];                  \
-      memcpy(given, gradient + i, (length - i) * sizeof(value));                \
-      memcpy(of, values + i, (length - i) * sizeof(value));                     \
-      lanes(given, of, found);                                                  \
-      memcpy(passed + i, found, (length - i) * sizeof(value));                  \
-    }                                                                           \
+    if (i < length) {                                                                \
+      value given[LANES] = {0}, of[LANES] = {0}, found[LANES];                       \
+      memcpy(given, gradient + i, (length - i) * sizeof(value));                     \
+      memcpy(of, values + i, (length - i) * sizeof(value));                          \
+      lanes(given, of, found);                                                       \
+      memcpy(passed + i, found, (length - i) * sizeof(value));                       \
+    }                                                                                \
   } while (0)
 
 /* The levels that bf16 numbers round to are bf16 numbers, too: only where `moving` need they be narrowed. */
-INLINE void round_block(const value *restrict values, value *restrict outputs, int length, float inverse, float scale,
-                        float bottom, float steps, const int moving) {
-  float low = moving ? 0 : narrow(bottom), high = moving ? steps : narrow(bottom + steps);
+INLINE void round_block(const value *restrict values, value *restrict outputs, int length, float scale, float bottom,
+                        float steps, const int moving) {
+  float inverse = 1 / scale, low = moving ? 0 : narrow(bottom), high = moving ? steps : narrow(bottom + steps);
   for (int i = 0; i < length; i++) {
     float level = rintf(narrow(get(values[i]) * inverse));
     if (moving) level = narrow(level - bottom);
@@ -86,78 +102,102 @@ INLINE void round_block(const value *restrict values, value *restrict outputs, i
   }
 }
 
-void round_to_grid(const value *values, value *outputs, int64_t count, int threads, float inverse, float scale,
-                   float bottom, float steps, int moving) {
-  if (moving)
-    FOR_BLOCKS(round_block(values + start, outputs + start, length, inverse, scale, bottom, steps, 1))
+void round_to_grid(const value *values, value *outputs, layout at, float bottom, float steps) {
+  if (at.bottoms)
+    FOR_BLOCKS(round_block(values + start, outputs + start, length, SCALE, BOTTOM, steps, 1));
   else
-    FOR_BLOCKS(round_block(values + start, outputs + start, length, inverse, scale, bottom, steps, 0))
+    FOR_BLOCKS(round_block(values + start, outputs + start, length, SCALE, BOTTOM, steps, 0));
 }
 
 INLINE void step_block(const value *restrict gradient, const value *restrict values, value *restrict passed, int length,
-                       float *step, float *beyond, float inverse, float bottom, float steps, float under, float over,
-                       const int moving, const int sums, int offset) {
-  float low = moving ? 0 : bottom, high = low + steps, first = low - under, last = high + over;
+                       float *step, float *beyond, float scale, float bottom, float steps, float under, float over,
+                       const int moving, const int sums, const int offset) {
+  float inverse = 1 / scale, low = moving ? 0 : bottom, high = low + steps, first = low - under, last = high + over;
   float back = moving && !offset ? bottom : 0; /* with a learned offset, its own gradient holds what the ends add */
   float steep[LANES] = {0}, stopped[LANES] = {0};
-#define STEP(gradient, values, passed)                                          \
-  for (int k = 0; k < LANES; k++) {                                             \
-    float arrived = get(gradient[k]), ratio = narrow(get(values[k]) * inverse); \
-    float place = moving ? narrow(ratio - bottom) : ratio;                      \
-    int stops = (place <= first) | (place >= last);                             \
-    passed[k] = stops ? 0 : gradient[k];                                        \
-    if (sums) {                                                                 \
-      float through = stops ? 0 : arrived;                                      \
-      float level = moving ? narrow(rintf(ratio) - bottom) : rintf(ratio);      \
+#define STEP(gradient, values, passed)                                               \
+  _Pragma("omp simd")                                                                \
+  for (int k = 0; k < LANES; k++) {                                                  \
+    float arrived = get(gradient[k]), ratio = narrow(get(values[k]) * inverse);      \
+    float place = moving ? narrow(ratio - bottom) : ratio;                           \
+    int stops = (place <= first) | (place >= last);                                  \
+    passed[k] = stops ? 0 : gradient[k];                                             \
+    if (sums) {                                                                      \
+      float through = stops ? 0 : arrived;                                           \
+      float level = moving ? narrow(rintf(ratio) - bottom) : rintf(ratio);           \
       steep[k] += arrived * (between(level, low, high) + back) - through * (place + back); \
-      stopped[k] += arrived - through;                                          \
-    }                                                                           \
+      if (offset) stopped[k] += arrived - through;                                   \
+    }                                                                                \
   }
   FOR_LANES(STEP);
-  if (sums && step) *step = sum(steep);
-  if (sums && beyond) *beyond = sum(stopped);
+  if (sums) *step = sum(steep);
+  if (offset) *beyond = sum(stopped);
 }
 
-void step_backward(const value *gradient, const value *values, value *passed, float *step, float *beyond, int64_t count,
-                   int threads, float inverse, float bottom, float steps, float under, float over, int moving,
-                   int offset) {
-#define RUN(moving, sums)                                                                                        \
+/* `step` and `beyond`: as many numbers as there are blocks, or nothing; `beyond` not without `step`. */
+void step_backward(const value *gradient, const value *values, value *passed, float *step, float *beyond, layout at,
+                   float bottom, float steps, float under, float over) {
+#define RUN(moving, sums, offset)                                                                                   \
   FOR_BLOCKS(step_block(gradient + start, values + start, passed + start, length, step ? step + block : 0,       \
-                        beyond ? beyond + block : 0, inverse, bottom, steps, under, over, moving, sums, offset))
-  if (moving && (step || beyond))
-    RUN(1, 1)
-  else if (moving)
-    RUN(1, 0)
-  else if (step || beyond)
-    RUN(0, 1)
+                        beyond ? beyond + block : 0, SCALE, BOTTOM, steps, under, over, moving, sums, offset))
+  if (at.bottoms && beyond)
+    RUN(1, 1, 1);
+  else if (at.bottoms && step)
+    RUN(1, 1, 0);
+  else if (at.bottoms)
+    RUN(1, 0, 0);
+  else if (step)
+    RUN(0, 1, 0);
   else
-    RUN(0, 0)
+    RUN(0, 0, 0);
 }
 
 INLINE void clip_block(const value *restrict gradient, const value *restrict values, value *restrict passed, int length,
                        float *lowered, float *raised, float low, float inverse, const int sums) {
   float down[LANES] = {0}, up[LANES] = {0};
-#define CLIP(gradient, values, passed)                                          \
-  for (int k = 0; k < LANES; k++) {                                             \
+#define CLIP(gradient, values, passed)                                               \
+  _Pragma("omp simd")                                                                \
+  for (int k = 0; k < LANES; k++) {                                                  \
     float arrived = get(gradient[k]), place = narrow(narrow(get(values[k]) - low) * inverse); \
-    int stops = (place <= 0) | (place >= 1);                                    \
-    passed[k] = stops ? 0 : gradient[k];                                        \
-    if (sums) {                                                                 \
-      float through = stops ? 0 : arrived;                                      \
-      float raising = arrived * between(place, 0, 1) - through * place;         \
-      up[k] += raising;                                                         \
-      down[k] += arrived - through - raising;                                   \
-    }                                                                           \
+    int stops = (place <= 0) | (place >= 1);                                         \
+    passed[k] = stops ? 0 : gradient[k];                                             \
+    if (sums) {                                                                      \
+      float through = stops ? 0 : arrived;                                           \
+      float raising = arrived * between(place, 0, 1) - through * place;              \
+      up[k] += raising;                                                              \
+      down[k] += arrived - through - raising;                                        \
+    }                                                                                \
   }
   FOR_LANES(CLIP);
   if (sums) *lowered = sum(down), *raised = sum(up);
 }
 
-void clip_backward(const value *gradient, const value *values, value *passed, float *lowered, float *raised,
-                   int64_t count, int threads, float low, float inverse) {
+/* Of `at` only the size counts; `low` is subtracted in the type of the values. */
+void clip_backward(const value *gradient, const value *values, value *passed, float *lowered, float *raised, layout at,
+                   const float *low, const float *high) {
+  float from = narrow(*low), inverse = 1 / (*high - *low);
   if (lowered)
-    FOR_BLOCKS(clip_block(gradient + start, values + start, passed + start, length, lowered + block, raised + block, low,
-                          inverse, 1))
+    FOR_BLOCKS(clip_block(gradient + start, values + start, passed + start, length, lowered + block, raised + block,
+                          from, inverse, 1));
   else
-    FOR_BLOCKS(clip_block(gradient + start, values + start, passed + start, length, 0, 0, low, inverse, 0))
+    FOR_BLOCKS(clip_block(gradient + start, values + start, passed + start, length, 0, 0, from, inverse, 0));
+}
+
+INLINE void ends_block(const value *restrict values, int length, float *ends) {
+  float least = get(values[0]), most = least;
+  int unknown = 0;
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(| : unknown)
+  for (int i = 0; i < length; i++) {
+    float x = get(values[i]);
+    least = x < least ? x : least;
+    most = x > most ? x : most;
+    unknown |= x != x;
+  }
+  ends[0] = unknown ? NAN : least;
+  ends[1] = unknown ? NAN : most;
+}
+
+/* Least and greatest value of each block, one beside the other; NaN where there is one. */
+void extremes(const value *values, float *ends, layout at) {
+  FOR_BLOCKS(ends_block(values + start, length, ends + 2 * block));
 }

@@ -25,7 +25,7 @@ from qsweep.machine import fingerprint
 BLOCK = 2048
 """Elements of which each sum is one of; that of `_loops.c`."""
 _SMALL = 2**14
-"""Elements under which plain ops, which are called with less ado, are as quick."""
+"""Elements of a thread, at least."""
 _SOURCE = Path(__file__).with_name("_loops.c")
 _FLAGS = (
     "-O3",
@@ -37,28 +37,41 @@ _FLAGS = (
     "-fPIC",
     "-shared",
 )
-_POINTER, _COUNT, _NUMBER, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+
+
+class _Layout(ctypes.Structure):
+    """`layout` of `_loops.c`."""
+
+    kept: list[Tensor]
+    """What it points to."""
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("threads", ctypes.c_int),
+        ("scales", ctypes.c_void_p),
+        ("bottoms", ctypes.c_void_p),
+        ("apart", ctypes.c_int),
+    ]
+
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_float
 _ARGUMENTS = {
-    "round_to_grid": [_POINTER] * 2 + [_COUNT, _FLAG] + [_NUMBER] * 4 + [_FLAG],
-    "step_backward": [_POINTER] * 5 + [_COUNT, _FLAG] + [_NUMBER] * 5 + [_FLAG] * 2,
-    "clip_backward": [_POINTER] * 5 + [_COUNT, _FLAG] + [_NUMBER] * 2,
+    "round_to_grid": [*[_POINTER] * 2, _Layout, *[_NUMBER] * 2],
+    "step_backward": [*[_POINTER] * 5, _Layout, *[_NUMBER] * 4],
+    "clip_backward": [*[_POINTER] * 5, _Layout, *[_POINTER] * 2],
+    "extremes": [*[_POINTER] * 2, _Layout],
 }
 
 
-def takes(values: Tensor, scale: Tensor, bottom: float | Tensor) -> bool:
-    """Whether the loops are for these: many float32 or bf16 values, and numbers as scale and bottom."""
-    if values.dtype not in (torch.float32, torch.bfloat16) or values.numel() < _SMALL:
-        return False
-    numbers = [scale, bottom] if isinstance(bottom, Tensor) else [scale]
-    fits = all(number.dim() == 0 and number.dtype is torch.float32 for number in numbers)
-    return fits and _library(values.dtype) is not None
+def takes(values: Tensor) -> bool:
+    """Whether there are loops for the type of `values`: where there is a compiler."""
+    return _library(values.dtype) is not None
 
 
 def on_grid(values: Tensor, scale: Tensor, bottom: float | Tensor, steps: float) -> Tensor:
     """See `Kernels`."""
-    outputs, (inverse, size) = torch.empty_like(values), _scales(scale)
-    given = (inverse, size, float(bottom), float(steps), isinstance(bottom, Tensor))
-    _run("round_to_grid", (values, outputs), given)
+    outputs = torch.empty_like(values)
+    _run("round_to_grid", (values, outputs), *_layout(values, scale, bottom), float(steps))
     return outputs
 
 
@@ -75,10 +88,10 @@ def step_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `Kernels`."""
     passed = torch.empty_like(values)
-    step, beyond = (_sums(values) if wanted else None for wanted in (sums, offset))
-    given = (_scales(scale)[0], float(bottom), float(steps), *margins, isinstance(bottom, Tensor), offset)
-    _run("step_backward", (gradient, values, passed, step, beyond), given)
-    return passed, step if step is None else step.sum(), beyond if beyond is None else beyond.sum()
+    step, beyond = (_sums(values, scale.numel()) if wanted else None for wanted in (sums, offset))
+    given = (*_layout(values, scale, bottom), float(steps), *margins)
+    _run("step_backward", (gradient, values, passed, step, beyond), *given)
+    return passed, None if step is None else step.sum(1).reshape(scale.shape), None if beyond is None else beyond.sum()
 
 
 def clip_backward(
@@ -86,28 +99,49 @@ def clip_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `Kernels`."""
     passed = torch.empty_like(values)
-    lowered, raised = (_sums(values) if sums else None for _ in range(2))
-    given = (low.to(values.dtype).item(), (1 / (high - low)).item())  # PyTorch subtracts in the type of the values
-    _run("clip_backward", (gradient, values, passed, lowered, raised), given)
+    lowered, raised = (_sums(values, 1) if sums else None for _ in range(2))
+    _run("clip_backward", (gradient, values, passed, lowered, raised), _size(values), low.data_ptr(), high.data_ptr())
     return passed, lowered if lowered is None else lowered.sum(), raised if raised is None else raised.sum()
 
 
-def _scales(scale: Tensor) -> tuple[float, float]:
-    """1 / scale as PyTorch has it, and the scale."""
-    return (1 / scale).item(), scale.item()
+def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of dense `values`, float32."""
+    ends = torch.empty(_blocks(values.numel()), 2)
+    _run("extremes", (values, ends), _size(values))
+    return ends[:, 0].amin(), ends[:, 1].amax()
 
 
-def _sums(values: Tensor) -> Tensor:
-    return torch.empty(-(-values.numel() // BLOCK), dtype=torch.float32)
+def _layout(values: Tensor, scale: Tensor, bottom: float | Tensor) -> tuple[_Layout, float]:
+    """And `bottom`, where it is a number."""
+    at, scale = _size(values, scale.numel()), scale.contiguous()
+    at.scales, at.kept = scale.data_ptr(), [scale]
+    if not isinstance(bottom, Tensor):
+        return at, float(bottom)
+    bottom = bottom.contiguous()
+    at.bottoms, at.apart = bottom.data_ptr(), int(bottom.numel() > 1)
+    at.kept.append(bottom)
+    return at, 0.0
 
 
-def _run(name: str, tensors: tuple[Tensor | None, ...], given: tuple[float, ...]) -> None:
-    """Call `name` for all elements of the first tensor, on as many threads as PyTorch's ops would use."""
+def _size(values: Tensor, rows: int = 1) -> _Layout:
+    """On as many threads as PyTorch's ops would use."""
+    threads = max(1, min(torch.get_num_threads(), values.numel() // _SMALL))
+    return _Layout(rows, values.numel() // rows, threads)
+
+
+def _blocks(count: int) -> int:
+    return -(-count // BLOCK)
+
+
+def _sums(values: Tensor, rows: int) -> Tensor:
+    return torch.empty(rows, _blocks(values.numel() // rows))
+
+
+def _run(name: str, tensors: tuple[Tensor | None, ...], *given: _Layout | float) -> None:
     first = tensors[0]
     assert first is not None
     call: Callable[..., None] = getattr(_library(first.dtype), name)
-    threads = max(1, min(torch.get_num_threads(), first.numel() // _SMALL))
-    call(*(t if t is None else t.data_ptr() for t in tensors), first.numel(), threads, *given)
+    call(*(t if t is None else t.data_ptr() for t in tensors), *given)
 
 
 @cache

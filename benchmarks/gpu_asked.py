@@ -33,7 +33,7 @@ class Shape:
 
     @property
     def wide(self) -> bool:
-        return min(self.given, self.out) >= 128
+        return min(self.given, self.out) >= 128 and self.groups == 1
 
     def small(self) -> Shape:
         """One of the same kind, for a test."""
@@ -67,7 +67,7 @@ EQUAL_CONVOLUTIONS = f"equality: {len(SHAPES)} convolutions, zero points of both
 EQUAL_LINEARS = "equality: linear, GELU, linear, as in ViT-S"
 COPY, BF16, INT8 = "roof: copy bandwidth", "roof: bf16 matrix rate", "roof: int8 matrix rate, torch._int_mm"
 MATRIX = "the Triton int8 matrix product of the int8 roof"
-WIDE = "convolutions with at least 128 channels at batch 32 and more, geometric mean"
+WIDE = "dense convolutions with at least 128 channels at batch 32 and more, geometric mean"
 FLOOR = "all networks and convolutions at batch 128 and more"
 LINEAR_ROWS, LINEAR_SIDE = (1, 16, 64), 4096
 MEMORY = "peak device memory, ResNet-50 at batch 128"

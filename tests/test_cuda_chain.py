@@ -22,7 +22,7 @@ from qsweep.cuda.chain import Chain
 from qsweep.cuda.layers import Product
 from qsweep.cuda.numbers import check_scales
 from qsweep.cuda.plan import ATTENTION, plan
-from qsweep.cuda.steps import Float, Layer, Map, Move, Norm
+from qsweep.cuda.steps import Float, Layer, Map, Move, Norm, RowLayer
 from qsweep.cuda.tune import MOST, Tiles, candidates
 from qsweep.errors import Refused
 from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, aten, grid_of, nodes_of, set_constant
@@ -124,6 +124,27 @@ def test_a_transformer_multiplies_on_integers_and_the_rest_is_float_and_told(roo
     assert aten.scaled_dot_product_attention.default in floats
     assert sum(isinstance(step, Norm) for step in chain.plan.steps) == 2  # the third is read in floating point
     assert aten.gelu.default not in floats
+
+
+@pytest.mark.parametrize("bits", [8, 5])
+def test_rows_that_set_their_own_grids_are_multiplied_as_the_contract_says(bits: int, root: Path, device: str) -> None:
+    model = small("mlp", root, activation_mode="token", activation_bits=bits)
+    chain, inputs = Chain(model, 4, device, {}), samples(model, 4)
+    inputs[1], inputs[2] = 0.0, inputs[2] * 1e6
+    assert torch.equal(chain(inputs.to(device)).cpu(), IntegerInterpreter(model.graph)(inputs))
+    assert chain.integer_share == 1.0
+    assert {type(step) for step in chain.plan.steps} == {RowLayer, Float}
+
+
+def test_tokens_of_a_transformer_set_their_own_grids(root: Path, device: str) -> None:
+    model = own(Transformer, root, activation_mode="token")
+    chain = Chain(model, BATCH, device, {}, products=torch.float32)
+    inputs = samples(model)
+    expected = IntegerInterpreter(model.graph)(inputs)
+    torch.testing.assert_close(chain(inputs.to(device)).cpu(), expected, atol=0.02, rtol=0)
+    assert sum(isinstance(step, RowLayer) for step in chain.plan.steps) == 5
+    layers, patches = 5 * (16 * 48 + 16 * 16 + 2 * 16 * 32) + 16 * 10, 4 * 16 * 16
+    assert chain.integer_share == pytest.approx(layers / (layers + patches + 2 * 2 * 5 * 5 * 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,7 +8,7 @@ from qsweep.cuda._product import block_of, sums_of
 
 
 @triton.jit
-def quantize_each_row(x_ptr, q_ptr, scale_ptr, x_n, q_n, K, KP, SMALLEST: tl.constexpr, BK: tl.constexpr):
+def quantize_each_row(x_ptr, q_ptr, scale_ptr, high, x_n, q_n, K, KP, SMALLEST: tl.constexpr, BK: tl.constexpr):
     """One program a row, read twice: first for its largest magnitude. `/` would be approximate on the GPU."""
     row = tl.program_id(0)
     k = tl.arange(0, BK)
@@ -19,13 +19,14 @@ def quantize_each_row(x_ptr, q_ptr, scale_ptr, x_n, q_n, K, KP, SMALLEST: tl.con
         finite = tl.where(x < float("inf"), finite, 0)
         largest = tl.where(x > largest, x, largest)
     all_finite = tl.min(finite, axis=0) > 0
-    scale = tl.div_rn(tl.max(largest, axis=0) + tl.zeros((1,), tl.float32), tl.full((1,), 127.0, tl.float32))
+    nothing = tl.zeros((1,), tl.float32)
+    scale = tl.div_rn(tl.max(largest, axis=0) + nothing, high + nothing)
     scale = tl.where((scale >= SMALLEST) & all_finite, scale, 1.0)
     inverse = tl.div_rn(tl.full((1,), 1.0, tl.float32), scale)
     for start in range(0, KP, BK):
         x = tl.load(x_ptr + row * x_n + start + k, mask=start + k < K, other=0.0).to(tl.float32)
         v = tl.where(all_finite & (tl.abs(x) < float("inf")), x * inverse, 0.0)
-        q = nearest(between(v, -127.0, 127.0)).to(tl.int8)
+        q = nearest(between(v, -high, high)).to(tl.int8)
         tl.store(q_ptr + row * q_n + start + k, q, mask=start + k < KP)
     tl.store(scale_ptr + row + tl.arange(0, 1), tl.where(all_finite, scale, float("nan")))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qsweep.cuda import pointwise, pool
+from qsweep.cuda import linear, pointwise, pool
 from qsweep.cuda.buffers import NO_HALO, Halo, Value, channels_last
 from qsweep.cuda.layers import Product, product
 from qsweep.cuda.moves import copy, memory_order, move, windows
@@ -19,7 +19,7 @@ from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import output_of, ratio, side, table
 from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
 from qsweep.cuda.plan import ATTENTION, PRODUCTS, Plan
-from qsweep.cuda.steps import Add, Dequantize, Float, Layer, Map, Move, Norm, Operand, Pool, Quantize, Step
+from qsweep.cuda.steps import Add, Dequantize, Float, Layer, Map, Move, Norm, Operand, Pool, Quantize, RowLayer, Step
 from qsweep.hub.form import LINEARS, QUANTIZE, arguments, aten, constant, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
@@ -61,6 +61,8 @@ class Binding:
                 self.launches.append(partial(self._quantize, step, self.places[step.out.node]))
             case Layer():
                 self.launches.append(self._layer(step))
+            case RowLayer():
+                self.launches.append(self._row_layer(step))
             case Add():
                 self._add(step)
             case Pool():
@@ -96,6 +98,21 @@ class Binding:
             given = self._image(step.given, padding_of(step.node))
             other = step.residual and self._image(step.residual, NO_HALO)
         return product(self.plan.graph, step, given, other.logical if other else None, out)
+
+    def _row_layer(self, step: RowLayer) -> Launch:
+        graph, stored, out = self.plan.graph, source(step.node, 1), self._real(step.node)
+        integers, scale = constant(graph, stored), constant(graph, stored.args[1])
+        bias = constant(graph, step.node.args[2]) if len(step.node.args) > 2 else None
+        assert integers is not None and scale is not None
+        weight, scale = linear.pack_weight(integers).to(self.device), scale.detach().float().to(self.device)
+        bias = None if bias is None else bias.detach().float().to(self.device)
+        rows = out.view(-1, out.shape[-1])
+
+        def run() -> None:
+            given = self.floats[step.given]
+            linear.linear_dynamic(given.reshape(-1, given.shape[-1]), weight, scale, bias, rows, high=step.high)
+
+        return run
 
     def _add(self, step: Add) -> None:
         out = self.places[step.out].logical if step.grid else self._real(step.out)

@@ -50,15 +50,16 @@ def linear_dynamic(
     bias: Tensor | None,
     out: Tensor,
     *,
+    high: int = 127,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Write x @ (weight * weight_scale).T + bias into `out`, each row of `x` on a symmetric int8 grid of its own.
+    """Write x @ (weight * weight_scale).T + bias into `out`, each row of `x` on a symmetric grid of its own.
 
     `x`: float32, bfloat16 or float16 (M, K), any row stride. `weight`: from `pack_weight`. `weight_scale`, `bias`:
     float32 (N,). `out`: (M, N), float32, bfloat16 or float16, any row stride. The sums are exact; in float32, in this
     order: f32(sum) * row_scale * weight_scale + bias. Rows: see `quantize_rows`.
     """
-    rows, row_scale = quantize_rows(x)
+    rows, row_scale = quantize_rows(x, high)
     (count, depth), columns = rows.shape, len(weight)
     check_offsets(rows, weight, out)
     tile = tile or default_tile(count, columns, depth, depth)
@@ -85,10 +86,10 @@ def linear_dynamic(
     return out
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, high: int = 127) -> tuple[Tensor, Tensor]:
     """Integers int8 (M, KP), zeros past K, and scales float32 (M,), of float rows (M, K).
 
-    scale = max|x| / 127, q = round(x * (1 / scale)) within +-127. Rows whose scale would be under 2^-102 become all 0
+    scale = max|x| / high, q = round(x * (1 / scale)) within +-high. Rows whose scale would be under 2^-102 become all 0
     with scale 1 (their inverse would overflow); a NaN or infinity in a row makes its scale NaN, and so its results.
     """
     count, depth = x.shape
@@ -98,7 +99,17 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty((count,), dtype=torch.float32, device=x.device)
     block = min(4096, power_of_two(padded))
     quantize_each_row[(count,)](
-        x, rows, scale, x.stride(0), padded, K=depth, KP=padded, SMALLEST=_SMALLEST_SCALE, BK=block, **EXACT
+        x,
+        rows,
+        scale,
+        float(high),
+        x.stride(0),
+        padded,
+        K=depth,
+        KP=padded,
+        SMALLEST=_SMALLEST_SCALE,
+        BK=block,
+        **EXACT,
     )
     return rows, scale
 

@@ -25,6 +25,7 @@ from qsweep.cuda.steps import (
     Operand,
     Pool,
     Quantize,
+    RowLayer,
     Step,
     reads,
     writes,
@@ -34,6 +35,7 @@ from qsweep.hub.form import (
     BINARY,
     COMPUTE,
     DEQUANTIZE,
+    LINEARS,
     POINTWISE,
     POOLS,
     QUANTIZE,
@@ -50,7 +52,7 @@ from qsweep.hub.form import (
     source,
 )
 from qsweep.hub.integer import UNBOUNDED
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS, STORED
 
 WIDEST_NORM = 8192
 """Numbers of a row that the kernel for layer norms takes."""
@@ -73,7 +75,8 @@ class Plan:
     @property
     def macs(self) -> tuple[int, int]:
         """Multiply-accumulates of one call on integers, and all, those between activations included."""
-        on_integers = sum(self._macs(node) for node in {step.node for step in self.steps if isinstance(step, Layer)})
+        layers = {step.node for step in self.steps if isinstance(step, Layer | RowLayer)}
+        on_integers = sum(map(self._macs, layers))
         return on_integers, on_integers + sum(self._macs(step.node) for step in self.steps if isinstance(step, Float))
 
     def _macs(self, node: fx.Node) -> int:
@@ -108,8 +111,16 @@ class _Waiting:
     """As its real value would be computed; a Map or a Norm with a grid that does not count."""
 
 
-_State = Operand | _Waiting | None
-"""What a node's value is: integers, waiting, or (None) a constant or a float value."""
+@dataclass(frozen=True)
+class _Rows:
+    """Rows on grids of their own, which only the kernel of a linear makes."""
+
+    given: fx.Node
+    high: int
+
+
+_State = Operand | _Waiting | _Rows | None
+"""What a node's value is: integers, waiting, rows, or (None) a constant or a float value."""
 
 
 def plan(model: QuantizedModel, batch_size: int) -> Plan:
@@ -148,6 +159,9 @@ class _Planner:
             return self._quantized(node, given)
         if node.target is DEQUANTIZE:
             return given
+        if node.target is QUANTIZE_ROWS:
+            self._make_real(source(node))
+            return _Rows(source(node), cast(int, node.args[2]))
         if node.target is aten.layer_norm.default:
             return self._norm(node, given)
         if isinstance(given, _Waiting):
@@ -155,6 +169,16 @@ class _Planner:
         if keeps_grid(node) and not (node.target is aten.max_pool2d.default and len(self.shapes[node]) != 4):
             return self._moved(node)
         return self._begun(node, given) if isinstance(given, Operand) else None
+
+    def _float(self, node: fx.Node) -> None:
+        given = self.states.get(source(node)) if node.args and isinstance(node.args[0], fx.Node) else None
+        stored = node.target in LINEARS and source(node, 1).target is DEQUANTIZE_WEIGHT
+        if isinstance(given, _Rows) and stored:
+            self.steps.append(RowLayer(node, given.given, given.high))
+            return
+        for value in node.all_input_nodes:
+            self._make_real(value)
+        self.steps.append(Float(node))
 
     def _begun(self, node: fx.Node, given: Operand) -> _State:
         """An op on integers, if there is a kernel for it."""
@@ -213,7 +237,8 @@ class _Planner:
         out = Operand(node, grid)
         if isinstance(given, Operand):
             return Map(out, None, given)
-        if given is None:
+        if given is None or isinstance(given, _Rows):
+            self._make_real(source(node))
             return Quantize(out, source(node))
         if isinstance(given.step, Norm) and not given.step.sides:
             self._make_real(source(given.step.node))
@@ -229,15 +254,10 @@ class _Planner:
         self.real.add(node)
         if isinstance(state, Operand):
             self.steps.append(Dequantize(node, state))
-        elif isinstance(state.step, Map | Norm):
+        elif isinstance(state, _Rows) or isinstance(state.step, Map | Norm):
             self._float(node)
         else:
             self.steps.append(state.step)
-
-    def _float(self, node: fx.Node) -> None:
-        for given in node.all_input_nodes:
-            self._make_real(given)
-        self.steps.append(Float(node))
 
 
 def _parts(node: fx.Node) -> list[fx.Node]:

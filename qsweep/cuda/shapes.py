@@ -9,9 +9,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel
-from qsweep.hub.ops import QUANTIZE_DYNAMIC, STORED
+from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED
 
-_SAME_SIZE = {QUANTIZE, DEQUANTIZE, QUANTIZE_DYNAMIC, *STORED}
+_SAME_SIZE = {QUANTIZE, DEQUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_ROWS, *STORED}
 
 
 class _Shapes(fx.Interpreter):

@@ -53,6 +53,16 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class RowLayer:
+    """A linear, op `node`, on rows of `given`, a float value, each on a symmetric grid of its own up to `high`; its
+    result is real."""
+
+    node: fx.Node
+    given: fx.Node
+    high: int
+
+
+@dataclass(frozen=True)
 class Add:
     """The sum of two integer values and its rectifier; `grid` as above."""
 
@@ -118,7 +128,7 @@ class Float:
     node: fx.Node
 
 
-Step = Quantize | Layer | Add | Pool | Move | Map | Norm | Dequantize | Float
+Step = Quantize | Layer | RowLayer | Add | Pool | Move | Map | Norm | Dequantize | Float
 
 
 def reads(step: Step) -> tuple[fx.Node, ...]:
@@ -136,4 +146,4 @@ def writes(step: Step) -> Operand | None:
     """The integer value that `step` gives, if it gives one."""
     if isinstance(step, Layer | Add | Pool):
         return None if step.grid is None else Operand(step.out, step.grid)
-    return None if isinstance(step, Dequantize | Float) else step.out
+    return None if isinstance(step, RowLayer | Dequantize | Float) else step.out

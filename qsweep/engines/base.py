@@ -25,6 +25,10 @@ The output may lie in a buffer that the next call writes to.
 """
 
 
+BY_TOKEN = "they need ranges fixed beforehand (`activation_mode: static`); `cuda` and `reference` take `token`"
+"""Why integer kernels of most runtimes refuse grids that rows set at run time."""
+
+
 class EngineConfig(Config, ABC):
     """The target: which runtime, on what, at which batch size."""
 

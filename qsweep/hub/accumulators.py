@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from qsweep.errors import Refused
@@ -14,7 +16,7 @@ from qsweep.hub.form import (
     nodes_of,
     source,
 )
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS
 
 _LIMIT = 2**31
 
@@ -26,14 +28,18 @@ def check_accumulators(model: QuantizedModel) -> None:
     """
     for node in nodes_of(model.graph, COMPUTE):
         given, stored = source(node), source(node, 1)
-        if given.target is not DEQUANTIZE or stored.target is not DEQUANTIZE_WEIGHT:
+        if given.target not in (DEQUANTIZE, QUANTIZE_ROWS) or stored.target is not DEQUANTIZE_WEIGHT:
             continue
-        grid, integers, scale = grid_of(given), constant(model.graph, stored), constant(model.graph, stored.args[1])
+        integers, scale = constant(model.graph, stored), constant(model.graph, stored.args[1])
         bias = constant(model.graph, node.args[2]) if len(node.args) > 2 else None
         assert integers is not None
         assert scale is not None
-        worst = integers.double().abs().flatten(1).sum(1) * (grid.high - grid.low)
-        if bias is not None:
+        grid = grid_of(given) if given.target is DEQUANTIZE else None
+        levels = (
+            grid.high - grid.low if grid else cast(int, given.args[2])
+        )  # of rows: the highest, as they are symmetric
+        worst = integers.double().abs().flatten(1).sum(1) * levels
+        if bias is not None and grid is not None:  # that of rows is added in floating point
             worst += (bias.double() / (torch.tensor(grid.scale) * scale).double()).abs()
         if worst.max() >= _LIMIT:
             raise Refused(

@@ -17,6 +17,7 @@ from qsweep.hub.form import (
     DynamicGrid,
     Grid,
     QuantizedModel,
+    RowGrid,
     constant,
     grid_of,
     pool_count,
@@ -25,7 +26,7 @@ from qsweep.hub.form import (
 )
 from qsweep.hub.insert import ActivationObserver, WeightObserver
 from qsweep.hub.norm import own_name
-from qsweep.hub.ops import QUANTIZE_DYNAMIC
+from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS
 from qsweep.hub.ties import settle_again, settle_mean, settle_sum
 from qsweep.hub.weights import Channels
 
@@ -103,9 +104,10 @@ def _convert_activation(graph: fx.GraphModule, node: fx.Node, grid: Grid) -> Non
 
 def _convert_dynamic(graph: fx.GraphModule, node: fx.Node) -> None:
     grid = cast(ActivationObserver, graph.get_submodule(str(node.target))).grid()
-    assert isinstance(grid, DynamicGrid)
+    assert isinstance(grid, DynamicGrid | RowGrid)
+    target = QUANTIZE_ROWS if isinstance(grid, RowGrid) else QUANTIZE_DYNAMIC
     with graph.graph.inserting_before(node):
-        node.replace_all_uses_with(graph.graph.call_function(QUANTIZE_DYNAMIC, (node.args[0], *grid)))
+        node.replace_all_uses_with(graph.graph.call_function(target, (node.args[0], *grid)))
     graph.graph.erase_node(node)
 
 

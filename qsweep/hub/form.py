@@ -4,7 +4,7 @@ An ATen graph of the model in inference form, batch norm folded, in which `quant
 `dequantize_per_tensor` (integer container, `quant_min` and `quant_max` of the bit width) stand on activations and
 `dequantize_per_channel` on constant int8 weights; `qsweep.hub.weights` has the other ways of storing weights. Biases
 beside integer activations are float32 multiples of their accumulator's step. Where each batch sets its own grids,
-`qsweep.quantize_dynamic` stands on what layers read, and all else stays in float.
+`qsweep.quantize_dynamic` or `quantize_rows` stands on what layers read, and all else stays in float.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.ops import DEQUANTIZE_GROUPS, LOOK_UP, QUANTIZE_DYNAMIC, STORED
+from qsweep.hub.ops import DEQUANTIZE_GROUPS, LOOK_UP, QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED
 
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed
@@ -69,6 +69,13 @@ class Grid(NamedTuple):
 
     scale: float
     zero_point: int
+    low: int
+    high: int
+
+
+class RowGrid(NamedTuple):
+    """Integers from low to high whose scale each row, the last dimension, sets anew: QUANTIZE_ROWS."""
+
     low: int
     high: int
 
@@ -136,7 +143,7 @@ class QuantizedModel:
         if given.target is DEQUANTIZE:
             grid = grid_of(given)
             input_bits = (grid.high - grid.low).bit_length()
-        elif given.target is QUANTIZE_DYNAMIC:
+        elif given.target in (QUANTIZE_DYNAMIC, QUANTIZE_ROWS):
             input_bits = (cast(int, given.args[2]) - cast(int, given.args[1])).bit_length()
         weight = constant(self.graph, stored)
         assert weight is not None

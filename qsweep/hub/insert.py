@@ -18,12 +18,14 @@ from torch.fx.passes.shape_prop import ShapeProp
 from qsweep.hub.form import (
     BINARY,
     COMPUTE,
+    LINEARS,
     POINTWISE,
     POOLS,
     RECTIFIERS,
     DynamicGrid,
     Grid,
     QuantizedModel,
+    RowGrid,
     arguments,
     aten,
     constant,
@@ -38,7 +40,7 @@ OF_LAYERS = "_layers"
 
 
 class ActivationObserver(Protocol):
-    def grid(self) -> Grid | DynamicGrid:
+    def grid(self) -> Grid | DynamicGrid | RowGrid:
         """The grid of this tensor; the scale is a float32 number."""
 
 
@@ -58,6 +60,8 @@ class Place:
     nonnegative: bool = False
     inputs: bool = False
     """Whether it stands on what the model is given, which no gradient is wanted of."""
+    rows: bool = False
+    """Whether linears alone read it."""
 
 
 def insert_observers(
@@ -89,7 +93,8 @@ def insert_observers(
     for group, nonnegative in zip(groups, signs, strict=True):
         users = [user for value in group for user in readers[value] if user in layers]
         inputs = all(map(_given, group))
-        place = Place(tuple(layers[user] for user in users), not edges.isdisjoint(users), nonnegative, inputs)
+        rows = bool(users) and all(user.target in LINEARS for value in group for user in readers[value])
+        place = Place(tuple(layers[user] for user in users), not edges.isdisjoint(users), nonnegative, inputs, rows)
         summed = any(user.target in BINARY | POOLS for value in group for user in readers[value])
         name, wide = f"observe_{group[0].name}", place
         if users and summed and apart(place):

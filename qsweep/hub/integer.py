@@ -20,6 +20,7 @@ from qsweep.hub.form import (
     BINARY,
     COMPUTE,
     DEQUANTIZE,
+    LINEARS,
     POINTWISE,
     POOLS,
     QUANTIZE,
@@ -31,7 +32,7 @@ from qsweep.hub.form import (
     pool_count,
     rectified,
 )
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, LEAST_SCALE, QUANTIZE_ROWS
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,17 @@ class Integers:
 
     def real(self) -> Tensor:
         return (self.q - self.zero_point).float() * self.scale
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Integers (float64 tensor), each row on a symmetric grid of its own: value = q * scale, scale (..., 1)."""
+
+    q: Tensor
+    scale: Tensor
+
+    def real(self) -> Tensor:
+        return self.q.float() * self.scale
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,8 @@ class IntegerInterpreter(fx.Interpreter):
             return quantize(*args[:5])
         if target is DEQUANTIZE:
             return given
+        if target is QUANTIZE_ROWS:
+            return quantize_rows(_real(given), args[2])
         if target is DEQUANTIZE_WEIGHT:
             return Weight(given.double(), args[1])
         if target in COMPUTE:
@@ -168,6 +182,11 @@ class IntegerInterpreter(fx.Interpreter):
     def _compute(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given, weight = args[0], args[1]
         bias = args[2] if len(args) > 2 else None
+        if isinstance(given, Rows) and isinstance(weight, Weight) and target in LINEARS:
+            sums = target(given.q, weight.q)
+            self._count(sums, weight.q, integer=True)
+            result = sums.float() * given.scale * weight.scale
+            return result if bias is None else result + bias
         if not (isinstance(given, Integers) and isinstance(weight, Weight)):
             result = target(*(_real(argument) for argument in args), **kwargs)
             self._count(result, _real(weight), integer=False)
@@ -195,6 +214,14 @@ def quantize(values: Any, scale: float, zero_point: int, low: int, high: int) ->
     low, high = values.bounds.on(Grid(scale, zero_point, low, high))
     centred = values.onto(s).clamp(low - zero_point, high - zero_point).round().double()
     return Integers(centred + zero_point, s, zero_point)
+
+
+def quantize_rows(values: Tensor, high: int) -> Rows:
+    """Onto the grids that `qsweep.hub.ops.row_fake_quantize` describes."""
+    scale = values.abs().amax(-1, keepdim=True) / high
+    scale = torch.where(scale < LEAST_SCALE, torch.ones_like(scale), scale)
+    q = (values * (1 / scale)).round().clamp(-high, high).nan_to_num()
+    return Rows(q.double(), torch.where(scale.isfinite(), scale, torch.nan))
 
 
 def _pool(node: fx.Node, given: Integers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -234,7 +261,7 @@ def _real(value: Any) -> Any:
         return value.q.float() * value.scale.reshape(-1, *[1] * (value.q.dim() - 1))
     if isinstance(value, list | tuple):
         return [_real(item) for item in value]
-    return value.real() if isinstance(value, Integers | Accumulator | Sum) else value
+    return value.real() if isinstance(value, Integers | Accumulator | Sum | Rows) else value
 
 
 def integer_macs(runner: Callable[[Tensor], Tensor], inputs: Tensor) -> float:

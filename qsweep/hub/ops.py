@@ -1,6 +1,7 @@
 """Ops of the hub form that are qsweep's own.
 
-Real weights from integers that integer kernels do not take, and activations on a grid that each batch sets anew.
+Real weights from integers that integer kernels do not take, and activations on grids that each batch or each row sets
+anew.
 """
 
 from __future__ import annotations
@@ -50,9 +51,30 @@ def quantize_dynamic(values: Tensor, low: int, high: int, symmetric: bool) -> Te
     return dynamic_fake_quantize(values, low, high, symmetric)
 
 
+def row_fake_quantize(values: Tensor, low: int, high: int) -> Tensor:
+    """`values` (..., K), each row on a symmetric grid of its own, integers from `low` to `high`.
+
+    scale = max|row| / high, q = clamp(round(row * (1 / scale))). Rows of scales under `LEAST_SCALE` become 0; NaN or
+    infinity in a row makes all of it NaN. Gradients pass inside the grid.
+    """
+    rows = values.reshape(-1, values.shape[-1])
+    scale = rows.detach().abs().amax(1) / high
+    scale = torch.where(scale < LEAST_SCALE, torch.ones_like(scale), scale)
+    scale = torch.where(scale.isfinite(), scale, torch.nan)
+    zero_points = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(rows, scale, zero_points, 0, low, high).reshape(values.shape)
+
+
+@torch.library.custom_op("qsweep::quantize_rows", mutates_args=())
+def quantize_rows(values: Tensor, low: int, high: int) -> Tensor:
+    """See `row_fake_quantize`."""
+    return row_fake_quantize(values, low, high)
+
+
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
 DEQUANTIZE_GROUPS = torch.ops.qsweep.dequantize_groups.default
 LOOK_UP = torch.ops.qsweep.look_up.default
 QUANTIZE_DYNAMIC = torch.ops.qsweep.quantize_dynamic.default
+QUANTIZE_ROWS = torch.ops.qsweep.quantize_rows.default
 STORED = {DEQUANTIZE_WEIGHT, DEQUANTIZE_GROUPS, LOOK_UP}
 """Ops that give a layer its real weights from the integers that are their argument 0."""

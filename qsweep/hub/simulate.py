@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, set_constant
-from qsweep.hub.ops import QUANTIZE_DYNAMIC, STORED, dynamic_fake_quantize
+from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED, dynamic_fake_quantize, row_fake_quantize
 from qsweep.hub.weights import real_weight
 
 
@@ -28,6 +28,8 @@ def simulation(model: QuantizedModel) -> fx.GraphModule:
                 )
         elif node.target is QUANTIZE_DYNAMIC:
             node.target = dynamic_fake_quantize  # compilers see through it
+        elif node.target is QUANTIZE_ROWS:
+            node.target = row_fake_quantize
         elif node.target in STORED:
             name = f"{node.args[0].target}_simulated"
             set_constant(graph, name, real_weight(graph, node))

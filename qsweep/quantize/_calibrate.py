@@ -33,7 +33,7 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
         lambda place: activation_observer(config, place),
         lambda place: NearestWeight(config, place),
         apart=lambda place: apart(config, place),
-        layers_only=config.activation_mode == "dynamic",
+        layers_only=config.activation_mode != "static",
     )
     found = list(_observers(observed.graph).values())
     if not found:

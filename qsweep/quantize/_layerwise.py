@@ -12,9 +12,9 @@ from torch.fx.node import map_aggregate
 
 from qsweep.errors import NotFinite
 from qsweep.hub.convert import least_scales
-from qsweep.hub.form import COMPUTE, RECTIFIERS, DynamicGrid, Grid, QuantizedModel, constant, nodes_of, source
+from qsweep.hub.form import COMPUTE, RECTIFIERS, DynamicGrid, Grid, QuantizedModel, RowGrid, constant, nodes_of, source
 from qsweep.hub.insert import ActivationObserver
-from qsweep.hub.ops import dynamic_fake_quantize
+from qsweep.hub.ops import dynamic_fake_quantize, row_fake_quantize
 from qsweep.quantize._arithmetic import WeightLevels
 from qsweep.quantize._observers import NearestWeight
 
@@ -124,6 +124,8 @@ class _Walk(fx.Interpreter):
         grid = cast(ActivationObserver, observer).grid()
         if isinstance(grid, DynamicGrid):
             return _Pair(value.plain, dynamic_fake_quantize(value.rounded, *grid))
+        if isinstance(grid, RowGrid):
+            return _Pair(value.plain, row_fake_quantize(value.rounded, *grid))
         return _Pair(value.plain, torch.fake_quantize_per_tensor_affine(value.rounded, *grid))
 
     def _layer(self, node: fx.Node) -> _Pair:

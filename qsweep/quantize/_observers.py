@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qsweep.hub.form import DynamicGrid, Grid
+from qsweep.hub.form import DynamicGrid, Grid, RowGrid
 from qsweep.hub.insert import Place
 from qsweep.hub.weights import Channels, Groups, Stored
 from qsweep.quantize._arithmetic import WeightLevels, activation_grid, weight_levels
@@ -130,6 +130,21 @@ class BatchObserver(nn.Module):
         return DynamicGrid(-(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1, self.symmetric)
 
 
+class RowObserver(nn.Module):
+    """Stands where each row is to set its own grid."""
+
+    def __init__(self, config: Grids, place: Place) -> None:
+        super().__init__()
+        self.bits = activation_bits(config, place)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values
+
+    def grid(self) -> RowGrid:
+        high = (1 << (self.bits - 1)) - 1
+        return RowGrid(-high, high)
+
+
 def activation_bits(config: Grids, place: Place) -> int:
     """The bits of the activations at `place`; not for configs that leave them in floating point.
 
@@ -146,10 +161,12 @@ def apart(config: Grids, place: Place) -> bool:
     return config.activation_bits is not None and config.sum_grid == "own" and activation_bits(config, place) < 8
 
 
-def activation_observer(config: Grids, place: Place) -> RangeObserver | BatchObserver | None:
+def activation_observer(config: Grids, place: Place) -> RangeObserver | BatchObserver | RowObserver | None:
     """What stands on the activations at `place`; None leaves them as they are."""
     if config.activation_bits is None:
         return None
+    if config.activation_mode == "token":
+        return RowObserver(config, place) if place.rows else None
     return BatchObserver(config, place) if config.activation_mode == "dynamic" else RangeObserver(config, place)
 
 

@@ -41,6 +41,11 @@ class Quantization(Stage):
         return None
 
     @property
+    def by_token(self) -> bool:
+        """Whether integers are on grids that rows set at run time, which few integer kernels take."""
+        return False
+
+    @property
     def in_float(self) -> bool:
         """Whether arithmetic in floating point is what it is for: weights are made smaller, activations are not."""
         return False
@@ -50,7 +55,7 @@ class Grids(Quantization):
     """Equally spaced levels. Integer kernels take symmetric weights, per channel or tensor, of 8 bits at most."""
 
     takes_dynamic: ClassVar[bool] = False
-    """Whether `activation_mode: dynamic` is implemented."""
+    """Whether modes other than `activation_mode: static` are implemented."""
     weight_scheme: Scheme = "symmetric"
     weight_granularity: Literal["channel", "tensor"] = "channel"
     """What shares a scale: an output channel or the whole tensor."""
@@ -69,10 +74,12 @@ class Grids(Quantization):
     """What sums and pools read of a value that layers read in less than 8 bits. shared: the bits of the layers. own: 8
     bits, which the layers round again; the shortcuts of a residual network keep their precision, for one more pass over
     each (in training: one more fake quantizer). Tells most at 2 and 3 bits."""
-    activation_mode: Literal["static", "dynamic"] = "static"
+    activation_mode: Literal["static", "dynamic", "token"] = "static"
     """static: ranges are fixed by calibration. dynamic: each batch sets the range of what convolutions and linears
     read, so that samples of one batch share it and a result depends on its batch; sums and pools stay in floating
-    point, and there is no calibration. Counts where `activation_bits` is not null."""
+    point, and there is no calibration. token: as dynamic, but each row that a linear reads (a token of a transformer)
+    sets a symmetric range of its own, so that no result depends on others; convolutions read floating point. Counts
+    where `activation_bits` is not null."""
     edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
     """Bits of the first and the last layer, where they are to have more: weights and the activations they read."""
     layer_bits: dict[str, Bits] = {}
@@ -96,7 +103,7 @@ class Grids(Quantization):
 
     @model_validator(mode="after")
     def _fixed_ranges_where_needed(self) -> Grids:
-        if self.activation_mode == "dynamic" and not self.takes_dynamic:
+        if self.activation_mode != "static" and not self.takes_dynamic:
             raise ValueError("`activation_mode` must be `static` for this method, which fits ranges beforehand")
         return self
 
@@ -111,8 +118,8 @@ class Grids(Quantization):
         idle += [] if self.looks_at_samples else ["calibration_samples", "calibration_seed"]
         if self.activation_bits is None:
             idle += ["activation_scheme", "activation_mode", "calibration"]
-        elif self.activation_mode == "dynamic":
-            idle.append("calibration")
+        elif self.activation_mode != "static":
+            idle += ["calibration"] if self.activation_mode == "dynamic" else ["calibration", "activation_scheme"]
         return super().canonical().with_defaults(*idle)
 
     @property
@@ -122,10 +129,14 @@ class Grids(Quantization):
         if max(*self._widths(), self.activation_bits) > 8:
             return "they take 8 bits at most"
         if self.activation_mode == "dynamic":
-            return "they need ranges fixed beforehand (`activation_mode: static`)"
+            return "they need ranges fixed beforehand, or set by each token (`activation_mode: static` or `token`)"
         if self.weight_scheme == "asymmetric":
             return "their weights must be symmetric"
         return "their weights have one scale a channel, not `group_size`" if self.group_size else None
+
+    @property
+    def by_token(self) -> bool:
+        return self.activation_bits is not None and self.activation_mode == "token"
 
     @property
     def in_float(self) -> bool:
@@ -157,10 +168,10 @@ class Grids(Quantization):
                 raise Refused(f"`layer_bits`: `{pattern}` must match the weight of a layer (there are: {known})")
 
     def label(self) -> str:
-        """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-mse`, `-dynamic`."""
+        """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-mse`, `-token`."""
         parts = [self.method, f"w{self._width()}{self.weight_scheme[0]}"]
         if self.activation_bits is not None:
-            parts.append(f"a{self.activation_bits}{self.activation_scheme[0]}")
+            parts.append(f"a{self.activation_bits}{'s' if self.by_token else self.activation_scheme[0]}")
         if self.weight_granularity == "tensor":
             parts.append("tensor")
         if self.group_size:
@@ -169,8 +180,8 @@ class Grids(Quantization):
             parts.append(f"{self.sum_grid}sums")
         if self.layer_bits:
             parts.append("layers" + ".".join(str(bits) for _, bits in sorted(self.layer_bits.items())))
-        if self.activation_bits is not None and self.activation_mode == "dynamic":
-            parts.append("dynamic")
+        if self.activation_bits is not None and self.activation_mode != "static":
+            parts.append(self.activation_mode)
         elif self.activation_bits is not None:
             parts += [self.calibration] if self.calibration != "minmax" else []
             parts += [f"n{self.calibration_samples}"] if self.calibration_samples != 512 else []

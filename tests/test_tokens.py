@@ -1,0 +1,141 @@
+"""Activations whose rows set their grids themselves: `activation_mode: token`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import Noise, context, digits, network
+from torch import Tensor, nn
+
+from qsweep.engines.cuda import Cuda
+from qsweep.engines.float import Float
+from qsweep.engines.inductor import Inductor
+from qsweep.engines.onnxruntime import OnnxRuntime
+from qsweep.engines.reference import Reference
+from qsweep.errors import Refused
+from qsweep.evaluate import predict
+from qsweep.hub.accumulators import check_accumulators
+from qsweep.hub.form import CONVOLUTIONS, LINEARS, QUANTIZE, QuantizedModel, nodes_of, source
+from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, row_fake_quantize
+from qsweep.hub.save import load, save
+from qsweep.hub.simulate import simulation
+from qsweep.quantize.ptq import PTQ
+from qsweep.spec import Compression
+
+INPUTS = Noise(50).inputs
+
+
+def by_token(place: Path, name: str = "mlp", **fields: Any) -> QuantizedModel:
+    config = PTQ.model_validate({"activation_mode": "token", "calibration_samples": 60} | fields)
+    return config.apply(network(name), context(place, name))
+
+
+@given(seed=st.integers(0, 999), bits=st.integers(2, 8), spread=st.floats(1e-20, 1e20))
+def test_a_row_is_rounded_within_half_a_step_of_its_own(seed: int, bits: int, spread: float) -> None:
+    high = 2 ** (bits - 1) - 1
+    values = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(seed)) * spread
+    values[1] *= 1e-3
+    found = row_fake_quantize(values, -high, high)
+    step = values.abs().amax(-1, keepdim=True) / high
+    assert ((found - values).abs() <= step * (0.5 + 1e-5)).all()
+    assert all(len(row.unique()) <= 2 * high + 1 for row in found.flatten(0, 1))
+    assert torch.equal(found[1, 3:4], row_fake_quantize(values[1, 3:4], -high, high))
+
+
+def test_rows_that_are_zero_or_not_finite_touch_no_other() -> None:
+    values = torch.tensor([[0.0, 0.0], [1.0, torch.nan], [torch.inf, 2.0], [1e-40, 0.0], [3.0, -1.5]])
+    found = row_fake_quantize(values, -127, 127)
+    assert found.isnan().all(1).tolist() == [False, True, True, False, False]
+    assert found[[0, 3]].tolist() == [[0.0, 0.0]] * 2
+    torch.testing.assert_close(found[4], values[4], atol=0.02, rtol=0)
+
+
+def test_gradients_pass_through_rows() -> None:
+    values = torch.linspace(-1, 2, 40).reshape(4, 10).requires_grad_()
+    row_fake_quantize(values, -7, 7).sum().backward()
+    assert values.grad is not None
+    assert values.grad.unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "digits_cnn"])
+def test_what_linears_read_is_quantized_once_and_what_convolutions_read_stays_real(name: str, tmp_path: Path) -> None:
+    model = by_token(tmp_path, name)
+    assert nodes_of(model.graph, LINEARS)
+    assert all(source(node).target is QUANTIZE_ROWS for node in nodes_of(model.graph, LINEARS))
+    assert all(source(node).target is not QUANTIZE_ROWS for node in nodes_of(model.graph, CONVOLUTIONS))
+    assert not nodes_of(model.graph, {QUANTIZE, QUANTIZE_DYNAMIC})
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_the_reference_is_the_simulation_but_for_the_order_of_sums(bits: int, tmp_path: Path) -> None:
+    model = by_token(tmp_path, activation_bits=bits)
+    reference = IntegerInterpreter(model.graph)
+    torch.testing.assert_close(reference(INPUTS), simulation(model)(INPUTS), atol=1e-4, rtol=1e-4)
+    assert reference.integer_macs == reference.macs > 0
+
+
+def test_a_sample_gives_the_same_whatever_it_shares_a_batch_with(tmp_path: Path) -> None:
+    reference = IntegerInterpreter(by_token(tmp_path, activation_bits=3).graph)
+    alone, together = reference(INPUTS[:1]), reference(torch.cat([INPUTS[:1], 40 * INPUTS[1:2]]))[:1]
+    assert torch.equal(alone, together)
+
+
+def test_it_gives_the_same_bits_loaded_again(tmp_path: Path) -> None:
+    model = by_token(tmp_path, activation_bits=5)
+    (tmp_path / "saved").mkdir()
+    save(model, tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(IntegerInterpreter(model.graph)(INPUTS), IntegerInterpreter(again.graph)(INPUTS))
+    assert [layer.activation_bits for layer in again.layers()] == [5] * len(model.layers())
+    assert not again.dynamic
+
+
+def test_it_keeps_the_accuracy_of_a_trained_network() -> None:
+    model, found, _ = digits()
+    quantized = PTQ(activation_mode="token").apply(model, found)
+    inputs, labels = found.task.samples("validation")
+    scores = [found.task.score(predict(each, found.task, inputs), labels) for each in (model, simulation(quantized))]
+    assert scores[1].float().mean() > scores[0].float().mean() - 0.02
+
+
+def test_engines_that_have_kernels_take_it_and_others_say_which_do() -> None:
+    config = Compression(quantize=PTQ(activation_mode="token"))
+    assert Cuda().refuses(config) is None
+    assert Reference().refuses(config) is None
+    for engine in (Inductor(), OnnxRuntime()):
+        assert "`cuda` and `reference` take `token`" in (engine.refuses(config) or "")
+    assert Float().refuses(config)
+    assert Float(simulate=True).refuses(config) is None
+
+
+def test_the_scheme_of_activations_and_calibration_do_not_count() -> None:
+    one = PTQ(activation_mode="token", activation_scheme="symmetric", calibration="entropy", calibration_samples=7)
+    other = PTQ(activation_mode="token")
+    assert one.uid() == other.uid()
+    assert one.label() == other.label() == "ptq-w8s-a8s-token"
+    assert other.uid() != PTQ(activation_mode="dynamic").uid()
+
+
+class Wide(nn.Module):
+    """One linear of so many inputs that its sums could leave 32 bits."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(count, 2)
+        nn.init.constant_(self.linear.weight, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1).repeat(1, self.linear.in_features // 64))  # type: ignore[no-any-return]
+
+
+def test_sums_that_could_leave_32_bits_are_refused(tmp_path: Path) -> None:
+    fits, large = (PTQ(activation_mode="token").apply(Wide(n), context(tmp_path, str(n))) for n in (2**16, 2**18))
+    check_accumulators(fits)
+    with pytest.raises(Refused, match=r"sums must stay below 2\^31"):
+        check_accumulators(large)

@@ -80,9 +80,10 @@ def i8(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int8)
 
 
-def numbers(columns: int, zero_point: int = 1) -> Requantize:
+def numbers(columns: int, zero_point: int = 1, *, table: bool = False) -> Requantize:
     """A zero point of 1 is what Triton would make a constant of."""
-    return Requantize(torch.zeros(columns, dtype=torch.int32), torch.zeros(columns), Output(zero_point))
+    bias, multiplier = torch.zeros(columns, dtype=torch.int32), torch.zeros(columns)
+    return Requantize(bias, multiplier, Output(zero_point), table=i8(256) if table else None)
 
 
 def convolution(
@@ -105,9 +106,9 @@ def stem() -> object:
     return conv.conv2d(x, packed, numbers(64), i8(4, 112, 112, 64), stride=(2, 1), tile=Tile(128, 64, 64))
 
 
-def static(tile: Tile, depth: int = 256, columns: int = 256) -> object:
+def static(tile: Tile, depth: int = 256, columns: int = 256, *, table: bool = False) -> object:
     weight = linear.pack_weight(i8(columns, depth))
-    return linear.linear(i8(512, depth), weight, numbers(columns), i8(512, columns), tile=tile)
+    return linear.linear(i8(512, depth), weight, numbers(columns, table=table), i8(512, columns), tile=tile)
 
 
 def dynamic() -> object:
@@ -184,6 +185,7 @@ CASES: dict[str, Callable[[], object]] = {
     "conv-image": stem,
     "conv-split": convolution(64, 64, Tile(64, 64, 64, split=4), residual=True),
     "linear": lambda: static(Tile(128, 256, 128, 8)),
+    "linear-table": lambda: static(Tile(128, 128, 128, 4), table=True),
     "linear-dynamic": dynamic,
     "linear-w4": four_bits,
     "linear-w4-float": four_bits_float,

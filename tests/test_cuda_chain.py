@@ -25,7 +25,7 @@ from qsweep.cuda.plan import ATTENTION, plan
 from qsweep.cuda.steps import Float, Layer, Map, Move, Norm, RowLayer
 from qsweep.cuda.tune import MOST, Tiles, candidates
 from qsweep.errors import Refused
-from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, aten, grid_of, nodes_of, set_constant
+from qsweep.hub.form import DEQUANTIZE, QUANTIZE, RECTIFIERS, QuantizedModel, aten, grid_of, nodes_of, set_constant
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.quantize.ptq import PTQ
 
@@ -234,14 +234,46 @@ def with_grid(model: QuantizedModel, node: torch.fx.Node, scale: float, zero_poi
 
 
 @pytest.mark.parametrize("function", [aten.gelu, aten.silu, aten.hardswish, aten.sigmoid, aten.tanh, aten.relu])
-def test_a_function_of_integers_is_a_table(function: Any, root: Path, device: str) -> None:
+def test_a_function_of_integers_is_a_table_at_the_end_of_their_layer(function: Any, root: Path, device: str) -> None:
     model = small("mlp", root)
     (rectifier,) = nodes_of(model.graph, {aten.relu.default})
     rectifier.target = function.default
     with_grid(model, rectifier, 0.07, -9)
-    chain = assert_equal(model, device)
-    assert any(isinstance(step, Map) for step in chain.plan.steps)
-    assert not any(isinstance(step, Float) for step in chain.plan.steps)
+    chain = assert_equal(model, device, joined=1)
+    assert any(isinstance(step, Layer) and step.then is not None for step in chain.plan.steps)
+    assert not any(isinstance(step, Map | Float) for step in chain.plan.steps)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize(("name", "bits"), [("mlp", 4), ("digits_cnn", 8), ("depthwise", 8), ("shortcut", 8)])
+def test_every_kernel_of_a_layer_looks_its_results_up(
+    name: str, bits: int, split: int, root: Path, device: str
+) -> None:
+    model = small(name, root, weight_bits=bits)
+    for number, rectifier in enumerate(nodes_of(model.graph, set(RECTIFIERS))):
+        rectifier.target, rectifier.args = aten.silu.default, rectifier.args[:1]
+        with_grid(model, rectifier, 0.05 + 0.01 * number, 5 - number)
+    tiles = {layer.name: Tile(16, 16, 32, split=split) for layer in model.layers()}
+    chain, inputs = Chain(model, BATCH, device, tiles), samples(model)
+    assert torch.equal(chain(inputs.to(device)).cpu(), IntegerInterpreter(model.graph)(inputs))
+    assert any(isinstance(step, Layer) and step.then is not None for step in chain.plan.steps)
+
+
+class Gated(nn.Module):
+    """Reads a layer's result as it is and through a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1))
+        return self.second(nn.functional.gelu(x) + x)  # type: ignore[no-any-return]
+
+
+def test_a_table_stands_alone_where_something_else_reads_what_it_does(root: Path, device: str) -> None:
+    chain = assert_equal(own(Gated, root), device)
+    assert sum(isinstance(step, Map) for step in chain.plan.steps) == 1
 
 
 def test_integers_that_come_to_another_grid_go_there_by_a_table(root: Path, device: str) -> None:

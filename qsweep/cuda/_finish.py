@@ -49,9 +49,9 @@ def residual_of(r_ptr, places, mask, RESIDUAL: tl.constexpr):
 
 @triton.jit
 def finish(
-    sums, channel, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
+    sums, channel, bias_ptr, multiplier_ptr, table_ptr, y_ptr, y_places, y_zero, low, high,
     r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column_mask,
-    RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """From sums (rows, channels) to results; see `Requantize` and `Residual`."""
     bias = tl.load(bias_ptr + channel, mask=column_mask, other=0)
@@ -60,7 +60,11 @@ def finish(
     if RESIDUAL:
         v = nearest(between(v, own_low, own_high)).to(tl.float32) * own_multiplier
         v = v + (r.to(tl.int32) - r_zero).to(tl.float32) * r_multiplier
-    write(y_ptr, y_places, v, y_zero, low, high, mask)
+    if TABLE:
+        places = (nearest(between(v, low, high)) + y_zero).to(tl.int8)  # narrow before they change threads
+        tl.store(y_ptr + y_places, tl.load(table_ptr + (places.to(tl.int32) + 128)), mask=mask)
+    else:
+        write(y_ptr, y_places, v, y_zero, low, high, mask)
 
 
 @triton.jit

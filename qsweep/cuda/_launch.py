@@ -30,6 +30,8 @@ def finish_arguments(requantize: Requantize, residual: Residual | None, out: Ten
         "y_ptr": out,
         "bias_ptr": requantize.bias,
         "multiplier_ptr": requantize.multiplier,
+        "table_ptr": out if requantize.table is None else requantize.table,
+        "TABLE": requantize.table is not None,
         **grid_arguments(requantize.output, requantize.bounds),
         **dict(zip(("y_n", "y_h", "y_w"), out.stride(), strict=False)),
         "OH": out.shape[1],

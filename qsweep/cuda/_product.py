@@ -53,11 +53,12 @@ def sums_of(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def convolve(
-    x_ptr, w_ptr, y_ptr, bias_ptr, multiplier_ptr, r_ptr, M, x_n, x_h, x_w, y_n, y_h, y_w, r_n, r_h, r_w,
+    x_ptr, w_ptr, y_ptr, bias_ptr, multiplier_ptr, table_ptr, r_ptr, M, x_n, x_h, x_w, y_n, y_h, y_w, r_n, r_h, r_w,
     y_zero, low, high, r_zero, r_multiplier, own_low, own_high, own_multiplier,
     UNIT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, OCG: tl.constexpr, K: tl.constexpr, CG: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    RESIDUAL: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """M = N * OH * OW rows times OCG columns of a group. A linear is OH = OW = KH = KW = 1.
 
@@ -93,17 +94,17 @@ def convolve(
         if not SHORT:
             r = residual_of(r_ptr, r_places, mask, RESIDUAL)
         finish(
-            acc, channel, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
-            r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < OCG, RESIDUAL,
+            acc, channel, bias_ptr, multiplier_ptr, table_ptr, y_ptr, y_places, y_zero, low, high,
+            r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < OCG, RESIDUAL, TABLE,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def finish_parts(
-    parts_ptr, y_ptr, bias_ptr, multiplier_ptr, r_ptr, M, y_n, y_h, y_w, r_n, r_h, r_w,
+    parts_ptr, y_ptr, bias_ptr, multiplier_ptr, table_ptr, r_ptr, M, y_n, y_h, y_w, r_n, r_h, r_w,
     y_zero, low, high, r_zero, r_multiplier, own_low, own_high, own_multiplier,
     OH: tl.constexpr, OW: tl.constexpr, OC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Add the parts of a split product, int32 (SPLIT, M, OC), and finish them."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -116,6 +117,6 @@ def finish_parts(
     for part in tl.static_range(SPLIT):
         acc += tl.load(parts_ptr + (part * M + row)[:, None] * OC + channel[None, :], mask=mask, other=0)
     finish(
-        acc, channel, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
-        r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, channel < OC, RESIDUAL,
+        acc, channel, bias_ptr, multiplier_ptr, table_ptr, y_ptr, y_places, y_zero, low, high,
+        r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, channel < OC, RESIDUAL, TABLE,
     )  # fmt: skip

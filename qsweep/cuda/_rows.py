@@ -90,10 +90,11 @@ def half_sums_of(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def multiply_w4(
-    x_ptr, w_ptr, y_ptr, bias_ptr, multiplier_ptr, r_ptr, M, x_n, y_n, y_h, y_w, r_n, r_h, r_w,
+    x_ptr, w_ptr, y_ptr, bias_ptr, multiplier_ptr, table_ptr, r_ptr, M, x_n, y_n, y_h, y_w, r_n, r_h, r_w,
     y_zero, low, high, r_zero, r_multiplier, own_low, own_high, own_multiplier,
     OH: tl.constexpr, OW: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    RESIDUAL: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Integers times weights of 4 bits. SPLIT > 1: y is int32 (SPLIT, M, N), for `finish_parts`."""
     row_block, column_block = block_of(tl.program_id(0), M, (N + BN - 1) // BN, BM)
@@ -112,8 +113,8 @@ def multiply_w4(
         y_places = (row * y_n)[:, None] + column[None, :]
         r = residual_of(r_ptr, (row * r_n)[:, None] + column[None, :], mask, RESIDUAL)
         finish(
-            acc, column, bias_ptr, multiplier_ptr, y_ptr, y_places, y_zero, low, high,
-            r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < N, RESIDUAL,
+            acc, column, bias_ptr, multiplier_ptr, table_ptr, y_ptr, y_places, y_zero, low, high,
+            r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < N, RESIDUAL, TABLE,
         )  # fmt: skip
 
 

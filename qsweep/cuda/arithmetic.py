@@ -36,6 +36,8 @@ class Requantize:
     """None: float32 results, v itself."""
     bounds: tuple[float, float] = (-math.inf, math.inf)
     """Of float32 results: what a ReLU or ReLU6 that follows leaves."""
+    table: Tensor | None = None
+    """int8 (256,): what is written for each integer on `output`, from -128 on; None: these themselves."""
 
 
 @dataclass(frozen=True)

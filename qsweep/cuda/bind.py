@@ -19,7 +19,21 @@ from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import output_of, ratio, side, table
 from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
 from qsweep.cuda.plan import ATTENTION, PRODUCTS, Plan
-from qsweep.cuda.steps import Add, Dequantize, Float, Layer, Map, Move, Norm, Operand, Pool, Quantize, RowLayer, Step
+from qsweep.cuda.steps import (
+    Add,
+    Dequantize,
+    Float,
+    Layer,
+    Map,
+    Move,
+    Norm,
+    Operand,
+    Pool,
+    Quantize,
+    RowLayer,
+    Step,
+    writes,
+)
 from qsweep.hub.form import LINEARS, QUANTIZE, arguments, aten, constant, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
@@ -91,7 +105,8 @@ class Binding:
         pointwise.quantize(given, grid.scale, output_of(grid), out, invalid=self.invalid)
 
     def _layer(self, step: Layer) -> Product:
-        out = self.places[step.out].logical if step.grid else self._real(step.out)
+        written = writes(step)
+        out = self.places[written.node].logical if written else self._real(step.out)
         if step.node.target in LINEARS:
             given, other = self._matrix(step.given), step.residual and self._matrix(step.residual)
         else:

@@ -132,4 +132,4 @@ def _pair(sizes: list[int]) -> tuple[int, int]:
 
 
 def _ending(layer: Layer) -> str:
-    return (" residual" if layer.residual else "") + ("" if layer.grid else " real")
+    return (" residual" if layer.residual else "") + (" table" if layer.then else "") + ("" if layer.grid else " real")

@@ -48,13 +48,14 @@ def requantize(graph: fx.GraphModule, layer: Layer, device: torch.device) -> Req
     real = constant(graph, layer.node.args[2]) if len(layer.node.args) > 2 else None
     if real is not None:
         bias += (real.detach() / step).round().long()
-    own = layer.inner.grid if layer.inner else layer.grid
+    own, then = layer.inner.grid if layer.inner else layer.grid, layer.then
     multiplier = step if own is None else step / f32(own.scale)
     return Requantize(
         bias.to(torch.int32).to(device),
         multiplier.contiguous().to(device),
         None if layer.grid is None else output_of(layer.grid, layer.bounds),
         (layer.bounds.low, layer.bounds.high),
+        None if then is None else table(then.node, then.given.grid, then.out.grid).to(device),
     )
 
 

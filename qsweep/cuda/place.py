@@ -87,7 +87,7 @@ class Places:
             return False
         if len(self.plan.shapes[node]) != 3:
             return len(self.plan.shapes[node]) == 4
-        layers = [step for step in self.plan.steps if isinstance(step, Layer) and step.out is node]
+        layers = [step for step in self.plan.steps if isinstance(step, Layer) and self.operands[node] == writes(step)]
         layers += [step for step in self.readers[node] if isinstance(step, Layer)]
         return any(layer.node.target in CONVOLUTIONS for layer in layers)
 

@@ -129,7 +129,7 @@ def plan(model: QuantizedModel, batch_size: int) -> Plan:
     for node in model.graph.graph.nodes:
         planner.visit(node)
     output = model.graph.graph.output_node()
-    steps = _with_residuals(planner.steps)
+    steps = _with_tables(_with_residuals(planner.steps))
     return Plan(model.graph, steps, source(output), planner.shapes, _same(planner.same, steps))
 
 
@@ -268,10 +268,7 @@ def _parts(node: fx.Node) -> list[fx.Node]:
 
 def _with_residuals(steps: list[Step]) -> list[Step]:
     """Sums joined to the layer that gives one of their two sides, where nothing else reads that side."""
-    readers: dict[fx.Node, int] = {}
-    for step in steps:
-        for node in reads(step):
-            readers[node] = readers.get(node, 0) + 1
+    readers = _readers(steps)
     places = {value.node: place for place, step in enumerate(steps) if (value := writes(step)) is not None}
     found: list[Step | None] = list(steps)
     for place, step in enumerate(steps):
@@ -285,6 +282,33 @@ def _with_residuals(steps: list[Step]) -> list[Step]:
                 found[place] = _joined(layer, step, own, other)
                 break
     return [step for step in found if step is not None]
+
+
+def _with_tables(steps: list[Step]) -> list[Step]:
+    """Functions of a layer's integers joined to it, where nothing else reads these."""
+    readers = _readers(steps)
+    layers = {step.out: step for step in steps if isinstance(step, Layer) and step.grid is not None}
+    taken = {
+        step.given.node: step
+        for step in steps
+        if isinstance(step, Map) and step.given.node in layers and readers[step.given.node] == 1
+    }
+    found: list[Step] = []
+    for step in steps:
+        if isinstance(step, Layer) and step.out in taken:
+            found.append(replace(step, then=taken[step.out]))
+        elif not (isinstance(step, Map) and taken.get(step.given.node) is step):
+            found.append(step)
+    return found
+
+
+def _readers(steps: list[Step]) -> dict[fx.Node, int]:
+    """How often each integer value is read."""
+    found: dict[fx.Node, int] = {}
+    for step in steps:
+        for node in reads(step):
+            found[node] = found.get(node, 0) + 1
+    return found
 
 
 def _joined(layer: Layer, add: Add, own: Operand, other: Operand) -> Layer:

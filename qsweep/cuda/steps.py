@@ -41,7 +41,7 @@ class Quantize:
 @dataclass(frozen=True)
 class Layer:
     """A convolution or linear on integers, its rectifier, and where `residual` is set the sum with that and its
-    rectifier; `grid` None leaves the result real."""
+    rectifier; `grid` None leaves the result real. `then`: a function of the integers, which nothing else reads."""
 
     out: fx.Node
     grid: Grid | None
@@ -50,6 +50,7 @@ class Layer:
     given: Operand
     inner: Inner | None = None
     residual: Operand | None = None
+    then: Map | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ def reads(step: Step) -> tuple[fx.Node, ...]:
 
 def writes(step: Step) -> Operand | None:
     """The integer value that `step` gives, if it gives one."""
+    if isinstance(step, Layer) and step.then is not None:
+        return step.then.out
     if isinstance(step, Layer | Add | Pool):
         return None if step.grid is None else Operand(step.out, step.grid)
     return None if isinstance(step, RowLayer | Dequantize | Float) else step.out

@@ -74,7 +74,7 @@ MEMORY = "peak device memory, ResNet-50 at batch 128"
 ENERGY = "energy of an image, ResNet-50 at batch 128"
 QAT = {
     mode: f"QAT step of a ResNet-18 at batch 128, bf16 autocast, {mode}, of the bf16 step"
-    for mode in ("eager", "compiled")
+    for mode in ("eager", "captured", "compiled")
 }
 QAT_FP32 = "QAT step of a ResNet-18 at batch 128, fp32, eager, of the fp32 step"
 SWEEPS = {"digits": "digits sweep, `engine: cuda`", "cifar10-resnet20": "CIFAR-10 sweep, `engine: cuda`"}

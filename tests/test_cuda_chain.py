@@ -259,6 +259,22 @@ def test_every_kernel_of_a_layer_looks_its_results_up(
     assert any(isinstance(step, Layer) and step.then is not None for step in chain.plan.steps)
 
 
+class Flattened(nn.Module):
+    """A flattened image that a linear reads and that is added to its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear, self.head = nn.Conv2d(1, 16, 3, 2, 1), nn.Linear(256, 256), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(1)
+        return self.head((self.linear(x) + x).relu())  # type: ignore[no-any-return]
+
+
+def test_a_flattened_image_keeps_its_order_where_it_is_added_to_something(root: Path, device: str) -> None:
+    assert_equal(own(Flattened, root), device, joined=1)
+
+
 class Gated(nn.Module):
     """Reads a layer's result as it is and through a function."""
 

@@ -77,8 +77,14 @@ def memory_order(values: Tensor) -> list[int]:
 
 
 def _only_linears_read(node: fx.Node, places: Places) -> bool:
+    """Whether linears multiply it, and nothing does anything else with it, not even add it to their results."""
     readers = places.readers[node]
-    return bool(readers) and all(isinstance(step, Layer) and step.node.target in LINEARS for step in readers)
+    return bool(readers) and all(
+        isinstance(step, Layer)
+        and step.node.target in LINEARS
+        and (step.residual is None or step.residual.node is not node)
+        for step in readers
+    )
 
 
 def _in_memory_order(given: Value, shape: torch.Size) -> Value | None:

@@ -72,6 +72,15 @@ typedef struct {
     }                                                                                \
   } while (0)
 
+/* Of bf16 the machine fetches too little by itself: what lies two blocks ahead is asked for, which halves the time of
+   tensors that are in no cache. Of float, and where no sums are taken, it made it longer. */
+#ifdef BF16
+#define AHEAD(of)                                                                    \
+  for (int i = 0; i < BLOCK; i += 64 / (int)sizeof(value)) __builtin_prefetch((of) + start + 2 * BLOCK + i)
+#else
+#define AHEAD(of) (void)0
+#endif
+
 #define SCALE at.scales[row]
 #define BOTTOM (at.bottoms ? at.bottoms[row * at.apart] : bottom)
 
@@ -104,9 +113,9 @@ INLINE void round_block(const value *restrict values, value *restrict outputs, i
 
 void round_to_grid(const value *values, value *outputs, layout at, float bottom, float steps) {
   if (at.bottoms)
-    FOR_BLOCKS(round_block(values + start, outputs + start, length, SCALE, BOTTOM, steps, 1));
+    FOR_BLOCKS(AHEAD(values); round_block(values + start, outputs + start, length, SCALE, BOTTOM, steps, 1));
   else
-    FOR_BLOCKS(round_block(values + start, outputs + start, length, SCALE, BOTTOM, steps, 0));
+    FOR_BLOCKS(AHEAD(values); round_block(values + start, outputs + start, length, SCALE, BOTTOM, steps, 0));
 }
 
 INLINE void step_block(const value *restrict gradient, const value *restrict values, value *restrict passed, int length,
@@ -137,8 +146,9 @@ INLINE void step_block(const value *restrict gradient, const value *restrict val
 /* `step` and `beyond`: as many numbers as there are blocks, or nothing; `beyond` not without `step`. */
 void step_backward(const value *gradient, const value *values, value *passed, float *step, float *beyond, layout at,
                    float bottom, float steps, float under, float over) {
-#define RUN(moving, sums, offset)                                                                                   \
-  FOR_BLOCKS(step_block(gradient + start, values + start, passed + start, length, step ? step + block : 0,       \
+#define RUN(moving, sums, offset)                                                    \
+  FOR_BLOCKS(if (sums) { AHEAD(values); AHEAD(gradient); }                           \
+             step_block(gradient + start, values + start, passed + start, length, step ? step + block : 0,        \
                         beyond ? beyond + block : 0, SCALE, BOTTOM, steps, under, over, moving, sums, offset))
   if (at.bottoms && beyond)
     RUN(1, 1, 1);
@@ -177,8 +187,9 @@ void clip_backward(const value *gradient, const value *values, value *passed, fl
                    const float *low, const float *high) {
   float from = narrow(*low), inverse = 1 / (*high - *low);
   if (lowered)
-    FOR_BLOCKS(clip_block(gradient + start, values + start, passed + start, length, lowered + block, raised + block,
-                          from, inverse, 1));
+    FOR_BLOCKS(AHEAD(values); AHEAD(gradient);
+               clip_block(gradient + start, values + start, passed + start, length, lowered + block, raised + block, from,
+                          inverse, 1));
   else
     FOR_BLOCKS(clip_block(gradient + start, values + start, passed + start, length, 0, 0, from, inverse, 0));
 }
@@ -199,5 +210,5 @@ INLINE void ends_block(const value *restrict values, int length, float *ends) {
 
 /* Least and greatest value of each block, one beside the other; NaN where there is one. */
 void extremes(const value *values, float *ends, layout at) {
-  FOR_BLOCKS(ends_block(values + start, length, ends + 2 * block));
+  FOR_BLOCKS(AHEAD(values); ends_block(values + start, length, ends + 2 * block));
 }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qsweep.hub.form import QuantizedModel
+    from qsweep.quantize.base import Quantization
     from qsweep.spec import Compression
     from qsweep.store import Store
 
@@ -25,8 +26,10 @@ The output may lie in a buffer that the next call writes to.
 """
 
 
-BY_TOKEN = "they need ranges fixed beforehand (`activation_mode: static`); `cuda` and `reference` take `token`"
-"""Why integer kernels of most runtimes refuse grids that rows set at run time."""
+def not_static(quantize: Quantization) -> str | None:
+    """Why integer kernels that need every range beforehand cannot compute it, or None."""
+    by_token = "they need ranges fixed beforehand (`activation_mode: static`); `cuda` and `reference` take `token`"
+    return quantize.not_integer or (by_token if quantize.by_token else None)
 
 
 class EngineConfig(Config, ABC):

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qsweep.engines.base import BY_TOKEN, EngineConfig, Runner
+from qsweep.engines.base import EngineConfig, Runner, not_static
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +33,7 @@ class Inductor(EngineConfig):
         return None
 
     def refuses(self, config: Compression) -> str | None:
-        reason = "no stage quantizes" if config.quantize is None else config.quantize.not_integer
-        if config.quantize is not None and config.quantize.by_token:
-            reason = reason or BY_TOKEN
+        reason = "no stage quantizes" if config.quantize is None else not_static(config.quantize)
         return reason and f"integer kernels cannot run it: {reason}; `float` is the same compiler in floating point"
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:

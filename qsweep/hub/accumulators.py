@@ -35,9 +35,8 @@ def check_accumulators(model: QuantizedModel) -> None:
         assert integers is not None
         assert scale is not None
         grid = grid_of(given) if given.target is DEQUANTIZE else None
-        levels = (
-            grid.high - grid.low if grid else cast(int, given.args[2])
-        )  # of rows: the highest, as they are symmetric
+        # rows are symmetric: their highest level
+        levels = grid.high - grid.low if grid is not None else cast(int, given.args[2])
         worst = integers.double().abs().flatten(1).sum(1) * levels
         if bias is not None and grid is not None:  # that of rows is added in floating point
             worst += (bias.double() / (torch.tensor(grid.scale) * scale).double()).abs()

@@ -32,7 +32,7 @@ from qsweep.hub.form import (
     pool_count,
     rectified,
 )
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT, LEAST_SCALE, QUANTIZE_ROWS
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS, row_scale
 
 
 @dataclass(frozen=True)
@@ -218,10 +218,8 @@ def quantize(values: Any, scale: float, zero_point: int, low: int, high: int) ->
 
 def quantize_rows(values: Tensor, high: int) -> Rows:
     """Onto the grids that `qsweep.hub.ops.row_fake_quantize` describes."""
-    scale = values.abs().amax(-1, keepdim=True) / high
-    scale = torch.where(scale < LEAST_SCALE, torch.ones_like(scale), scale)
-    q = (values * (1 / scale)).round().clamp(-high, high).nan_to_num()
-    return Rows(q.double(), torch.where(scale.isfinite(), scale, torch.nan))
+    scale = row_scale(values, high)
+    return Rows((values * (1 / scale)).round().clamp(-high, high).nan_to_num().double(), scale)
 
 
 def _pool(node: fx.Node, given: Integers, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -51,16 +51,21 @@ def quantize_dynamic(values: Tensor, low: int, high: int, symmetric: bool) -> Te
     return dynamic_fake_quantize(values, low, high, symmetric)
 
 
+def row_scale(values: Tensor, high: int) -> Tensor:
+    """(..., 1): max|row| / `high` of each row of `values` (..., K); 1 under `LEAST_SCALE`, NaN if any is not finite."""
+    scale = values.detach().abs().amax(-1, keepdim=True) / high
+    scale = torch.where(scale < LEAST_SCALE, torch.ones_like(scale), scale)
+    return torch.where(scale.isfinite(), scale, torch.nan)
+
+
 def row_fake_quantize(values: Tensor, low: int, high: int) -> Tensor:
     """`values` (..., K), each row on a symmetric grid of its own, integers from `low` to `high`.
 
-    scale = max|row| / high, q = clamp(round(row * (1 / scale))). Rows of scales under `LEAST_SCALE` become 0; NaN or
-    infinity in a row makes all of it NaN. Gradients pass inside the grid.
+    q = clamp(round(row * (1 / scale))), scale as `row_scale` has it: rows of scales under `LEAST_SCALE` become 0, and
+    NaN or infinity in a row makes all of it NaN. Gradients pass inside the grid.
     """
     rows = values.reshape(-1, values.shape[-1])
-    scale = rows.detach().abs().amax(1) / high
-    scale = torch.where(scale < LEAST_SCALE, torch.ones_like(scale), scale)
-    scale = torch.where(scale.isfinite(), scale, torch.nan)
+    scale = row_scale(rows, high).squeeze(1)
     zero_points = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(rows, scale, zero_points, 0, low, high).reshape(values.shape)
 

@@ -101,6 +101,28 @@ class Sequence(nn.Module):
         return logits
 
 
+class Computed(nn.Module):
+    """A weight that is computed from others, before a batch norm; a gate, a table that is looked up; awkward names."""
+
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 8, 3, bias=False))
+        self.bn = nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 10, bias=False)
+        self.gate = nn.Parameter(torch.randn(8))
+        self.bias_table = nn.Parameter(torch.randn(5, 10))
+        self.register_buffer("places", torch.randint(0, 5, (3,)))
+        self.logit_scale = nn.Parameter(1 + torch.rand(()))
+        self.my_zero_point = nn.Parameter(torch.randn(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x))).mean((2, 3)) * torch.sigmoid(self.gate)
+        logits: Tensor = self.linear(x) * self.logit_scale + self.bias_table[self.places].sum(0) + self.my_zero_point
+        return logits
+
+
 def mlp() -> nn.Module:
     """Linears, one with batch norm, after a view that counts its samples."""
 
@@ -118,6 +140,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "depthwise": Depthwise,
     "shortcut": Shortcut,
     "sequence": Sequence,
+    "computed": Computed,
     "mlp": mlp,
 }
 """Each takes (B, 1, 8, 8) and gives (B, 10)."""

@@ -25,6 +25,7 @@ from qsweep.hub.simulate import simulation
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression
 from qsweep.stage import Context
+from qsweep.store import Store
 
 ENGINES: tuple[type[EngineConfig], ...] = members(EngineConfig, "qsweep.engines")
 INTEGER = [engine for engine in ENGINES if engine is not Float]
@@ -193,13 +194,13 @@ def powers_of_two(model: QuantizedModel) -> QuantizedModel:
         node.update_arg(1, power(torch.tensor(grid.scale)).item())
         node.update_arg(2, grid.zero_point // 2 * 2)
     for node in nodes_of(model.graph, COMPUTE):
-        weight = node.all_input_nodes[1]
-        names = [str(weight.all_input_nodes[1].target), str(node.all_input_nodes[2].target)]
-        scale = power(model.graph.get_buffer(names[0]))
-        step = grid_of(node.all_input_nodes[0]).scale * scale
-        bias = (model.graph.get_buffer(names[1]) / step).round() * step
-        for name, value in zip(names, (scale, bias), strict=True):
-            set_constant(model.graph, name, value)
+        given, weight, *bias = node.all_input_nodes
+        name = str(weight.all_input_nodes[1].target)
+        scale = power(model.graph.get_buffer(name))
+        set_constant(model.graph, name, scale)
+        for name in (str(each.target) for each in bias):
+            step = grid_of(given).scale * scale
+            set_constant(model.graph, name, (model.graph.get_buffer(name) / step).round() * step)
     model.graph.recompile()
     return model
 
@@ -223,6 +224,16 @@ def test_grouped_convolutions_have_a_scale_for_every_output_channel(root: Path) 
     depth = found["depth.0.weight"]
     assert depth.weight.shape == (24, 1, 3, 3)
     assert (depth.weight.abs().flatten(1).amax(1)[1:] == 127).all()
+
+
+@pytest.mark.parametrize("engine", [Float(batch_size=COUNT), OnnxRuntime(batch_size=COUNT)], ids=lambda e: e.engine)
+def test_models_of_one_structure_and_other_numbers_do_not_share_any(engine: EngineConfig, tmp_path: Path) -> None:
+    store, inputs = Store(tmp_path / "store"), Noise(COUNT).inputs
+    for seed in range(2):
+        model, folder = network("computed", seed), tmp_path / str(seed)
+        folder.mkdir()
+        engine.lower(float_graph(model, context(tmp_path, f"{seed}")), folder, store)
+        torch.testing.assert_close(engine.load(folder)(inputs), model(inputs).detach(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("engine", INTEGER, ids=lambda engine: engine.__name__)

@@ -23,6 +23,7 @@ from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
 from qsweep.quantize._arithmetic import WeightLevels, weight_levels
 from qsweep.quantize.base import Scheme
+from qsweep.quantize.codebook import Codebook
 from qsweep.quantize.ptq import PTQ
 from qsweep.records import Record
 from qsweep.spec import Compression, TrialConfig
@@ -159,3 +160,5 @@ def test_the_label_tells_what_is_not_the_default() -> None:
     assert PTQ(weight_granularity="tensor", calibration="mse", calibration_samples=128).label() == (
         "ptq-w8s-a8a-tensor-mse-n128"
     )
+    assert PTQ(weight_bits=4, edge_bits=8, weight_range="mse").label() == "ptq-w4s-a8a-wmse-edge8"
+    assert Codebook(weight_bits=3, edge_bits=8).label() == "codebook-w3-edge8"

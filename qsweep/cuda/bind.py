@@ -131,7 +131,7 @@ class Binding:
 
     def _add(self, step: Add) -> None:
         out = self.places[step.out].logical if step.grid else self._real(step.out)
-        left, right = self.places[step.left.node].logical, self.places[step.right.node].logical
+        left, right = (self.places[each.node].logical.expand(out.shape) for each in (step.left, step.right))
         out, left, right = _inner_last(out, left, right)
         sides = side(step.left, left, step.grid), side(step.right, right, step.grid)
         output = output_of(step.grid, step.bounds) if step.grid else None

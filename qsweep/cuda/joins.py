@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from qsweep.cuda.steps import Add, Inner, Layer, Map, Operand, Step, reads, writes
 
 
-def with_residuals(steps: list[Step]) -> list[Step]:
-    """Sums joined to the layer that gives one of their two sides, where nothing else reads that side."""
+def with_residuals(steps: list[Step], shapes: Mapping[fx.Node, torch.Size]) -> list[Step]:
+    """Sums joined to the layer that gives one of their two sides, where nothing else reads that side and none is
+    repeated."""
     readers = _readers(steps)
     places = {value.node: place for place, step in enumerate(steps) if (value := writes(step)) is not None}
     found: list[Step | None] = list(steps)
     for place, step in enumerate(steps):
         if not isinstance(step, Add) or step.grid is None:
+            continue
+        if len({shapes[step.out], *(shapes[side.node] for side in (step.left, step.right))}) > 1:
             continue
         sides = sorted([(step.left, step.right), (step.right, step.left)], key=lambda pair: -places[pair[0].node])
         for own, other in sides:

@@ -128,7 +128,7 @@ def plan(model: QuantizedModel, batch_size: int) -> Plan:
     for node in model.graph.graph.nodes:
         planner.visit(node)
     output = model.graph.graph.output_node()
-    steps = with_tables(with_residuals(planner.steps))
+    steps = with_tables(with_residuals(planner.steps, planner.shapes))
     return Plan(model.graph, steps, source(output), planner.shapes, _same(planner.same, steps))
 
 
@@ -210,7 +210,8 @@ class _Planner:
             return None
         sides: tuple[Operand, ...] = (given,) if isinstance(given, Operand) else ()
         if isinstance(given, _Waiting) and isinstance(given.step, Add) and given.step.bounds == UNBOUNDED:
-            sides = given.step.left, given.step.right
+            both = given.step.left, given.step.right
+            sides = both if all(self.shapes[side.node] == self.shapes[node] for side in both) else ()
         return _Waiting(Norm(Operand(node, _NO_GRID), node, sides))
 
     def _moved(self, node: fx.Node) -> _State:

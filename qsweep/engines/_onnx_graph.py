@@ -11,6 +11,7 @@ import copy
 import io
 import warnings
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from qsweep.errors import Refused
 from qsweep.hub.form import (
+    COMPUTE,
     DEQUANTIZE,
     QUANTIZE,
     QuantizedModel,
@@ -31,7 +33,7 @@ from qsweep.hub.form import (
     set_constant,
     source,
 )
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
 from qsweep.hub.save import structure
 
 if TYPE_CHECKING:
@@ -115,8 +117,16 @@ def _skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _spell_out(content, weights)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 2, structure(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 3, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
+
+
+def _other_constants(model: QuantizedModel) -> dict[str, str]:
+    """SHA-256 by name of what is no weight or bias of a layer: the exporter computes with it beforehand."""
+    layers = nodes_of(model.graph, COMPUTE)
+    replaced = {str(given.target) for node in [*layers, *nodes_of(model.graph, STORED)] for given in node.all_input_nodes}
+    values = {name: value for name, value in attributes(model.graph) if name not in replaced}
+    return {name: sha256(value.detach().contiguous().numpy().tobytes()).hexdigest() for name, value in values.items()}
 
 
 _MARK = 9 / 64
@@ -266,7 +276,7 @@ def _over_the_image(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
 
     keep = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}.get("keepdims", 1)
     axes = numpy_helper.to_array(constants[node.input[1]]) if len(node.input) > 1 else np.array([])
-    return bool(keep) and sorted(axis % 4 for axis in axes.tolist()) == [2, 3]
+    return bool(keep) and sorted(axes.tolist()) in ([2, 3], [-2, -1])
 
 
 def _add(content: onnx.ModelProto, name: str, value: Any) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.ops import DEQUANTIZE_GROUPS, LOOK_UP, QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED
+from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT, LOOK_UP, QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED
 
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed
@@ -172,6 +172,16 @@ def weight_bits_of(node: fx.Node) -> int:
         return cast(int, node.args[3])
     low, high = (3, 4) if node.target is DEQUANTIZE_GROUPS else (4, 5)
     return (cast(int, node.args[high]) - cast(int, node.args[low])).bit_length()
+
+
+def beside_weights(graph: fx.GraphModule) -> set[str]:
+    """Names of the scales, zero points and tables of stored weights: constants that are no parameters."""
+    return {str(source(node, place).target) for node in nodes_of(graph, STORED) for place in (1, 2)}
+
+
+def idle_zero_points(graph: fx.GraphModule) -> set[str]:
+    """Names of the zero points of symmetric weights, which are all 0."""
+    return {str(source(node, 2).target) for node in nodes_of(graph, {DEQUANTIZE_WEIGHT})}
 
 
 def keeps_grid(node: fx.Node) -> bool:

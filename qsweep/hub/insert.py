@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from qsweep.hub.fixed import fixed_nodes
 from qsweep.hub.form import (
     BINARY,
     COMPUTE,
@@ -81,6 +82,8 @@ def insert_observers(
     """
     graph = model.graph
     ShapeProp(graph).propagate(model.example)
+    for node in fixed_nodes(graph):
+        node.meta["fixed"] = True
     wanted = _read_by_layers(graph) if layers_only else _wanted(graph)
     alone = [[value] for value in graph.graph.nodes if value in wanted]
     groups = alone if layers_only else _groups(graph, wanted)
@@ -131,28 +134,33 @@ def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.
 def _wanted(graph: fx.GraphModule) -> set[fx.Node]:
     wanted: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
-        if node.op != "get_attr" and any(_reads_integers(user, node, wanted) for user in node.users):
+        if not _fixed(node) and any(_reads_integers(user, node, wanted) for user in node.users):
             wanted.add(node)
     return wanted
 
 
 def _read_by_layers(graph: fx.GraphModule) -> set[fx.Node]:
-    return {given for node in nodes_of(graph, COMPUTE) if (given := source(node)).op != "get_attr"}
+    return {given for node in nodes_of(graph, COMPUTE) if not _fixed(given := source(node))}
 
 
 def _reads_integers(user: fx.Node, value: fx.Node, wanted: set[fx.Node]) -> bool:
     if user.target in COMPUTE:
         return user.args[0] is value and user.args[1] is not value
     if user.target in BINARY:
-        both = all(isinstance(argument, fx.Node) and argument.op != "get_attr" for argument in user.args)
+        both = all(isinstance(argument, fx.Node) and not _fixed(argument) for argument in user.args)
         return both and len(user.args) == 2 and not user.kwargs
     return user.target in POOLS or (user in wanted and (user.target in POINTWISE or _moves(user)))
+
+
+def _fixed(node: fx.Node) -> bool:
+    """Whether no input goes into it."""
+    return bool(node.meta.get("fixed"))
 
 
 def _moves(node: fx.Node) -> bool:
     """Whether `node` only moves values that a grid can stand on: no constants, no sizes."""
     given = node.all_input_nodes
-    return keeps_grid(node) and all(value.op != "get_attr" and "tensor_meta" in value.meta for value in given)
+    return keeps_grid(node) and all(not _fixed(value) and "tensor_meta" in value.meta for value in given)
 
 
 def _groups(graph: fx.GraphModule, wanted: set[fx.Node]) -> list[list[fx.Node]]:

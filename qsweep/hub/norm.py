@@ -42,8 +42,9 @@ def folded(graph: fx.GraphModule, compute: fx.Node, norm: fx.Node) -> tuple[Tens
 
 
 def joins(compute: fx.Node) -> bool:
-    """Whether a batch norm after `compute` can be folded into it: it alone reads the result."""
-    return compute.target in COMPUTE and len(compute.users) == 1
+    """Whether a batch norm after `compute` can be folded into it: its weight is fixed, and the norm alone reads the
+    result."""
+    return compute.target in COMPUTE and len(compute.users) == 1 and source(compute, 1).op == "get_attr"
 
 
 def replace_weight(graph: fx.GraphModule, compute: fx.Node, weight: Tensor, bias: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from qsweep.errors import ExportFailure
+from qsweep.hub.fixed import with_fixed_weights
 from qsweep.hub.form import LINEARS, POINTWISE, RECTIFIERS, arguments, aten, nodes_of, source
 
 _WHOLE = 2**63 - 1
@@ -39,7 +40,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    rewrites = _functional, _without_idle, _without_tuples, _with_fixed_shapes, _with_pools, _with_flat_linears
+    rewrites = _functional, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes, _with_pools, _with_flat_linears
     for rewrite in (*rewrites, _rectified_first):
         rewrite(graph)
         graph.graph.eliminate_dead_code()

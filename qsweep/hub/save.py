@@ -15,12 +15,13 @@ from qsweep.errors import BundleError
 from qsweep.hub.form import (
     QuantizedModel,
     attributes,
+    idle_zero_points,
     nodes_of,
     set_constant,
     source,
     weight_bits_of,
 )
-from qsweep.hub.ops import STORED
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
 from qsweep.hub.packing import pack, unpack
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
@@ -60,7 +61,7 @@ def structure(model: QuantizedModel, *, widths: bool = False) -> str:
 
 def save_weights(model: QuantizedModel, folder: Path) -> dict[str, Any]:
     """Write `weights.safetensors`; returns {name: [bits, shape]} of the tensors that were packed."""
-    bits = _bits(model.graph)
+    bits, idle = _bits(model.graph), idle_zero_points(model.graph)
     tensors, packed = {}, {}
     for name, value in attributes(model.graph):
         if name in bits and bits[name] < 8:
@@ -68,7 +69,7 @@ def save_weights(model: QuantizedModel, folder: Path) -> dict[str, Any]:
             value = pack(value, bits[name])
         elif value.is_floating_point() and model.dtype != torch.float32:
             value = value.to(model.dtype)
-        if not name.endswith("_zero_point"):  # weights are symmetric: always 0
+        if name not in idle:
             tensors[name] = value.detach().clone().contiguous()
     save_file(tensors, folder / WEIGHTS)
     return packed
@@ -80,7 +81,7 @@ def load(folder: Path) -> QuantizedModel:
         content = json.loads((folder / GRAPH).read_text())
         if content["format"] != _FORMAT:
             raise BundleError(f"`{folder / GRAPH}`: format must be {_FORMAT} (got {content['format']})")
-        graph = fx.GraphModule(_constants(folder, content["packed"]), _graph(content["nodes"]))
+        graph = fx.GraphModule(_constants(folder, content["packed"], content["nodes"]), _graph(content["nodes"]))
         example = torch.rand(content["example"], generator=torch.Generator().manual_seed(0))
         return QuantizedModel(graph, example, getattr(torch, content["dtype"]))
     except DAMAGE as error:
@@ -88,19 +89,21 @@ def load(folder: Path) -> QuantizedModel:
 
 
 def load_weights(folder: Path, packed: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of `weights.safetensors`, unpacked, and the zero points that were left out."""
+    """The tensors of `weights.safetensors`, unpacked."""
     tensors = load_file(folder / WEIGHTS)
     for name, (bits, shape) in packed.items():
         tensors[name] = unpack(tensors[name], bits, tuple(shape))
-    scales = {name.removesuffix("_scale"): value for name, value in tensors.items() if name.endswith("_scale")}
-    return tensors | {
-        f"{name}_zero_point": torch.zeros(len(scale), dtype=torch.int64) for name, scale in scales.items()
-    }
+    return tensors
 
 
-def _constants(folder: Path, packed: dict[str, Any]) -> torch.nn.Module:
-    root = torch.nn.Module()
-    for name, value in load_weights(folder, packed).items():
+def _constants(folder: Path, packed: dict[str, Any], rows: list[list[Any]]) -> torch.nn.Module:
+    """The stored tensors, and the zero points that were left out."""
+    root, tensors = torch.nn.Module(), load_weights(folder, packed)
+    for _, target, arguments, *_ in rows:
+        if target == str(DEQUANTIZE_WEIGHT):
+            scale, zero_point = (rows[argument["n"]][1] for argument in arguments[1:3])
+            tensors[zero_point] = torch.zeros(len(tensors[scale]), dtype=torch.int64)
+    for name, value in tensors.items():
         set_constant(root, name, value)
     return root
 

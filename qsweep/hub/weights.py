@@ -12,7 +12,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import constant, set_constant
+from qsweep.errors import ExportFailure
+from qsweep.hub.form import attributes, constant, set_constant
 from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT, LOOK_UP, dequantize_groups, look_up
 
 
@@ -84,6 +85,9 @@ def _write(
     op: torch._ops.OpOverload,
     rest: tuple[object, ...],
 ) -> fx.Node:
+    taken = {known for known, _ in attributes(graph)} & {f"{name}{suffix}" for suffix in values if suffix}
+    if taken:
+        raise ExportFailure(f"`{taken.pop()}`: must have another name, as what belongs to `{name}` is stored there")
     for suffix, value in values.items():
         set_constant(graph, f"{name}{suffix}", value)
     with graph.graph.inserting_before(before):

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qsweep.hub.form import DEQUANTIZE, Layer, QuantizedModel, attributes, source
+from qsweep.hub.form import DEQUANTIZE, Layer, QuantizedModel, attributes, beside_weights, idle_zero_points, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
 
 _ZSTD_LEVEL = 19
 _GRID_BITS = 64
 """Scale and zero point of one activation, 32 bits each."""
-_OF_WEIGHTS = ("_scale", "_offset", "_table")
-"""Ends of the names of what stands beside integer weights: stored, but no parameters."""
 
 
 def file_sizes(artifact: Path) -> dict[str, float]:
@@ -35,13 +33,14 @@ def work(model: QuantizedModel) -> dict[str, float]:
     layers = model.layers()
     bits = {layer.name: layer.weight_bits for layer in layers}
     weights = {layer.name: _real(model, layer) for layer in layers}
-    constants = {name: value for name, value in attributes(model.graph) if not name.endswith("_zero_point")}
+    idle, beside = idle_zero_points(model.graph), beside_weights(model.graph)
+    constants = {name: value for name, value in attributes(model.graph) if name not in idle}
     grids = {node.args[1:3] for node in model.graph.graph.nodes if node.target is DEQUANTIZE}
     stored = sum(
         _stored_bits(weights.get(name, value), bits.get(name, _value_bits(value, model)))
         for name, value in constants.items()
     )
-    params = {name: value for name, value in constants.items() if not name.endswith(_OF_WEIGHTS)}
+    params = {name: value for name, value in constants.items() if name not in beside}
     total = sum(weight.numel() for weight in weights.values())
     zeros = sum(int((weight == 0).sum()) for weight in weights.values())
     return {

@@ -168,7 +168,7 @@ class Grids(Quantization):
                 raise Refused(f"`layer_bits`: `{pattern}` must match the weight of a layer (there are: {known})")
 
     def label(self) -> str:
-        """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-mse`, `-token`."""
+        """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-wmse`, `-edge8`, `-mse`, `-token`."""
         parts = [self.method, f"w{self._width()}{self.weight_scheme[0]}"]
         if self.activation_bits is not None:
             parts.append(f"a{self.activation_bits}{'s' if self.by_token else self.activation_scheme[0]}")
@@ -176,8 +176,12 @@ class Grids(Quantization):
             parts.append("tensor")
         if self.group_size:
             parts.append(f"g{self.group_size}")
+        if self.weight_range != "minmax":
+            parts.append(f"w{self.weight_range}")
         if self.sum_grid != type(self).model_fields["sum_grid"].default:
             parts.append(f"{self.sum_grid}sums")
+        if self.edge_bits:
+            parts.append(f"edge{self.edge_bits}")
         if self.layer_bits:
             parts.append("layers" + ".".join(str(bits) for _, bits in sorted(self.layer_bits.items())))
         if self.activation_bits is not None and self.activation_mode != "static":

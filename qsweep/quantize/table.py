@@ -32,4 +32,4 @@ class Table(Quantization):
 
     def label(self) -> str:
         """Such as `apot-w4`, with `-e8` where the first and last layer have 8 bits."""
-        return f"{self.method}-w{self.weight_bits}" + (f"-e{self.edge_bits}" if self.edge_bits else "")
+        return f"{self.method}-w{self.weight_bits}" + (f"-edge{self.edge_bits}" if self.edge_bits else "")

@@ -20,9 +20,14 @@ QsweepError                  exit code 1, printed without a traceback
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class QsweepError(Exception):
     """Base of all errors that qsweep raises on purpose."""
+
+    retry: bool = False
+    """Whether running the same config again may help."""
 
 
 class SpecError(QsweepError):
@@ -47,9 +52,6 @@ class BundleError(QsweepError):
 
 class TrialFailure(QsweepError):
     """One config failed. Subclasses say how; `kind` is what the record and MLflow show."""
-
-    retry: bool = False
-    """Whether running the same config again may help."""
 
     @property
     def kind(self) -> str:
@@ -96,7 +98,12 @@ class Crashed(TrialFailure):
     retry = True
 
 
-def failure(kind: str, message: str) -> TrialFailure:
+def failure(kind: str, message: str) -> QsweepError:
     """The failure named `kind` again, from a record."""
-    kinds = {cls.__name__: cls for cls in TrialFailure.__subclasses__()}
-    return kinds.get(kind, TrialFailure)(message)
+    return {each.__name__: each for each in _all(QsweepError)}.get(kind, TrialFailure)(message)
+
+
+def _all(kind: type[QsweepError]) -> Iterator[type[QsweepError]]:
+    yield kind
+    for narrower in kind.__subclasses__():
+        yield from _all(narrower)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
-from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, TrialFailure
+from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure
 from qsweep.evaluate import check, predict
 from qsweep.hub.export import float_graph
 from qsweep.hub.save import structure
@@ -178,9 +178,10 @@ def _test(job: Job) -> Result:
     if engine.device == "cuda":
         job.alone("load")
     run = engine.load(job.artifact)
+    labels = task.samples("test").labels
     job.alone("test")
     found = outputs(run, task, "test", engine.batch_size, device=engine.device)
-    score = task.score(found, task.samples("test").labels)
+    score = task.score(found, labels)
     return {"metrics": {"accuracy_test": score.float().mean().item()}, "seconds": job.clock.seconds}
 
 
@@ -201,7 +202,14 @@ def _baseline_runner(job: Job) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if engine.device == own.device:
         return run
     elsewhere = cache(lambda inputs: inputs.to(engine.device))  # copied once, so that copying is not timed
-    return lambda inputs: run(elsewhere(inputs))
+
+    def call(inputs: torch.Tensor) -> torch.Tensor:
+        found = run(elsewhere(inputs))
+        if found.is_cuda:  # timed by the clock of the CPU, for which it is over when it has been launched
+            torch.cuda.synchronize()
+        return found
+
+    return call
 
 
 def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:
@@ -237,6 +245,6 @@ def _known(error: Exception) -> QsweepError:
         return OutOfMemory(text)
     if isinstance(error, torch.AcceleratorError) or "Triton Error [CUDA]" in text:
         return OutOfMemory(text) if "out of memory" in text else Crashed(text)
-    if isinstance(error, TrialFailure | QsweepError):
+    if isinstance(error, QsweepError):
         return error
     return TaskFailure(f"{type(error).__name__}: {text}")

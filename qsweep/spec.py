@@ -126,7 +126,8 @@ class Measure(Config):
     parity_samples: Annotated[int, Field(ge=1)] = 1024
     """Validation samples on which the artifact is compared with its simulation."""
     parity_top1: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """A trial that agrees with its simulation on a smaller share fails as `ParityFailure`."""
+    """A trial that agrees with its simulation on a smaller share fails as `ParityFailure`. Outputs (N, C, ...) agree in
+    the largest of C; where there is one alone, numbers agree that differ by at most 2 % of the range of all."""
     latency_pairs: Annotated[int, Field(ge=5)] = 50
     """Interleaved pairs of calls, artifact and fp32 baseline, after warm-up."""
     latency_seconds: Annotated[float, Field(gt=0)] = 2.0
@@ -156,7 +157,7 @@ class Spec(Config):
     """Configs to measure beside the trials, such as what is in production now. The model as it is, bf16 and plain int8
     stand there anyway."""
     constraints: Annotated[dict[str, Constraint], _names(Metrics.model_fields, "propertyNames")] = {}
-    """Bounds of metrics, used by the sampler and by `qsweep best`; members of the front keep them."""
+    """Bounds of metrics, used by the sampler, `qsweep best`, `promote` and `export`; members of the front keep them."""
     search: Search = Search()
     measure: Measure = Measure()
     track: Track = Track()

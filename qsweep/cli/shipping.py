@@ -42,7 +42,9 @@ def export(sweep: Sweep, out: Out, maxima: Maxima = None, minima: Minima = None,
     from qsweep.cli.console import say
     from qsweep.cli.sweep import choose
     from qsweep.ship import export as write
+    from qsweep.track.table import engine_text
 
     record, folder = choose(sweep, maxima, minima, by)
     made = write(record, folder.path, out)
-    say(f"{record.name} on {record.engine}:", *(f"  {path}" for path in sorted(made.rglob("*")) if path.is_file()))
+    files = sorted(path for path in made.rglob("*") if path.is_file())
+    say(f"{record.name} on {engine_text(record)}:", *(f"  {path}" for path in files))

@@ -42,5 +42,5 @@ def choose(path: Path, maxima: list[str] | None, minima: list[str] | None, by: s
     from qsweep.ship import Selector, best
 
     selector = Selector.parse(maxima or (), minima or (), by)
-    _, folder = find(path)
-    return best(folder.records(), selector), folder
+    spec, folder = find(path)
+    return best(folder.records(), selector, spec.constraints), folder

@@ -124,7 +124,9 @@ def _skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
 def _other_constants(model: QuantizedModel) -> dict[str, str]:
     """SHA-256 by name of what is no weight or bias of a layer: the exporter computes with it beforehand."""
     layers = nodes_of(model.graph, COMPUTE)
-    replaced = {str(given.target) for node in [*layers, *nodes_of(model.graph, STORED)] for given in node.all_input_nodes}
+    replaced = {
+        str(given.target) for node in [*layers, *nodes_of(model.graph, STORED)] for given in node.all_input_nodes
+    }
     values = {name: value for name, value in attributes(model.graph) if name not in replaced}
     return {name: sha256(value.detach().contiguous().numpy().tobytes()).hexdigest() for name, value in values.items()}
 

@@ -30,7 +30,7 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool, integers: bool)
     model = load(folder)
     graph = with_image_convolutions(unsigned(model.graph)) if integers else simulation(model)
     example = torch.zeros(engine.batch_size, *model.example.shape[1:])
-    call: Any = compiled(graph, channels_last_input(example)) if compile else channels_last_weights(graph)
+    call: Any = None
 
     def run(inputs: Tensor) -> Tensor:
         if compile and inputs.shape != example.shape:  # it would be compiled again, for seconds, without a word
@@ -39,7 +39,10 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool, integers: bool)
             return cast(Tensor, call(channels_last_input(inputs)))
 
     try:
+        call = compiled(graph, channels_last_input(example)) if compile else channels_last_weights(graph)
         run(example)
+    except MemoryError:
+        raise
     except Exception as error:  # the compiler raises dozens of types; all mean that it cannot take the model
         raise Refused(f"Inductor cannot compile the model: {str(error).splitlines()[0][:300]}") from error
     return run

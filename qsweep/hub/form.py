@@ -26,6 +26,8 @@ quantized = torch.ops.quantized_decomposed
 QUANTIZE = quantized.quantize_per_tensor.default
 DEQUANTIZE = quantized.dequantize_per_tensor.default
 
+NAMESPACES = ("aten", "quantized_decomposed", "qsweep")
+"""Of the ops that a graph may call: nothing else is looked up when one is loaded."""
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default}
 LINEARS = {aten.linear.default}
 COMPUTE = CONVOLUTIONS | LINEARS

@@ -15,7 +15,7 @@ def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
     """
     for norm in nodes_of(graph, {aten.batch_norm.default}):
         compute = source(norm)
-        if joins(compute):
+        if joins(norm):
             weight, bias = folded(graph, compute, norm)
             replace_weight(graph, compute, weight, bias)
             norm.replace_all_uses_with(compute)
@@ -41,10 +41,15 @@ def folded(graph: fx.GraphModule, compute: fx.Node, norm: fx.Node) -> tuple[Tens
     return scaled.float(), shift.float()
 
 
-def joins(compute: fx.Node) -> bool:
-    """Whether a batch norm after `compute` can be folded into it: its weight is fixed, and the norm alone reads the
-    result."""
-    return compute.target in COMPUTE and len(compute.users) == 1 and source(compute, 1).op == "get_attr"
+def joins(norm: fx.Node) -> bool:
+    """Whether the batch norm `norm` can be folded into the layer before it: the weight of the layer is fixed, so are
+    the statistics of the norm, and the norm alone reads the result."""
+    compute = source(norm)
+    if compute.target not in COMPUTE or len(compute.users) > 1:
+        return False
+    weight = source(compute, 1)
+    weight = source(weight) if weight.op == "call_module" else weight  # observed
+    return all(isinstance(node, fx.Node) and node.op == "get_attr" for node in (weight, *norm.args[3:5]))
 
 
 def replace_weight(graph: fx.GraphModule, compute: fx.Node, weight: Tensor, bias: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 
 from qsweep.errors import ExportFailure
 from qsweep.hub.fixed import with_fixed_weights
-from qsweep.hub.form import LINEARS, POINTWISE, RECTIFIERS, arguments, aten, nodes_of, source
+from qsweep.hub.form import LINEARS, NAMESPACES, POINTWISE, RECTIFIERS, arguments, aten, nodes_of, source
 
 _WHOLE = 2**63 - 1
 """`slice` up to this index takes everything."""
@@ -36,14 +36,16 @@ _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """One tensor in, one tensor out, in place: no in-place ops, no ops that do nothing, dropout left out.
 
-    Raises ExportFailure for models with several inputs or outputs, and for writes into a part of a tensor.
+    Raises ExportFailure for models with several inputs or outputs, for writes into a part of a tensor, and for ops that
+    a saved graph cannot name.
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    rewrites = _functional, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes, _with_pools, _with_flat_linears
-    for rewrite in (*rewrites, _rectified_first):
+    rewrites = _functional, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes, _with_pools
+    for rewrite in (*rewrites, _with_flat_linears, _rectified_first):
         rewrite(graph)
         graph.graph.eliminate_dead_code()
+    _check_ops(graph)
     graph.recompile()
     return graph
 
@@ -58,6 +60,14 @@ def _one_in_one_out(graph: fx.GraphModule) -> None:
         if len(result) != 1:
             raise ExportFailure(f"the model must give one tensor (got {len(result)} outputs)")
         output.args = (result[0],)
+
+
+def _check_ops(graph: fx.GraphModule) -> None:
+    for node in [node for node in graph.graph.nodes if node.op == "call_function"]:
+        if node.target is operator.getitem:
+            raise ExportFailure(f"`{source(node).target}`: gives several tensors; the hub form has ops that give one")
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in NAMESPACES:
+            raise ExportFailure(f"`{node.target}`: must be an op of PyTorch's `aten` to be stored in the hub form")
 
 
 def _functional(graph: fx.GraphModule) -> None:
@@ -93,6 +103,8 @@ def _aliases(value: fx.Node) -> set[fx.Node]:
 
 
 def _without_idle(graph: fx.GraphModule) -> None:
+    for node in nodes_of(graph, {aten._assert_tensor_metadata.default}):  # of the types that were traced
+        graph.graph.erase_node(node)
     idle = {aten.dropout.default, aten.feature_dropout.default, aten.detach.default, aten.alias.default}
     for node in list(graph.graph.nodes):
         if node.target in idle or (node.target is aten.slice.Tensor and _takes_all(node)):

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from qsweep.errors import BundleError
 from qsweep.hub.form import (
+    NAMESPACES,
     QuantizedModel,
     attributes,
     idle_zero_points,
@@ -28,8 +29,6 @@ GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 DAMAGE = (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError)
 """What reading a damaged file raises."""
 _FORMAT = 1
-_PREFIXES = ("aten.", "quantized_decomposed.", "qsweep.")
-"""Namespaces of ops that a saved graph may call: nothing else is looked up when one is loaded."""
 
 
 def save(model: QuantizedModel, folder: Path) -> None:
@@ -153,7 +152,7 @@ def _graph(rows: list[list[Any]]) -> fx.Graph:
 
 
 def _op(target: str) -> Any:
-    if not target.startswith(_PREFIXES):
+    if target.split(".")[0] not in NAMESPACES:
         raise ValueError(f"op `{target}` is not one that a graph may call")
     value: Any = torch.ops
     for part in target.split("."):

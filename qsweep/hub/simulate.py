@@ -3,13 +3,49 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel, set_constant
+from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, QuantizedModel, aten, set_constant
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED, dynamic_fake_quantize, row_fake_quantize
 from qsweep.hub.weights import real_weight
+
+_TO = aten.to.dtype
+_ONE_TYPE = COMPUTE | {
+    aten.conv3d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.layer_norm.default,
+    aten.group_norm.default,
+    aten.batch_norm.default,
+}
+"""Ops that want all they read in one type."""
+
+
+class _Typed(fx.Interpreter):
+    """Runs a graph and casts what ops of `_ONE_TYPE` read to `dtype` where it is another type, in the graph, too."""
+
+    def __init__(self, graph: fx.GraphModule, dtype: torch.dtype) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.dtype = dtype
+
+    def run_node(self, n: fx.Node) -> Any:
+        for given in dict.fromkeys(n.all_input_nodes) if n.target in _ONE_TYPE else ():
+            value = self.env[given]
+            if value.is_floating_point() and value.dtype != self.dtype:
+                with n.graph.inserting_before(n):
+                    cast = n.graph.call_function(_TO, (given, self.dtype))
+                n.replace_input_with(given, cast)
+                self.env[cast] = value.to(self.dtype)
+        return super().run_node(n)
 
 
 def simulation(model: QuantizedModel) -> fx.GraphModule:
@@ -37,19 +73,23 @@ def simulation(model: QuantizedModel) -> fx.GraphModule:
                 node.replace_all_uses_with(graph.graph.get_attr(name))
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return in_dtype(graph, model.dtype)
+    return graph if model.dtype == torch.float32 else in_dtype(graph, model.dtype, model.example)
 
 
-def in_dtype(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """`graph` with constants and arithmetic in `dtype`, in place; input and output stay float32."""
-    if dtype != torch.float32:
-        graph.to(dtype)
-        (given,) = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        with graph.graph.inserting_after(given):
-            cast = graph.graph.call_function(torch.ops.aten.to.dtype, (given, dtype))
-        given.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
-        output = graph.graph.output_node()
-        with graph.graph.inserting_before(output):
-            output.args = (graph.graph.call_function(torch.ops.aten.to.dtype, (output.args[0], torch.float32)),)
-        graph.recompile()
+def in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.GraphModule:
+    """`graph` with constants and arithmetic in `dtype`, in place; input and output stay float32.
+
+    What a model itself computes in float32, such as a norm, stays so; layers, products and norms read `dtype`.
+    """
+    graph.to(dtype)
+    (given,) = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    with graph.graph.inserting_after(given):
+        cast = graph.graph.call_function(_TO, (given, dtype))
+    given.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    with torch.no_grad():
+        _Typed(graph, dtype).run(example)
+    output = graph.graph.output_node()
+    with graph.graph.inserting_before(output):
+        output.args = (graph.graph.call_function(_TO, (output.args[0], torch.float32)),)
+    graph.recompile()
     return graph

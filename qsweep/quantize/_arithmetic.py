@@ -11,12 +11,15 @@ from qsweep.hub.form import Grid
 from qsweep.hub.ops import LEAST_SCALE
 from qsweep.quantize.base import Scheme
 
+EMPTY_SCALE = 2.0**-8
+"""Of activations that are all 0. The biases behind them are multiples of it: it must not be large."""
+
 
 def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonnegative: bool) -> Grid:
     """The grid of `bits` bits, in int8, that covers [low, high] and has 0 on it.
 
     symmetric: zero point in the middle, or at the lower end for a `nonnegative` tensor; asymmetric: fitted. A range
-    that holds nothing but 0 gets scale 1.
+    that holds nothing but 0 gets `EMPTY_SCALE`.
     """
     bottom, top = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     low, high = min(low, 0.0), max(high, 0.0)
@@ -26,7 +29,7 @@ def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonne
         high = max(-low, high)
         low = -high * (top + 1) / top
     scale = torch.tensor((high - low) / (top - bottom), dtype=torch.float32)
-    scale = torch.where(scale < LEAST_SCALE, torch.ones(()), scale)
+    scale = torch.where(scale < LEAST_SCALE, EMPTY_SCALE, scale)
     centred = scheme == "symmetric" and not nonnegative
     zero_point = 0 if centred else bottom - round(low / scale.item())
     return Grid(scale.item(), max(bottom, min(top, zero_point)), bottom, top)
@@ -99,7 +102,7 @@ def _fitted(parts: Tensor, bits: int, scheme: Scheme, share: float) -> WeightLev
         scale = share * (ends[1] - ends[0]) / (top - low)
     largest = scale.max()
     floor = torch.where(largest > LEAST_SCALE, largest * 2.0**-12, torch.full_like(largest, 2.0**-7))
-    scale = torch.maximum(scale, floor)
+    scale = torch.where(scale > LEAST_SCALE, scale, floor)
     zero_point = torch.zeros_like(scale)
     if scheme == "asymmetric":
         zero_point = (low - (share * ends[0] / scale).round()).clamp(low, top)

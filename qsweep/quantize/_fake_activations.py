@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qsweep.hub.form import Grid
 from qsweep.hub.insert import Place
 from qsweep.hub.ops import LEAST_SCALE
+from qsweep.quantize._arithmetic import EMPTY_SCALE
 from qsweep.quantize._fake import (
     FakeActivation,
     learned_clip,
@@ -97,7 +98,7 @@ class EndsOfRange(FakeActivation):
         lowest, highest = self.ends()
         steps = self.high - self.low
         scale = (highest - lowest) / steps
-        scale = torch.where(scale < LEAST_SCALE, torch.ones_like(scale), scale)
+        scale = torch.where(scale < LEAST_SCALE, EMPTY_SCALE, scale)
         return scale, 0.0 if self.place.nonnegative else (lowest / scale).round().clamp(-steps, 0), steps
 
     def grid(self) -> Grid:

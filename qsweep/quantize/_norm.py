@@ -115,12 +115,26 @@ def _scaled(integers: Tensor, levels: WeightLevels, factor: Tensor) -> tuple[Ten
     return parts.reshape(integers.shape), replace(levels, scale=scale, zero_point=zero_point)
 
 
+class LiveNorm(nn.Module):
+    """A batch norm that no layer takes in: it normalises with the batch's statistics in training, as any."""
+
+    def __init__(self, settings: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.settings = settings
+        """Of the op: training, momentum, eps, cudnn."""
+
+    def forward(self, inputs: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
+        return F.batch_norm(inputs, mean, var, gamma, beta, self.training, self.settings[1], self.settings[2])
+
+
 def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
-    """Replace each convolution or linear (its weight observed) and the batch norm after it by a FoldedNorm."""
+    """Replace each convolution or linear (its weight observed) and the batch norm after it by a FoldedNorm, other batch
+    norms by a LiveNorm."""
     for norm in nodes_of(graph, {aten.batch_norm.default}):
-        compute = source(norm)
-        if not joins(compute):
+        if not joins(norm):
+            _enliven(graph, norm)
             continue
+        compute = source(norm)
         observed = source(compute, 1)
         bias, *rest = compute.args[2:] or (None,)
         quantizer = graph.get_submodule(str(observed.target))
@@ -138,11 +152,34 @@ def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
     graph.recompile()
 
 
+def _enliven(graph: fx.GraphModule, norm: fx.Node) -> None:
+    if not all(isinstance(statistics, fx.Node) for statistics in norm.args[3:5]):
+        return  # it has none: every batch sets its own, then and later
+    name = f"live_{norm.name}"
+    graph.add_submodule(name, LiveNorm(norm.args[5:]))
+    with graph.graph.inserting_before(norm):
+        call = graph.graph.call_module(name, norm.args[:5])
+    call.meta = dict(norm.meta)
+    norm.replace_all_uses_with(call)
+    graph.graph.erase_node(norm)
+
+
+def _settle(graph: fx.GraphModule, node: fx.Node, module: LiveNorm) -> None:
+    with graph.graph.inserting_before(node):
+        norm = graph.graph.call_function(aten.batch_norm.default, (*node.args, *module.settings))
+    norm.meta = dict(node.meta)
+    node.replace_all_uses_with(norm)
+    graph.graph.erase_node(node)
+    graph.delete_submodule(str(node.target))
+
+
 @torch.no_grad()
 def split_norms(graph: fx.GraphModule) -> None:
     """Undo `join_norms` after training: plain convolutions and linears with folded weights on their levels."""
     for node in [node for node in graph.graph.nodes if node.op == "call_module"]:
         module = graph.get_submodule(str(node.target))
+        if isinstance(module, LiveNorm):
+            _settle(graph, node, module)
         if not isinstance(module, FoldedNorm):
             continue
         constants = module.constants(graph, node)

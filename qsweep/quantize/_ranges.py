@@ -16,6 +16,7 @@ BINS = 2048
 """On each side of zero."""
 _SHARE = 0.9999
 """Of the values, that a percentile's range holds."""
+_MOST_CLIPPED = 0.01
 _CANDIDATES = 64
 _FINEST_BITS = 8
 """Levels of more bits are finer than the bins: what rounding costs cannot be read from these."""
@@ -96,13 +97,16 @@ def divergence(seen: Histogram, grid: Grid) -> float:
     """Kullback-Leibler divergence of the values from what `grid` leaves of them (Migacz 2017).
 
     P: the bins within the grid, what is clipped added to the outermost ones. Q: the same bins without what is clipped,
-    each level's sum spread evenly over its bins that are not empty. Infinite for a grid with more levels than filled
-    bins: it would lose nothing, so that all values clipped into one bin would be best.
+    each level's sum spread evenly over its bins that are not empty. Infinite for a grid finer than the bins, of which
+    nothing can be told, and for one that clips a hundredth of the values and has more levels than filled bins: as
+    these lose nothing, all values clipped into one bin would be best.
     """
+    if grid.scale < seen.width:
+        return float("inf")
     centres, counts = seen.filled()
     places = centres / grid.scale + grid.zero_point
     inside = (places >= grid.low - 0.5) & (places <= grid.high + 0.5)
-    if inside.sum() <= grid.high - grid.low:
+    if inside.sum() <= grid.high - grid.low and counts[~inside].sum() > _MOST_CLIPPED * counts.sum():
         return float("inf")
     first, last = inside.argmax(), len(inside) - inside[::-1].argmax()
     p, q = counts[first:last].copy(), counts[first:last]

@@ -20,7 +20,7 @@ from qsweep.quantize._observers import apart
 from qsweep.quantize._rectifiers import join_rectifiers, split_rectifiers
 from qsweep.quantize.trained import Trained
 from qsweep.stage import Context, stage_key
-from qsweep.train import Loss, fine_tune
+from qsweep.train import Loss, fine_tune, set_mode
 
 
 def trained(config: Trained, model: nn.Module, context: Context) -> QuantizedModel:
@@ -46,7 +46,7 @@ def _train(config: Trained, model: nn.Module, context: Context, checkpoints: Pat
 def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedModel:
     """The graph of `model` with fake quantizers in place, not started, and its norms joined."""
     live = export(model, example_of(context))
-    config.check_patterns(layer.name for layer in live.layers())
+    config.check_layers({layer.name: layer.weight[0].numel() for layer in live.layers()})
     insert_observers(
         live,
         lambda place: config.activation(place) if config.activation_bits else None,
@@ -60,6 +60,7 @@ def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedMo
 
 def start(graph: fx.GraphModule, bits: int, inputs: Tensor | None) -> None:
     """Let every fake quantizer round to `bits` bits, or its own if they are more, from what it sees of `inputs`."""
+    set_mode(graph, training=False)  # norms with the statistics that they have
     activations = [module for module in graph.modules() if isinstance(module, FakeActivation)]
     weights = _weights(graph)
     for quantizer, _ in weights:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -60,8 +60,8 @@ class Grids(Quantization):
     weight_granularity: Literal["channel", "tensor"] = "channel"
     """What shares a scale: an output channel or the whole tensor."""
     group_size: Annotated[int, Field(ge=2)] | None = None
-    """Scales for groups of so many weights of an output channel, in storage order; it must divide their number. A layer
-    it does not divide keeps one scale a channel."""
+    """Scales for groups of so many weights of an output channel, in storage order; it must divide their number in some
+    layer. A layer it does not divide keeps one scale a channel."""
     weight_range: Literal["minmax", "mse"] = "minmax"
     """What the scale is fitted to: the largest weight, or the least squared error of the rounding."""
     activation_bits: Bits | None = 8
@@ -159,16 +159,25 @@ class Grids(Quantization):
         found = sorted(pattern for pattern in self.layer_bits if fnmatchcase(layer, pattern))
         return max(found, key=len, default=None)  # the order of a mapping is no part of its identity
 
-    def check_patterns(self, layers: Iterable[str]) -> None:
-        """Raises Refused for a pattern of `layer_bits` that matches none of `layers`, the names of all weights."""
-        names = list(layers)
+    def check_layers(self, weights: Mapping[str, int]) -> None:
+        """Raises Refused for a pattern of `layer_bits` that matches no layer, and for a `group_size` that divides none.
+
+        `weights`: how many weights an output channel has, by the name of each layer's weight.
+        """
+        if self.group_size and weights and all(count % self.group_size for count in weights.values()):
+            counts = ", ".join(map(str, sorted(set(weights.values()))))
+            raise Refused(
+                f"`group_size`: must divide the weights of a channel of some layer (got {self.group_size}; they have "
+                f"{counts})"
+            )
+        names = list(weights)
         for pattern in self.layer_bits:
             if not any(fnmatchcase(name, pattern) for name in names):
                 known = ", ".join(names) or "none"
                 raise Refused(f"`layer_bits`: `{pattern}` must match the weight of a layer (there are: {known})")
 
     def label(self) -> str:
-        """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-wmse`, `-edge8`, `-mse`, `-token`."""
+        """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-wmse`, `-edge8`, `-mse`."""
         parts = [self.method, f"w{self._width()}{self.weight_scheme[0]}"]
         if self.activation_bits is not None:
             parts.append(f"a{self.activation_bits}{'s' if self.by_token else self.activation_scheme[0]}")

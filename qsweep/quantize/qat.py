@@ -20,7 +20,7 @@ class QAT(Trained):
     """
 
     method: Literal["qat"] = "qat"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     def activation(self, place: Place) -> FakeActivation:
         from qsweep.quantize._fake_activations import MovingRange

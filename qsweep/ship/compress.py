@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qsweep.errors import Refused, SpecError
+from qsweep.errors import BundleError, Refused, SpecError
 from qsweep.records import Metrics, Record
 from qsweep.ship.model import LoadedModel, temporary
 from qsweep.ship.registry import fetch
@@ -40,14 +40,17 @@ def compress(
     `config` is a TrialConfig, the same as plain data, a `config.yaml`, a bundle, or a registered one such as
     `models:/NAME@champion`. `task` gives the data; its own model is not looked at, and `model` is not changed.
     What a config leaves to the model, such as the bits by layer of `mixed`, is chosen for `model` anew.
-    `training` holds the settings of fine-tuning that a spec's task has. Raises SpecError for a config that is none, and
-    the TrialFailure of what goes wrong; ParityFailure if the artifact disagrees with its simulation.
+    `training` holds the settings of fine-tuning that a spec's task has. Raises SpecError for a config that is none,
+    BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the artifact disagrees
+    with its simulation.
     """
     asked = trial_config(config)
     settings = training or Training()
     reason = settings.unavailable() or asked.target.available() or asked.target.refuses(asked.compress)
     if reason is not None:
         raise Refused(f"`{asked.name}`: {reason}")
+    if out is not None and Path(out).exists():
+        raise BundleError(f"`{out}`: must not exist yet")
     with TemporaryDirectory() as place:
         sweep = Path(place) / "compress"
         record = _built(model, asked, task, sweep, settings, seed)
@@ -120,8 +123,9 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
 
     settings = Measure()
     inputs, labels = task.samples("validation")
-    deployed = outputs(config.target.load(artifact), task, "validation", config.target.batch_size)
-    together = config.target.batch_size if quantized.dynamic else 256
+    target = config.target
+    deployed = outputs(target.load(artifact), task, "validation", target.batch_size, device=target.device)
+    together = target.batch_size if quantized.dynamic else 256
     simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples], together)
     found = parity(deployed[: len(simulated)], simulated, settings)
     found["accuracy"] = task.score(deployed, labels).float().mean().item()

@@ -26,7 +26,9 @@ Batch = TypeVar("Batch", "Tensor", "ndarray")
 class LoadedModel:
     """The deployed model: call it on a float32 tensor or array (N, ...), preprocessed as the task does.
 
-    Any N: the engine runs at the batch size it was measured at, the last batch is filled up.
+    Any N: the engine runs at the batch size it was measured at, the last batch is filled up. Inputs may be on any
+    device; outputs are on the CPU. Engines that are PyTorch run on as many threads as the target has, and set that for
+    the process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,7 +36,7 @@ class LoadedModel:
         self.manifest = verify(folder)
         engine = engine_of(self.manifest, folder)
         self._runner: Runner = engine.load(folder / "artifact")
-        self._batch_size = engine.batch_size
+        self._batch_size, self._device = engine.batch_size, engine.device
 
     def __call__(self, inputs: Batch) -> Batch:
         """The model's outputs, of the kind that came in. Raises DataError where shape or type do not fit."""
@@ -49,11 +51,12 @@ class LoadedModel:
 
         self._check(inputs)
         size, count = self._batch_size, len(inputs)
-        filler = inputs[-1:] if count else torch.zeros(1, *inputs.shape[1:])
+        filler = inputs[-1:] if count else torch.zeros(1, *inputs.shape[1:], device=inputs.device)
         missing = -count % size if count else size
         padded = torch.cat([inputs, filler.expand(missing, *inputs.shape[1:])]).to(torch.float32).contiguous()
         with torch.inference_mode():
-            outputs = [self._runner(batch) for batch in torch.split(padded, size)]
+            batches = torch.split(padded.to(self._device), size)
+            outputs = [self._runner(batch).to("cpu", copy=True) for batch in batches]  # the next call may overwrite it
         return torch.cat(outputs)[:count].clone()
 
     def _check(self, inputs: Tensor) -> None:

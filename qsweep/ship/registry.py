@@ -20,6 +20,7 @@ from qsweep.study.folder import SweepFolder
 from qsweep.track.bundle import bundle, verify
 from qsweep.track.client import answering, connect, tracking_uri
 from qsweep.track.ledger import Ledger
+from qsweep.track.table import engine_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,7 +55,7 @@ def promote(sweep: Path, selector: Selector, name: str, alias: str = "champion")
         raise SpecError(f"`--name`, `--alias`: must be letters, digits, `.`, `_`, `-` (got `{name}`, `{alias}`)")
     folder = SweepFolder(sweep.resolve().parent.parent, sweep.resolve().name)
     spec = folder.spec()
-    record = best(folder.records(), selector)
+    record = best(folder.records(), selector, spec.constraints)
     uri = tracking_uri(spec.track.uri, folder.root)
     client = connect(uri)  # first of all: it keeps MLflow quiet too
     with TemporaryDirectory() as place:
@@ -90,11 +91,12 @@ def _register(client: MlflowClient, name: str, run_id: str, record: Record, spec
         "qsweep.spec": spec.uid(),
         "qsweep.number": str(record.number),
         "qsweep.uid": record.uid,
-        "qsweep.engine": record.engine,
+        "qsweep.engine": engine_text(record),
         "qsweep.front": record.front or "no",
         **{key: str(value) for key, value in record.metrics.model_dump(exclude_none=True).items()},
     }
-    made = client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags, description=f"`{record.name}`")
+    about = f"`{record.name}` on {engine_text(record)}"
+    made = client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags, description=about)
     return str(made.version)
 
 
@@ -111,10 +113,16 @@ def _save(made: Path, out: Path) -> Path:
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={"bundle": str(made)},
             code_paths=[str(code)],
-            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _NEEDED],
+            pip_requirements=_requirements(made),
             signature=_signature(made),
         )
     return out
+
+
+def _requirements(made: Path) -> list[str]:
+    """Packages as an index has them: without the local part of a version, such as `+cpu`."""
+    needed = (*_NEEDED, "triton") if verify(made).engine["engine"] == "cuda" else _NEEDED
+    return [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in needed]
 
 
 def _signature(made: Path) -> ModelSignature | None:

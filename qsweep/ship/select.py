@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import ValidationError, field_validator
 
@@ -10,6 +10,8 @@ from qsweep.config import Config
 from qsweep.errors import SpecError, SweepError
 from qsweep.records import Metrics, Record
 from qsweep.space import complaint
+from qsweep.spec import Constraint
+from qsweep.study.front import feasible
 
 
 class Selector(Config):
@@ -51,19 +53,34 @@ class Selector(Config):
             _within(getattr(metrics, name), lower=bound) for name, bound in self.min.items()
         )
 
+    def within(self, constraints: Mapping[str, Constraint]) -> Selector:
+        """The same with these bounds, too."""
+        upper = {name: bound.max for name, bound in constraints.items() if bound.max is not None}
+        lower = {name: bound.min for name, bound in constraints.items() if bound.min is not None}
+        for name, value in self.max.items():
+            upper[name] = min(value, upper.get(name, value))
+        for name, value in self.min.items():
+            lower[name] = max(value, lower.get(name, value))
+        return self.model_copy(update={"max": upper, "min": lower})
+
     def __str__(self) -> str:
         bounds = [f"{name} ≤ {bound:g}" for name, bound in self.max.items()]
         return " and ".join(bounds + [f"{name} ≥ {bound:g}" for name, bound in self.min.items()])
 
 
-def best(records: Sequence[Record], selector: Selector) -> Record:
-    """The record to ship, baselines included. Raises SweepError, with the nearest miss, where none keeps the bounds."""
+def best(records: Sequence[Record], selector: Selector, constraints: Mapping[str, Constraint] | None = None) -> Record:
+    """The record to ship, baselines included, out of those that keep the bounds and `constraints`, a spec's.
+
+    Raises SweepError, with the nearest miss, where none does.
+    """
+    constraints = constraints or {}
+    selector = selector.within(constraints)
     done = [r for r in records if r.state == "complete" and r.duplicate_of is None and _measured(r, selector.by)]
     if not done:
         raise SweepError(
             f"there must be a finished trial with `{selector.by}` to choose from (got {len(records)} records)"
         )
-    able = [record for record in done if selector.keeps(record.metrics)]
+    able = [record for record in done if selector.keeps(record.metrics) and feasible(record, (), constraints)]
     if not able:
         nearest = min(done, key=lambda record: _excess(record.metrics, selector))
         names = {**selector.max, **selector.min}

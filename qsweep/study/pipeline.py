@@ -81,6 +81,13 @@ class Pipeline:
             evaluation.attempts = json.loads((evaluation.folder / "job.json").read_text())["attempt"]
         if evaluation.worker is not None:
             evaluation.count(on=True)
+        evaluation.collect()
+        for job, result in list(evaluation.results.items()):
+            if (
+                result.get("failure", {}).get("kind") == DiskFull.__name__
+            ):  # of an earlier driver
+                del evaluation.results[job]
+                (evaluation.folder / f"{job}.json").unlink()
         self.active.append(evaluation)
         self._continue(evaluation)
         self._give_way()

@@ -75,16 +75,15 @@ def bundle(record: Record, sweep: Path, out: Path) -> Path:
     try:
         shutil.copytree(artifact, unfinished / "artifact")
         _describe(record, sweep, unfinished)
+        if pickled := next(pickles(unfinished), None):
+            raise BundleError(
+                f"`{artifact}`: must hold no pickle, which executes code when it is loaded (got `{pickled}`)"
+            )
+        os.replace(unfinished, out)
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise BundleError(f"`{out}`: cannot be written ({error})") from error
-    pickled = list(pickles(unfinished))
-    if pickled:
-        shutil.rmtree(unfinished)
-        raise BundleError(
-            f"`{artifact}`: must hold no pickle, which executes code when it is loaded (got `{pickled[0]}`)"
-        )
-    os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
@@ -145,7 +144,7 @@ def pickles(folder: Path) -> Iterator[str]:
 def _pickles_in(content: bytes, name: str) -> Iterator[str]:
     if content[:2] in _PICKLED and content.rstrip()[-1:] == b".":
         yield name
-    elif content[:4] == b"PK\x03\x04":
+    elif zipfile.is_zipfile(io.BytesIO(content)):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for member in archive.namelist():
                 yield from _pickles_in(archive.read(member), f"{name}!{member}")

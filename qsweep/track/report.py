@@ -9,7 +9,7 @@ from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
 from qsweep.track.charts import scatter
 from qsweep.track.pareto import baseline, front
-from qsweep.track.table import TITLES, Column, draws_text, mixed_bits, value_of
+from qsweep.track.table import TITLES, Column, draws_text, engine_text, mixed_bits, value_of
 from qsweep.track.view import DASHBOARDS
 
 _COLUMNS = (
@@ -36,7 +36,7 @@ def pareto_html(records: Sequence[Record], spec: Spec) -> str:
         charts=[scatter(done, members, x, "accuracy", low) for x in ("size_bytes", "latency_ms")],
         below=below,
         failures=[
-            {"number": r.number, "name": r.name, "engine": r.engine} | r.failure.model_dump()
+            {"number": r.number, "name": r.name, "engine": engine_text(r)} | r.failure.model_dump()
             for r in records if r.failure
         ],
         **_trials(done, members),
@@ -46,7 +46,7 @@ def pareto_html(records: Sequence[Record], spec: Spec) -> str:
 def _lead(records: Sequence[Record], spec: Spec) -> str:
     """One sentence: what was searched, for what, how far it got."""
     trials = sum(r.kind == "trial" and r.state == "complete" for r in records)
-    engines = sorted({r.engine for r in records if r.kind == "trial"})
+    engines = sorted({engine_text(r) for r in records if r.kind == "trial"})
     bounds = [
         f"{name} {sign} {value:g}"
         for name, bound in spec.constraints.items()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from qsweep.config import Config, Listed, content_hash
+from qsweep.errors import DataError
 from qsweep.tasks._files import file_hash, locate, store_of
 from qsweep.tasks.base import Samples, SplitName
 from qsweep.tasks.images.base import ImageData, Images
@@ -26,8 +27,7 @@ class Rows(Config):
         return self
 
     def overlaps(self, other: Rows) -> bool:
-        if self.file != other.file:
-            return False
+        """Whether rows are in both, which are of one file."""
         if self.rows is None or other.rows is None:
             return True
         return self.rows[0] < other.rows[1] and other.rows[0] < self.rows[1]
@@ -38,6 +38,17 @@ def _from_path(value: Any) -> Any:
 
 
 Part = Annotated[Rows, BeforeValidator(_from_path, json_schema_input_type=str | Rows)]
+
+
+_APART = "`train`, `validation` and `test` must share no rows"
+
+
+def _shared(parts: list[tuple[str, Rows]]) -> str | None:
+    """The file of which two of the parts take the same rows, or None."""
+    for i, (file, part) in enumerate(parts):
+        if any(file == other and part.overlaps(rows) for other, rows in parts[:i]):
+            return file
+    return None
 
 
 class Parquet(ImageData):
@@ -70,16 +81,18 @@ class Parquet(ImageData):
     def _fits(self) -> Parquet:
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise ValueError(f"`mean` and `std` must have 1 value each or 3 (got {len(self.mean)} and {len(self.std)})")
-        parts = [part for part in (self.train, self.validation, self.test) if part is not None]
-        for i, part in enumerate(parts):
-            if any(part.overlaps(other) for other in parts[:i]):
-                raise ValueError(f"`train`, `validation` and `test` must share no rows (`{part.file}` is used twice)")
+        if (twice := _shared([(part.file, part) for part in self._parts])) is not None:
+            raise ValueError(f"{_APART} (`{twice}` is used twice)")
         return self
 
+    @property
+    def _parts(self) -> list[Rows]:
+        return [part for part in (self.train, self.validation, self.test) if part is not None]
+
     def open(self, root: Path) -> Images:
-        for part in (self.train, self.validation, self.test):
-            if part is not None:
-                locate(part.file, root)
+        twice = _shared([(str(locate(part.file, root)), part) for part in self._parts])
+        if twice is not None:  # under two spellings
+            raise DataError(f"{_APART} (`{twice}` is used twice)")
         return Images(
             classes=self.classes,
             mean=tuple(255 * value for value in self.mean),

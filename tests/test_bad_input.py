@@ -12,7 +12,7 @@ from networks import Noise, context, network
 from test_quantize import METHODS, real, small
 from torch import Tensor, nn
 
-from qsweep.errors import DataError, NotFinite
+from qsweep.errors import DataError, NotFinite, Refused
 from qsweep.hub.form import constant
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import Quantization
@@ -110,12 +110,12 @@ def test_three_samples_are_enough(method: type[Quantization], root: Path) -> Non
 
 
 @pytest.mark.parametrize("grids", GRIDS, ids=lambda method: method.__name__)
-def test_a_group_size_that_does_not_divide_leaves_one_scale_a_channel(grids: type[Grids], root: Path) -> None:
-    made = [
-        small(grids, activation_bits=None, **fields).apply(network("mlp"), context(root, "mlp"))
-        for fields in ({"group_size": 7}, {})
-    ]
-    assert torch.equal(*(simulation(model)(INPUTS) for model in made))
+def test_a_group_size_divides_some_layer_and_others_keep_one_scale_a_channel(grids: type[Grids], root: Path) -> None:
+    config = small(grids, activation_bits=None, group_size=64)  # channels of 64 and of 32 weights
+    made = config.apply(network("mlp"), context(root, "mlp"))
+    assert simulation(made)(INPUTS).isfinite().all()
+    with pytest.raises(Refused, match=r"`group_size`: must divide .* of some layer \(got 7; they have 32, 64\)"):
+        small(grids, activation_bits=None, group_size=7).apply(network("mlp"), context(root, "mlp"))
 
 
 def test_a_model_without_a_layer_comes_out_as_it_is(method: type[Quantization], root: Path) -> None:

@@ -196,6 +196,17 @@ def test_a_lone_outlier_is_clipped(calibration: Calibration, scheme: Scheme) -> 
     assert -6 < found.low.item() < -2
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("outlier", "ends"), [(16.0, (3.5, 5)), (100.0, (6, 10))])
+def test_entropy_clips_a_lone_outlier_from_eight_bits_as_far_as_the_bins_tell(
+    scheme: Scheme, outlier: float, ends: tuple[float, float]
+) -> None:
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    values[7] = outlier
+    found = observer([values], calibration="entropy", activation_scheme=scheme, activation_bits=8)
+    assert ends[0] < found.high.item() < ends[1]
+
+
 @pytest.mark.parametrize("calibration", ["entropy", "mse"])
 def test_levels_finer_than_the_bins_keep_the_extremes(calibration: Calibration) -> None:
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))

@@ -397,3 +397,27 @@ def test_a_stored_form_gives_the_values_it_was_given() -> None:
     table = torch.tensor([[-1.5, 0.0, 0.25, 4.0]], dtype=torch.float16)
     stored = Stored(torch.tensor([[-2, 1], [0, -1]], dtype=torch.int8), table, torch.tensor([2.0, 10.0]), 2)
     assert stored.real().tolist() == [[-3.0, 8.0], [2.5, 0.0]]
+
+
+class Islands(nn.Module):
+    """A norm and a softmax computed in float32, numbers that are made anew, as transformers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.squeeze(1)) + torch.arange(8, dtype=torch.float32).reshape(8, 1) / 10
+        wide = x.float()
+        x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).type_as(x)
+        mask = torch.full((8, 8), -torch.inf).triu(1)
+        x = torch.softmax(x @ x.transpose(1, 2) + mask, -1, dtype=torch.float32) @ x
+        logits: Tensor = self.second(x.mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_models_that_compute_parts_in_float32_are_cast_all_the_same(dtype: str, tmp_path: Path) -> None:
+    model = Islands().eval()
+    made = Cast.model_validate({"dtype": dtype}).apply(model, context(tmp_path))
+    torch.testing.assert_close(simulation(made)(INPUTS), model(INPUTS), atol=0.03, rtol=0)

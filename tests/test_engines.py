@@ -236,6 +236,17 @@ def test_models_of_one_structure_and_other_numbers_do_not_share_any(engine: Engi
         torch.testing.assert_close(engine.load(folder)(inputs), model(inputs).detach(), atol=1e-4, rtol=1e-4)
 
 
+def test_what_the_compiler_cannot_take_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("/no/compiler",))
+    engine = Float(batch_size=3, compile=True)
+    model = float_graph(nn.Sequential(nn.Flatten(), nn.Softplus(2.5)), context(root, "softplus"))
+    engine.lower(model, tmp_path, Store(tmp_path / "store"))
+    with pytest.raises(Refused, match="Inductor cannot compile the model"):
+        engine.load(tmp_path)
+
+
 @pytest.mark.parametrize("engine", INTEGER, ids=lambda engine: engine.__name__)
 def test_sums_that_could_leave_int32_are_refused_at_lowering(engine: type[EngineConfig], tmp_path: Path) -> None:
     class Wide(nn.Module):

@@ -155,6 +155,7 @@ COUNTS = {
     "depthwise": 0,
     "shortcut": 0,
     "sequence": 1,
+    "computed": 0,
     "mlp": 1,
     "mobile": 3,
     "chain": 3,

@@ -22,6 +22,7 @@ from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.packing import pack, unpack
 from qsweep.hub.save import GRAPH, WEIGHTS, load, save
 from qsweep.hub.simulate import simulation
+from qsweep.measure.sizes import work
 from qsweep.models import build
 from qsweep.quantize.ptq import PTQ
 
@@ -333,3 +334,34 @@ def test_a_damaged_file_is_a_bundle_error(name: str, damage: str, quantized: Qua
 def test_the_simulation_gives_what_the_graph_gives(quantized: QuantizedModel) -> None:
     graph = copy.deepcopy(quantized.graph)
     assert torch.equal(simulation(quantized)(INPUTS), graph(INPUTS))
+
+
+def test_a_weight_that_is_computed_is_a_layer_like_any_other() -> None:
+    found = folded(network("computed"), INPUTS)
+    assert [layer.name.split(".")[0] for layer in found.layers()] == ["conv", "linear"]
+    assert not nodes_of(found.graph, {aten.batch_norm.default})
+
+
+def test_an_op_that_gives_several_tensors_is_refused_by_name() -> None:
+    with pytest.raises(ExportFailure, match=r"`aten\.lstm\.input`: gives several tensors"):
+        export(Function(lambda x, lstm: lstm(x.squeeze(1))[0], nn.LSTM(8, 4, batch_first=True)), INPUTS[:2])
+
+
+def test_a_constant_where_that_of_a_weight_is_to_be_stored_is_named(tmp_path: Path) -> None:
+    class Taken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.weight_scale = nn.Parameter(torch.rand(10, 64)), nn.Parameter(torch.rand(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x.flatten(1), self.weight) * self.weight_scale
+
+    with pytest.raises(ExportFailure, match="`weight_scale`: must have another name"):
+        PTQ(calibration_samples=20).apply(Taken().eval(), context(tmp_path))
+
+
+def test_parameters_are_counted_whatever_their_names(tmp_path: Path) -> None:
+    model = network("computed")
+    made = PTQ(calibration_samples=20).apply(model, context(tmp_path))
+    computed = 8 * 9 + 8  # weight and bias that weight norm and batch norm become
+    assert work(made)["params"] == computed + 80 + 8 + 50 + 3 + 1 + 10

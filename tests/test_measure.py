@@ -132,6 +132,21 @@ def test_parity_below_its_bound_is_a_typed_failure() -> None:
     }
 
 
+@pytest.mark.parametrize("shape", [(100,), (100, 1)])
+def test_outputs_of_one_number_agree_where_they_differ_little(shape: tuple[int, ...]) -> None:
+    simulated = torch.linspace(0, 10, 100).reshape(shape)
+    assert parity(simulated + 0.19, simulated, Measure())["parity_top1"] == 1.0
+    with pytest.raises(ParityFailure, match=r"must agree on 95\.0% of the outputs \(got 0\.0%\)"):
+        parity(simulated + 0.21, simulated, Measure())
+
+
+def test_outputs_by_place_agree_in_the_class_of_each_place() -> None:
+    simulated = torch.eye(4).repeat(2, 1, 1)  # (2, classes, places)
+    deployed = simulated.clone()
+    deployed[0] = deployed[0].flip(0)
+    assert parity(deployed, simulated, Measure(parity_top1=0))["parity_top1"] == 0.5
+
+
 def test_the_interval_covers_the_true_median_in_about_19_of_20_draws() -> None:
     drawn = np.random.default_rng(1).lognormal(0.0, 0.5, (200, 50))  # the true median is 1
     intervals = [median_interval(times) for times in drawn]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qsweep.config import members
 from qsweep.errors import NotFinite
 from qsweep.hub.convert import convert
-from qsweep.hub.form import QuantizedModel, constant, nodes_of
+from qsweep.hub.form import QuantizedModel, aten, constant, nodes_of
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import _calibrate as calibrate
@@ -380,3 +380,44 @@ def test_a_model_without_layers_comes_out_as_it_is(method: type[Trained], tmp_pa
     found = method(calibration_samples=60).apply(model, context(tmp_path))
     assert found.layers() == []
     torch.testing.assert_close(simulation(found)(INPUTS), model(INPUTS), atol=0.02, rtol=0)
+
+
+def test_ranges_are_calibrated_with_the_statistics_of_the_norms_which_stay(method: type[Trained]) -> None:
+    model, found, _ = digits()
+    live = training.prepared(method(calibration_samples=129), model, found)  # the last of its batches is one sample
+    before = {name: value.clone() for name, value in live.graph.named_buffers() if "running" in name}
+    training.start(live.graph, 8, calibrate.calibration_inputs(method(calibration_samples=129), found))
+    assert before
+    assert all(torch.equal(value, dict(live.graph.named_buffers())[name]) for name, value in before.items())
+
+
+class PreActivated(nn.Module):
+    """Norms on the input and on a sum, which no layer takes in, and one without statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given, self.norm = nn.BatchNorm2d(1), nn.BatchNorm2d(4)
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.loose = nn.BatchNorm2d(4, track_running_stats=False)
+        self.linear = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.given(x))
+        x = x + self.loose(self.second(torch.relu(self.norm(x))))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+def test_norms_that_no_layer_takes_in_stay_live_in_training_and_are_shipped(tmp_path: Path) -> None:
+    config, found = QAT(calibration_samples=50), context(tmp_path)
+    live = training.prepared(config, PreActivated().eval(), found)
+    training.start(live.graph, 8, calibrate.calibration_inputs(config, found))
+    for module in live.graph.modules():
+        module.training = True
+    names = ("given.running_mean", "norm.running_mean")
+    before = [live.graph.get_buffer(name).clone() for name in names]
+    live.graph(INPUTS + 1)
+    assert not any(torch.equal(live.graph.get_buffer(name), old) for name, old in zip(names, before, strict=True))
+    shipped = convert(training.finished(live))
+    assert simulation(shipped)(INPUTS).isfinite().all()
+    assert len(nodes_of(shipped.graph, {aten.batch_norm.default})) == 3

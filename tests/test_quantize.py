@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from networks import Noise, context, network, pruned
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsweep.config import members
 from qsweep.engines.float import Float
@@ -239,8 +239,21 @@ def test_a_grid_of_values_that_are_never_negative_has_its_zero_at_the_lower_end(
     assert grid.zero_point == grid.low
 
 
-def test_a_range_that_holds_nothing_but_zero_has_scale_1() -> None:
-    assert activation_grid(0.0, 0.0, 8, "asymmetric", nonnegative=False).scale == 1.0
+@pytest.mark.parametrize("bits", [2, 8])
+def test_biases_behind_activations_that_are_all_zero_keep_their_precision(bits: int, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
+    nn.init.zeros_(model[1].weight)
+    nn.init.constant_(model[1].bias, -1.0)  # behind it all is 0
+    made = PTQ(weight_bits=bits, calibration_samples=50).apply(model, context(tmp_path))
+    inputs = Noise(10).inputs
+    torch.testing.assert_close(simulation(made)(inputs), model(inputs), atol=2e-3, rtol=0)
+
+
+@given(exponents=st.lists(st.integers(-20, 0), min_size=2, max_size=6), bits=st.integers(2, 8))
+def test_a_channel_however_small_has_all_its_levels(exponents: list[int], bits: int) -> None:
+    weight = torch.tensor([1.0, -0.5, 0.25]) * 10.0 ** torch.tensor(exponents).unsqueeze(1)
+    levels = weight_levels(weight, bits)
+    assert (levels.integers(weight).abs().amax(1) == levels.high).all()
 
 
 matrices = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=4, max_size=4), min_size=1, max_size=5)

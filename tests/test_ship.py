@@ -17,6 +17,7 @@ from qsweep.config import content_hash
 from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TrackError
 from qsweep.records import Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
+from qsweep.spec import Constraint
 from qsweep.study import SweepFolder
 from qsweep.track import publish, tracking_uri
 from qsweep.track.bundle import pickles
@@ -109,6 +110,14 @@ def test_arrays_give_arrays(made: Path) -> None:
     assert (model(array) == model(inputs(3)).numpy()).all()
 
 
+def test_outputs_that_the_next_call_overwrites_are_copied(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    loaded, buffer = load(made), torch.empty(4, 16)
+    monkeypatch.setattr(loaded, "_runner", lambda batch: buffer.copy_(batch.flatten(1)))
+    assert torch.equal(loaded(inputs(10)), inputs(10).flatten(1))
+
+
 def test_inputs_of_another_shape_or_not_preprocessed_are_refused(made: Path) -> None:
     import torch
 
@@ -199,6 +208,14 @@ def test_a_trial_that_failed_cannot_be_bundled_and_nothing_is_overwritten(swept:
         bundle(swept.records()[4], swept.path, made)
 
 
+def test_what_only_begins_like_an_archive_is_no_archive(swept: SweepFolder, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(swept.path, tmp_path / "sweep")
+    (tmp_path / "sweep" / swept.records()[4].folder / "artifact" / "odd.bin").write_bytes(b"PK\x03\x04 no archive")
+    assert "artifact/odd.bin" in verify(bundle(swept.records()[4], tmp_path / "sweep", tmp_path / "out")).files
+
+
 def test_an_export_runs_without_qsweep(swept: SweepFolder, made: Path, tmp_path: Path) -> None:
     import onnxruntime
 
@@ -216,6 +233,13 @@ def test_the_best_is_chosen_by_its_metric_within_the_bounds() -> None:
     assert best(found, Selector(by="size_bytes")).number == 3
     assert best(found, Selector(max={"accuracy_drop_pp": 1}, by="size_bytes")).number == 4
     assert best(found, Selector(max={"accuracy_drop_pp": 1}, min={"latency_ms": 0.9}, by="latency_ms")).number == 0
+
+
+def test_the_best_keeps_the_constraints_of_the_spec_too() -> None:
+    found, kept = finished(records()), {"accuracy_drop_pp": Constraint(max=1)}
+    assert best(found, Selector(by="size_bytes"), kept).number == 4
+    with pytest.raises(SweepError, match="no trial keeps accuracy_drop_pp ≤ 1 and size_bytes ≤ 5000"):
+        best(found, Selector(max={"size_bytes": 5000}), kept)
 
 
 def test_ties_go_to_the_more_accurate() -> None:
@@ -304,6 +328,9 @@ def test_a_promoted_trial_is_an_mlflow_model_without_pickle(
     assert (done.record.number, done.alias) == (4, "candidate")
     local = mlflow.artifacts.download_artifacts(done.uri, dst_path=str(tmp_path), tracking_uri=uri)
     assert list(pickles(Path(local))) == []
+    needed = (Path(local) / "requirements.txt").read_text().split()
+    assert "torch==" in "".join(needed)
+    assert not any("+" in package for package in needed)  # what an index has
     outputs = mlflow.pyfunc.load_model(local).predict(inputs(3).numpy())
     assert (outputs == load(made)(inputs(3)).numpy()).all()
 
@@ -368,6 +395,11 @@ def test_bits_by_layer_are_chosen_again_alike_and_told_in_the_bundle(tmp_path: P
         found.append(json.loads((tmp_path / out / "metrics.json").read_text())["layer_bits"])
     assert found[0] == found[1] == {"0.weight": 6, "5.weight": 3}  # 36 weights and 128: the budget has room for these
     assert verify(tmp_path / "first").trial == verify(tmp_path / "again").trial
+
+
+def test_a_folder_that_is_taken_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="must not exist yet"):
+        compress(trained(), {"target": {"engine": "float"}}, Toy(), tmp_path)
 
 
 def test_a_config_that_is_none_or_that_the_engine_refuses_is_said_before_anything_is_done(tmp_path: Path) -> None:

@@ -253,6 +253,14 @@ def test_a_full_disk_in_a_worker_stops_the_sweep_and_is_not_held_against_the_con
     assert sweep(tmp_path, small_spec())[4].state == "complete"
 
 
+def test_a_full_disk_that_an_earlier_run_met_is_not_met_again(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull):
+        sweep(tmp_path, small_spec(), build_0004="DiskFull")
+    result = {"failure": {"kind": "DiskFull", "message": "of a worker that was not the first to tell"}}
+    (tmp_path / "sweeps/small/trials/0004/build.json").write_text(json.dumps(result))
+    assert sweep(tmp_path, small_spec())[4].state == "complete"
+
+
 def test_a_task_that_cannot_be_prepared_is_an_error_until_it_is_mended(tmp_path: Path) -> None:
     with pytest.raises(TaskFailure, match="the task raised"):
         sweep(tmp_path, small_spec(), prepare="fail")

@@ -197,6 +197,11 @@ def test_rows_beyond_the_end_are_refused(root: Path) -> None:
         opened(root, test={"file": "test.parquet", "rows": [40, 60]}).samples("test")
 
 
+def test_one_file_under_two_names_is_refused_when_it_is_opened(root: Path) -> None:
+    with pytest.raises(DataError, match="must share no rows"):
+        opened(root, test="./train.parquet")
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -302,6 +302,15 @@ def test_the_ui_serves_the_sweep_on_loopback_and_is_gone_afterwards(swept: Path)
         urlopen(address)
 
 
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    with (
+        pytest.raises(TrackError, match=r"must start \(it said: (.|\n)*not a database"),
+        ui(f"sqlite:///{tmp_path}/mlflow.db", 0),
+    ):
+        pass
+
+
 def test_a_server_is_its_own_ui() -> None:
     with ui("https://mlflow.example") as address:
         assert address == "https://mlflow.example"

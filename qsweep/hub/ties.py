@@ -32,10 +32,10 @@ def settle_sum(
     a, b = (level.ravel() - zero for level, zero in zip(levels, (left[1], right[1]), strict=True))
 
     def agree(candidate: np.float32) -> bool:
-        ra, rb = np.float32(left[0]) / candidate, np.float32(right[0]) / candidate
+        ra, rb = (np.float32(side[0]) / candidate for side in (left, right))
         exact = a * np.float64(ra) + b * np.float64(rb)
         near = _near_tie(exact)
-        return _all_equal(_sums(a[near], b[near], ra, rb, left, right, zero_point))
+        return _all_equal(_sums(a[near], b[near], left, right, candidate, zero_point))
 
     return _settle(scale, agree)
 
@@ -90,18 +90,18 @@ def _near_tie(exact: F64) -> npt.NDArray[np.bool_]:
 def _sums(
     a: npt.NDArray[np.int64],
     b: npt.NDArray[np.int64],
-    ra: np.float32,
-    rb: np.float32,
     left: tuple[float, int, int, int],
     right: tuple[float, int, int, int],
+    scale: np.float32,
     zero_point: int,
 ) -> list[F32 | F64]:
     """Levels less the zero point, by every order of operations that runtimes are known to use."""
     x, y = a.astype(np.float32), b.astype(np.float32)
+    ra, rb = (np.float32(side[0]) / scale for side in (left, right))
     # the contract, and the same with either multiplication fused into the addition
     ways: list[F32 | F64] = [x * ra + y * rb, _fused(x, ra, y * rb), _fused(y, rb, x * ra)]
     # dequantize, add, quantize in float
-    real, scale = x * np.float32(left[0]) + y * np.float32(right[0]), np.float32(left[0]) / ra
+    real = x * np.float32(left[0]) + y * np.float32(right[0])
     ways += [real / scale, real * (np.float32(1) / scale)]
     levels = [np.rint(way) for way in ways]
     # zero points gathered into one constant, and the output's added before rounding, where an odd one turns the even

@@ -83,9 +83,7 @@ class Pipeline:
             evaluation.count(on=True)
         evaluation.collect()
         for job, result in list(evaluation.results.items()):
-            if (
-                result.get("failure", {}).get("kind") == DiskFull.__name__
-            ):  # of an earlier driver
+            if result.get("failure", {}).get("kind") == DiskFull.__name__:  # of an earlier driver
                 del evaluation.results[job]
                 (evaluation.folder / f"{job}.json").unlink()
         self.active.append(evaluation)

@@ -17,8 +17,10 @@ from qsweep.hub.convert import convert
 from qsweep.hub.form import QuantizedModel, aten, constant, nodes_of
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.simulate import simulation
+from qsweep.hub.weights import real_weight
 from qsweep.quantize import _calibrate as calibrate
 from qsweep.quantize import _training as training
+from qsweep.quantize._begin import begin_rounded
 from qsweep.quantize._fake import FakeActivation, FakeWeight, learned_clip, learned_step, straight_through
 from qsweep.quantize._norm import FoldedNorm, split_norms
 from qsweep.quantize.base import Scheme
@@ -419,5 +421,31 @@ def test_norms_that_no_layer_takes_in_stay_live_in_training_and_are_shipped(tmp_
     live.graph(INPUTS + 1)
     assert not any(torch.equal(live.graph.get_buffer(name), old) for name, old in zip(names, before, strict=True))
     shipped = convert(training.finished(live))
-    assert simulation(shipped)(INPUTS).isfinite().all()
+    assert shipped.graph(INPUTS).isfinite().all()
     assert len(nodes_of(shipped.graph, {aten.batch_norm.default})) == 3
+
+
+@pytest.mark.parametrize("fields", [{}, {"weight_scheme": "asymmetric"}, {"group_size": 3}, {"edge_bits": 8}], ids=str)
+@pytest.mark.parametrize("name", ["depthwise", "shortcut", "computed"])
+def test_a_training_begins_with_the_integers_that_rounding_has_chosen(
+    name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    shared = {"weight_bits": 3, "activation_bits": 8, "calibration_samples": 50, "rounding": "gptq"} | fields
+    config, model, found = LSQ.model_validate(shared), network(name), context(tmp_path)
+    live = training.prepared(config, model, found)
+    begin_rounded(live.graph, config.starts_from(), model, found)
+    zeros = {key: int((value == 0).sum()) for key, value in live.graph.named_parameters()}
+    assert zeros == {
+        key: int((value == 0).sum()) for key, value in training.prepared(config, model, found).graph.named_parameters()
+    }
+    training.start(live.graph, 3, calibrate.calibration_inputs(config, found))
+    begun, rounded = convert(training.finished(live)), config.starts_from().apply(model, found)
+    for ours, theirs in zip(begun.layers(), rounded.layers(), strict=True):
+        live_channels = real_weight(rounded.graph, theirs.node.args[1]).flatten(1).abs().amax(1) > 1e-6
+        assert torch.equal(ours.weight[live_channels], theirs.weight[live_channels])
+
+
+def test_what_rounding_cannot_begin_is_refused() -> None:
+    for fields in ({"bits_schedule": [8], "epochs": 2, "weight_bits": 4}, {"weight_granularity": "tensor"}):
+        with pytest.raises(ValueError, match="`rounding` must be `nearest` where"):
+            LSQ.model_validate({"rounding": "gptq"} | fields)

@@ -86,6 +86,21 @@ class FoldedNorm(nn.Module):
             integers, levels = self.quantizer.integers(_times(weight, factor))
         return levels.real(integers), levels
 
+    def unfolded(
+        self,
+        integers: Tensor,
+        levels: WeightLevels,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+    ) -> tuple[Tensor, WeightLevels]:
+        """What the quantizer is to round to so that `integers` on `levels` are shipped, with `fold_scales`: the way
+        back of `shipped`."""
+        assert self.fold_scales
+        factor = self._factor(gamma, var)
+        return _scaled(integers, levels, torch.where(factor.abs() < _NOTHING, factor, 1 / factor))
+
     def shift(
         self, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor
     ) -> Tensor:

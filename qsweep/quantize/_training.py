@@ -13,6 +13,7 @@ from qsweep.hub.export import example_of, export
 from qsweep.hub.form import QuantizedModel, constant
 from qsweep.hub.insert import insert_observers
 from qsweep.hub.save import load, save
+from qsweep.quantize._begin import begin_rounded
 from qsweep.quantize._calibrate import calibration_inputs, observe
 from qsweep.quantize._fake import FakeActivation, FakeWeight
 from qsweep.quantize._norm import FoldedNorm, join_norms, ship_weights, split_norms
@@ -35,6 +36,8 @@ def trained(config: Trained, model: nn.Module, context: Context) -> QuantizedMod
 
 def _train(config: Trained, model: nn.Module, context: Context, checkpoints: Path) -> QuantizedModel:
     live = prepared(config, model, context)
+    if (ptq := config.starts_from()) is not None:
+        begin_rounded(live.graph, ptq, model, context)
     inputs = calibration_inputs(config, context) if config.activation_bits else None
     stages = [*config.widths()[:-1], 2]  # in the last one everything has its own bits, however few
     for number, (bits, epochs) in enumerate(zip(stages, config.epochs_at(), strict=True)):

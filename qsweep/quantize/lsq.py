@@ -2,7 +2,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qsweep.quantize.base import Calibration
+from pydantic import model_validator
+
+from qsweep.quantize.base import Calibration, Uniform
+from qsweep.quantize.ptq import PTQ
+from qsweep.quantize.rounding import Nearest, Rounding
 from qsweep.quantize.trained import Trained
 
 if TYPE_CHECKING:
@@ -29,6 +33,28 @@ class LSQ(Trained):
     """What a step starts from: the largest weight, or the least squared error of the rounding."""
     calibration: Calibration = "mse"
     """How ranges follow from what calibration saw: where the steps of activations start."""
+    rounding: Rounding = Nearest()
+    """The integers that training starts from, as `ptq` chooses them: `nearest`, `adaround` or `gptq`. Each weight
+    starts where it is, or at the edge of its integer's step."""
+
+    @model_validator(mode="after")
+    def _starts_where_rounding_can(self) -> LSQ:
+        if self.rounding.method != "nearest" and (self.widths()[:-1] or self.weight_granularity == "tensor"):
+            raise ValueError(
+                "`rounding` must be `nearest` where `bits_schedule` begins with more bits, and where "
+                "`weight_granularity` is `tensor`"
+            )
+        return self
+
+    def starts_from(self) -> PTQ | None:
+        if self.rounding.method == "nearest":
+            return None
+        shared = {name: getattr(self, name) for name in Uniform.model_fields if name != "method"}
+        return PTQ(**shared, rounding=self.rounding)
+
+    def label(self) -> str:
+        """As of every training, with `-adaround` or `-gptq` for what it starts from."""
+        return super().label() + (f"-{self.rounding.label()}" if self.rounding.method != "nearest" else "")
 
     def activation(self, place: Place) -> FakeActivation:
         from qsweep.quantize._fake_activations import LearnedStep

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from qsweep.quantize.base import Quantization
 class Table(Quantization):
     """Weights as indices into a table of values; activations and arithmetic stay in floating point."""
 
+    version: ClassVar[int] = 2
     weight_bits: Annotated[int, Field(ge=2, le=8)] = 4
     """Of an index: the table has 2^bits values."""
     edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
@@ -31,5 +32,5 @@ class Table(Quantization):
         return self.edge_bits if edge and self.edge_bits else self.weight_bits
 
     def label(self) -> str:
-        """Such as `apot-w4`, with `-e8` where the first and last layer have 8 bits."""
+        """Such as `apot-w4`, with `-edge8` where the first and last layer have 8 bits."""
         return f"{self.method}-w{self.weight_bits}" + (f"-edge{self.edge_bits}" if self.edge_bits else "")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qsweep.hub.form import QuantizedModel
     from qsweep.hub.insert import Place
     from qsweep.quantize._fake import FakeActivation, FakeWeight
+    from qsweep.quantize.ptq import PTQ
 
 
 class Trained(Uniform):
@@ -60,6 +61,10 @@ class Trained(Uniform):
         """Epochs for each of `widths`, as even as can be, the last ones the longer."""
         count = len(self.widths())
         return [(self.epochs + place) // count for place in range(count)]
+
+    def starts_from(self) -> PTQ | None:
+        """What chooses the integers that training starts from; None: the nearest levels."""
+        return None
 
     @abstractmethod
     def activation(self, place: Place) -> FakeActivation:

@@ -1,0 +1,54 @@
+"""A training that begins with the integers which rounding after training has chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from qsweep.hub.form import constant, source
+from qsweep.quantize._arithmetic import WeightLevels
+from qsweep.quantize._calibrate import calibrated
+from qsweep.quantize._fake import FakeWeight
+from qsweep.quantize._norm import FoldedNorm
+from qsweep.quantize._observers import NearestWeight
+from qsweep.quantize._rounding import round_weights
+from qsweep.quantize.ptq import PTQ
+from qsweep.stage import Context
+
+_WITHIN = 0.49
+"""Of a step: how far a weight begins from the level it is to round to."""
+
+
+@torch.no_grad()
+def begin_rounded(graph: fx.GraphModule, ptq: PTQ, model: nn.Module, context: Context) -> None:
+    """Move each weight of the training graph of `model` no further than it must, so that it rounds to the integer that
+    `ptq` gives it, and let its quantizer begin with the levels of these; in place.
+
+    Scales must be folded into those of the channels (`FoldedNorm.fold_scales`).
+    """
+    chosen = _chosen(ptq, model, context)
+    for node in [node for node in graph.graph.nodes if node.op == "call_module"]:
+        module = graph.get_submodule(str(node.target))
+        folds = isinstance(module, FoldedNorm)
+        name = str(source(node, 1 if folds else 0).target)
+        if not isinstance(module, FoldedNorm | FakeWeight) or name not in chosen:
+            continue
+        weight = graph.get_parameter(name)
+        integers, levels = chosen[name]
+        if isinstance(module, FoldedNorm):
+            integers, levels = module.unfolded(integers, levels, *module.constants(graph, node)[2:])
+        (module.quantizer if isinstance(module, FoldedNorm) else module).levels = levels
+        lowest, highest = (levels.real(integers + end) for end in (-_WITHIN, _WITHIN))
+        weight.copy_(weight.clamp(lowest, highest))
+
+
+def _chosen(ptq: PTQ, model: nn.Module, context: Context) -> dict[str, tuple[Tensor, WeightLevels]]:
+    """Integers and levels of folded weights, by name; of a weight that several layers share, those of one of them."""
+    observed = calibrated(ptq, model, context)
+    round_weights(ptq, observed, context)
+    found = {}
+    for node in [node for node in observed.graph.graph.nodes if node.op == "call_module"]:
+        observer, weight = observed.graph.get_submodule(str(node.target)), constant(observed.graph, node.args[0])
+        if isinstance(observer, NearestWeight) and observer.levels is not None and weight is not None:
+            found[str(source(node).target)] = observer.levels.integers(weight), observer.levels
+    return found

@@ -46,7 +46,7 @@ def evaluate(
     return task.score(predict(model, task, inputs, batch_size, device), labels).float()
 
 
-def check(task: Task, model: nn.Module, device: str | torch.device = "cpu") -> None:
+def check(task: Task, model: nn.Module) -> None:
     """Ask `task` for everything that a sweep will, on a few samples of each split, before anything is spent on it.
 
     Raises DataError and TaskFailure as the task's parts do, TaskFailure for a model that raises or whose output has
@@ -55,11 +55,16 @@ def check(task: Task, model: nn.Module, device: str | torch.device = "cpu") -> N
     splits: tuple[SplitName, ...] = ("train", "validation", "test")
     for split in splits:
         inputs, labels = (part[:4] for part in task.samples(split))
-        shape = task.transform(inputs).shape
+        given = task.transform(inputs)
+        if not given.is_floating_point():
+            raise TaskFailure(
+                f"`transform` must give floating point: token numbers are not supported (got {given.dtype})"
+            )
+        shape = given.shape
         augmented = task.transform(inputs, torch.Generator().manual_seed(0)).shape
         if augmented != shape:
             raise TaskFailure(f"`transform` must keep shape {tuple(shape)} when it augments (got {tuple(augmented)})")
-        outputs = _outputs(model, task, inputs, device)
+        outputs = _outputs(model, task, inputs)
         if len(outputs) != len(inputs):
             raise TaskFailure(f"the model must give {len(inputs)} outputs for as many inputs (got {len(outputs)})")
         if not torch.isfinite(task.loss(outputs, labels)):
@@ -72,9 +77,9 @@ def layout(inputs: Tensor) -> torch.memory_format:
     return torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
 
 
-def _outputs(model: nn.Module, task: Task, inputs: Tensor, device: str | torch.device) -> Tensor:
+def _outputs(model: nn.Module, task: Task, inputs: Tensor) -> Tensor:
     try:
-        return predict(model, task, inputs, device=device)
+        return predict(model, task, inputs)
     except (QsweepError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the model may be the user's, and raises what it likes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from qsweep.engines import Engine
 from qsweep.errors import SpecError
 from qsweep.prune import Prune
 from qsweep.quantize import Quantize
+from qsweep.quantize.trained import Trained
 from qsweep.records import Metrics
 from qsweep.space import Space, complaint
 from qsweep.tasks import AnyTask
@@ -27,6 +28,10 @@ class Compression(Config):
     prune: Prune | None = None
     distill: Distill | None = None
     quantize: Quantize | None = None
+
+    def canonical(self) -> Self:
+        idle = self.distill is not None and not self.distill.trains and not isinstance(self.quantize, Trained)
+        return super().canonical().with_defaults(*["distill"] * idle)
 
     def stages(self) -> list[Prune | Distill | Quantize]:
         """The stages that are there, in their order."""

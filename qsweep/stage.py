@@ -52,8 +52,6 @@ class Stage(Config, ABC):
     discriminator: ClassVar[str | None] = "method"
     seeded: ClassVar[bool] = True
     """Whether another seed may give another result."""
-    libraries: ClassVar[tuple[str, ...]] = ("torch",)
-    """Packages whose version may change the result: part of its identity."""
     method: str
 
     def label(self) -> str:
@@ -65,8 +63,7 @@ def stage_key(stage: Stage, context: Context) -> str:
     """Identity of what `stage.apply(model, context)` returns: its key in the store, `context.key` of the next stage.
 
     It hashes the stage's config and version, the key of the model it is given, the settings and the version of the
-    training loop, seed, device and library versions.
+    training loop, seed, device and the version of torch.
     """
-    libraries = {name: metadata.version(name) for name in stage.libraries}
     parents = (context.key, context.training.uid(), context.seed, context.device.type)
-    return Store.key(type(stage).__qualname__, stage.uid(), *parents, libraries)
+    return Store.key(type(stage).__qualname__, stage.uid(), *parents, {"torch": metadata.version("torch")})

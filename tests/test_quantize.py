@@ -128,6 +128,8 @@ SAME: list[tuple[type[Quantization], dict[str, Any], dict[str, Any]]] = [
     (PTQ, {"activation_mode": "dynamic"}, DRAW | {"calibration": "entropy"}),
     (PTQ, {"weight_bits": 8}, {"edge_bits": 8}),
     (PTQ, {"weight_bits": 3, "rounding": "gptq"}, {"rounding": {"method": "gptq"}}),
+    (PTQ, {"activation_bits": 16}, {"calibration": "mse"}),
+    (LSQ, {"activation_bits": 16}, {"calibration": "entropy"}),
     (Mixed, FLOAT, {"calibration_samples": 7, "calibration": "mse"}),
     (QAT, FLOAT, DRAW | {"calibration": "mse"}),
     (LSQ, {"weight_bits": 4, "epochs": 2, "bits_schedule": (8,)}, {"bits_schedule": (8, 4, 3)}),

@@ -77,6 +77,17 @@ def test_equal_trials_have_one_identity_and_others_have_others() -> None:
     assert len({uid(), uid(batch_size=2), uid(threads=2), uid(engine="onnxruntime")}) == 4
 
 
+def test_a_distillation_that_trains_nothing_counts_only_beside_a_training() -> None:
+    def uid(method: str, temperature: float) -> str:
+        distill = {"method": "logits", "epochs": 0, "temperature": temperature}
+        return TrialConfig.model_validate(
+            {"compress": {"distill": distill, "quantize": {"method": method}}, "target": {"engine": "inductor"}}
+        ).uid()
+
+    assert uid("ptq", 2) == uid("ptq", 8)
+    assert uid("qat", 2) != uid("qat", 8)
+
+
 def test_stages_come_in_their_order() -> None:
     compress = {"quantize": {"method": "qat"}, "distill": {"method": "logits"}, "prune": {"method": "magnitude"}}
     assert [stage.method for stage in Compression.model_validate(compress).stages()] == ["magnitude", "logits", "qat"]

@@ -179,6 +179,8 @@ def test_more_trials_and_workers_may_be_given_to_a_sweep_that_goes_on(tmp_path: 
     assert len(second) == len(first) + 2
     assert max(calls(tmp_path).values()) == 1
     assert SweepFolder(tmp_path, "small").spec() == spec
+    threads = {json.loads(path.read_text())["threads"] for path in tmp_path.glob("sweeps/small/trials/*/job.json")}
+    assert threads == {SweepFolder(tmp_path, "small").threads()}  # a training gives the same bits
 
 
 def test_model_or_data_that_changed_since_is_refused(tmp_path: Path) -> None:

@@ -451,3 +451,14 @@ def test_what_a_task_says_of_its_preprocessing_is_what_it_does(tmp_path: Path) -
     pixels = task.samples("test").inputs[:3]
     (mean,), (std,) = said["mean"], said["std"]
     torch.testing.assert_close(task.transform(pixels), (pixels.float() - mean) / std)
+
+
+def test_numbers_of_tokens_are_refused_before_anything_is_spent() -> None:
+    from networks import Noise
+
+    class Tokens(Noise):
+        def transform(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return inputs.long()
+
+    with pytest.raises(TaskFailure, match=r"`transform` must give floating point: .* \(got torch\.int64\)"):
+        check(Tokens(), Tokens().model())

@@ -14,8 +14,7 @@ from qsweep.cuda._parts import add_up, parts_of
 from qsweep.cuda._rows import multiply_rows, multiply_w4, multiply_w4_float, quantize_each_row
 from qsweep.cuda.arithmetic import Requantize, Residual, Tile
 from qsweep.errors import Refused
-
-_SMALLEST_SCALE = 2.0**-102
+from qsweep.hub.ops import LEAST_SCALE
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -107,7 +106,7 @@ def quantize_rows(x: Tensor, high: int = 127) -> tuple[Tensor, Tensor]:
         padded,
         K=depth,
         KP=padded,
-        SMALLEST=_SMALLEST_SCALE,
+        SMALLEST=LEAST_SCALE,
         BK=block,
         **EXACT,
     )

@@ -18,6 +18,7 @@ import triton
 from qsweep.cuda.arithmetic import Tile
 from qsweep.cuda.capture import graph_of
 from qsweep.cuda.layers import Product
+from qsweep.machine import cores
 
 MOST = 4
 """Block shapes that are tried for a layer, each also with its sums cut into parts where that may pay."""
@@ -129,7 +130,7 @@ def _compiled(trials: Iterable[tuple[Product, Tile]], device: torch.device) -> s
             return None
         return product.kind, tile
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         working = {one for one in pool.map(launch, trials) if one is not None}
     torch.cuda.synchronize(device)
     return working

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 class Distillation(Stage):
     """Trains the compressed model to follow the uncompressed one."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether the model is trained before it is quantized."""
+        return True
+
     @abstractmethod
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """Return `model`, changed in place, fine-tuned on `loss`. Zero weights of a pruned model stay zero."""

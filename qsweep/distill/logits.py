@@ -31,11 +31,15 @@ class Logits(Distillation):
     epochs: Annotated[int, Field(ge=0)] = 1
     """Of the model as it is before it is quantized. 0: none; quantization-aware training has the loss all the same."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    """Peak of a one-cycle schedule."""
+    """Highest of the schedule."""
 
     def canonical(self) -> Self:
         unused = ["temperature"] * (self.alpha == 0) + ["learning_rate"] * (self.epochs == 0)
         return super().canonical().with_defaults(*unused)
+
+    @property
+    def trains(self) -> bool:
+        return self.epochs > 0
 
     def label(self) -> str:
         return f"T{self.temperature:.0f}" if self.temperature.is_integer() else f"T{self.temperature:.1f}"

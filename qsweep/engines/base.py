@@ -56,9 +56,9 @@ class EngineConfig(Config, ABC):
         """Why this engine cannot run `config`, or None."""
 
     def baselines(self) -> list[dict[str, Any]]:
-        """What stands beside every trial on this engine, as content of a TrialConfig; first the model as it is.
+        """What stands beside every trial on this engine, as content of a TrialConfig without its target.
 
-        Without a `target` it runs on this engine, or on `float` where this engine refuses it.
+        First the model as it is. Each runs on this engine, or on `float` where this engine refuses it.
         """
         types = ("bf16",) if self.device == "cpu" else ("bf16", "fp16")
         stages = [{"method": "cast", "dtype": dtype} for dtype in types] + [{"method": "ptq"}]

@@ -14,14 +14,12 @@ _ALIKE = 0.02
 """Of the range of all outputs: two numbers that differ by less agree."""
 
 
-def outputs(
-    run: Runner, task: Task, split: SplitName, batch_size: int, count: int | None = None, device: str = "cpu"
-) -> Tensor:
-    """(N, ...) outputs for the first `count` samples of `split`, batches filled up to the artifact's size.
+def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, device: str = "cpu") -> Tensor:
+    """(N, ...) outputs for the samples of `split`, batches filled up to the artifact's size.
 
     They are on the CPU, wherever `run` works.
     """
-    stored = task.samples(split).inputs[:count]
+    stored = task.samples(split).inputs
     parts = []
     for part in torch.split(stored, batch_size):
         batch = task.transform(part).to(torch.float32)

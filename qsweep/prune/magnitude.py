@@ -30,7 +30,7 @@ class Magnitude(Pruning):
     epochs: Annotated[int, Field(ge=0)] = 1
     """Fine-tuning with the zeros kept."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    """Peak of a one-cycle schedule."""
+    """Highest of the schedule."""
 
     def canonical(self) -> Self:
         return super().canonical().with_defaults(*["learning_rate"] * (self.epochs == 0))

@@ -31,7 +31,7 @@ def sensitivity(config: Mixed, model: QuantizedModel, context: Context) -> Score
 
     Raises NotFinite for a score that is not, Refused for `kl` on outputs that are no logits.
     """
-    seed = context.seed if config.calibration_seed is None else config.calibration_seed
+    seed = config.draw(context)
 
     def compute(folder: Path) -> None:
         found = scored(config, model, context.task, _drawn(context.task, config.sensitivity_samples, seed))

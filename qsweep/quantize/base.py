@@ -115,6 +115,8 @@ class Grids(Quantization):
     def canonical(self) -> Self:
         narrow = self.activation_bits is not None and self.activation_bits < 8 and self.activation_mode == "static"
         idle = [] if narrow else ["sum_grid"]
+        if self.activation_bits == 16 and not self.edge_bits and self.calibration in ("minmax", "entropy", "mse"):
+            idle.append("calibration")  # levels too fine for the last two
         idle += [] if self.looks_at_samples else ["calibration_samples", "calibration_seed"]
         if self.activation_bits is None:
             idle += ["activation_scheme", "activation_mode", "calibration"]

@@ -24,7 +24,7 @@ def baselines(spec: Spec) -> list[TrialConfig]:
 
 def _on(engine: EngineConfig, content: dict[str, Any]) -> TrialConfig | None:
     instead = Float(device=engine.device, batch_size=engine.batch_size, threads=engine.threads)
-    for target in (content.get("target") or engine.model_dump(), instead.model_dump()):
+    for target in (engine.model_dump(), instead.model_dump()):
         config = TrialConfig.model_validate({"compress": content.get("compress", {}), "target": target})
         if config.target.refuses(config.compress) is None:
             return config

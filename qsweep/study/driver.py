@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from qsweep.errors import DataError, TaskFailure, failure
 from qsweep.executors.local import Local
-from qsweep.machine import cores
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 from qsweep.study import outcome
@@ -263,5 +262,5 @@ class Driver:
             "draw": self.spec.search.seed if draw is None else draw,
             "store": str(self.folder.store),
             "baseline": str(baseline) if baseline else None,
-            "threads": max(1, cores() // self.spec.run.workers),
+            "threads": self.folder.threads(),
         }

@@ -17,6 +17,7 @@ from qsweep.config import content_hash
 from qsweep.errors import DiskFull, SweepError
 from qsweep.executors.local import holder
 from qsweep.executors.orphans import DRIVER_LOCK
+from qsweep.machine import cores
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 
@@ -68,8 +69,10 @@ class SweepFolder:
         """
         path = self.path / "spec.json"
         new = json.loads(spec.model_dump_json())
+        threads = max(1, cores() // spec.run.workers)
         if path.exists():
             kept = json.loads(path.read_text())
+            threads = kept.get("threads", threads)
             self._same(_as_now(kept["spec"]), new)
             if kept["fingerprint"] != fingerprint:
                 raise SweepError(
@@ -79,8 +82,13 @@ class SweepFolder:
             baselines = [TrialConfig.model_validate(config) for config in kept["baselines"]]
         plain = [config.model_dump(mode="json") for config in baselines]
         content = {"hash": content_hash(new), "spec": new, "fingerprint": fingerprint, "baselines": plain}
-        write_atomically(path, json.dumps(content, indent=1), durable=True)
+        write_atomically(path, json.dumps(content | {"threads": threads}, indent=1), durable=True)
         return baselines
+
+    def threads(self) -> int:
+        """Threads of a job, the same for all of the sweep however many workers it is given later: the last bits of a
+        training depend on them."""
+        return int(json.loads((self.path / "spec.json").read_text())["threads"])
 
     def _same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         differences = [

@@ -37,7 +37,8 @@ class Plan(Config):
     """What `qsweep plan` says."""
 
     configs: int | None
-    """Distinct configs in the space; None: not countable, a range of real numbers."""
+    """Distinct configs in the space, or its points where they are too many to look at; None: not countable, a range of
+    real numbers."""
     looked_at: int
     """Configs that the figures below are about: all of them, or as many drawn at random."""
     every_point: bool

@@ -71,7 +71,7 @@ class UserTask:
         return Samples(inputs, labels)
 
     def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
-        if not hasattr(self._task, "transform"):  # token numbers stay what they are
+        if not hasattr(self._task, "transform"):  # other whole numbers stay, for `check` to refuse
             return inputs.float() if inputs.is_floating_point() or inputs.dtype == torch.uint8 else inputs
         found = self._ask("transform", inputs, generator)
         fits = isinstance(found, Tensor) and found.dim() > 0 and len(found) == len(inputs)

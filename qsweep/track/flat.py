@@ -17,14 +17,14 @@ def params(record: Record) -> dict[str, str]:
     """The config's values by their path, such as `compress.quantize.weight_bits`.
 
     Beside them every trial has `quantize`, `prune` and `distill` (the method, or `none`), `weight_bits` (the average
-    where layers differ) and `activation_bits` (32 for fp32): charts drop a run that lacks an axis.
+    where layers differ) and `activation_bits` (32 for floating point): charts drop a run that lacks an axis.
     """
     compress = dict(record.config.get("compress", {}))
     stages = {name: compress.get(name) or {} for name in Compression.model_fields}
     width = FLOAT_BITS.get(str(stages["quantize"].get("dtype")), 32)
     axes = {name: stage.get("method", "none") for name, stage in stages.items()}
     axes["weight_bits"] = stages["quantize"].get("weight_bits", stages["quantize"].get("average_bits", width))
-    axes["activation_bits"] = stages["quantize"].get("activation_bits", width)
+    axes["activation_bits"] = stages["quantize"].get("activation_bits") or width
     return {key: str(value) for key, value in [*leaves(record.config), *axes.items()]}
 
 

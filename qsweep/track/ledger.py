@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from pathlib import Path
 from typing import Any
 
 from qsweep.config import content_hash
 from qsweep.records import Record
+from qsweep.study.folder import write_atomically
 
 
 class Ledger:
@@ -36,13 +36,7 @@ class Ledger:
 
     def save(self, *, durable: bool = False) -> None:
         """Replace the file in one step."""
-        unfinished = self.path.with_suffix(".unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
-            json.dump(self.content, file)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(unfinished, self.path)
+        write_atomically(self.path, json.dumps(self.content), durable)
 
     @property
     def sweep_id(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from qsweep.errors import DataError
+from qsweep.machine import cores
 from qsweep.store import Store
 from qsweep.tasks._files import file_hash
 from qsweep.tasks.base import Samples
@@ -73,7 +73,7 @@ def _decode(source: Source, path: Path) -> Samples:
 def _collect(source: Source, path: Path) -> Samples:
     images: list[torch.Tensor] = []
     labels: list[int] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for rows, encoded, group_labels in _groups(source, path):
             labels += _checked_labels(source, rows, group_labels)
             parts = [slice(start, start + 100) for start in range(0, len(rows), 100)]

@@ -26,12 +26,12 @@ from qsweep.evaluate import check, predict
 from qsweep.hub.export import float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
-from qsweep.machine import fingerprint
+from qsweep.machine import fingerprint, pin
 from qsweep.measure import gpu
 from qsweep.measure.deployed import outputs, parity
 from qsweep.measure.latency import latency
 from qsweep.measure.memory import PeakMemory
-from qsweep.measure.sizes import file_sizes, work
+from qsweep.measure.sizes import digests, file_sizes, work
 from qsweep.spec import Measure, TrialConfig
 from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task, TaskConfig
@@ -128,7 +128,7 @@ def _build(job: Job) -> Result:
         lower(model, job.config, job.artifact, job.store)
     metrics = {"accuracy_simulated": accuracy, **work(model), **file_sizes(job.artifact)}
     kernels = content_hash([structure(model, widths=True), job.config.target.uid()])
-    about = {"kernels": kernels, "layer_bits": model.layer_bits()}
+    about = {"kernels": kernels, "layer_bits": model.layer_bits(), "files": digests(job.artifact)}
     return {"metrics": metrics, "seconds": job.clock.seconds} | about
 
 
@@ -156,6 +156,7 @@ def _measure(job: Job) -> Result:
         metrics["int8_mac_fraction"] = engine.integer_macs(job.artifact, run, inputs)
         other = _baseline_runner(job)
     job.alone("accuracy")
+    pin(engine.threads)
     with job.clock("accuracy"):
         deployed = outputs(run, task, "validation", engine.batch_size, device=engine.device)
         scores = task.score(deployed, task.samples("validation").labels).float()

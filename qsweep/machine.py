@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
@@ -24,6 +26,24 @@ def features() -> list[str]:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pin(threads: int) -> None:
+    """Keep all threads of this process on as many cores as are to be used, the last ones that may be: they do not
+    wander then. Where the system cannot, nothing is done."""
+    if not hasattr(os, "sched_setaffinity") or threads >= cores():
+        return
+    chosen = sorted(os.sched_getaffinity(0))[-threads:]
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), chosen)
+
+
+def no_compiler() -> str | None:
+    """Why `torch.compile` cannot work on the CPU, or None."""
+    if any(shutil.which(compiler) for compiler in ("g++", "clang++")):
+        return None
+    return "`torch.compile` needs a C++ compiler (g++ or clang++) on the PATH"
 
 
 def no_gpu() -> str | None:

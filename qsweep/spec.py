@@ -53,8 +53,9 @@ class TrialConfig(Config):
     @property
     def name(self) -> str:
         """A name that decodes, such as `qat-w4s-a8a-prune50-T4`."""
-        stages = self.compress.stages()
-        return "-".join(stage.label() for stage in reversed(stages)) if stages else "fp32"
+        done = self.compress
+        stages = [stage for stage in (done.quantize, done.prune, done.distill) if stage is not None]
+        return "-".join(stage.label() for stage in stages) if stages else "fp32"
 
 
 class Constraint(Config):
@@ -98,7 +99,8 @@ class Search(Config):
     trials: Annotated[int, Field(ge=1)] = 50
     """Distinct configs to evaluate, baselines not counted."""
     timeout: Seconds | None = None
-    """No trial is started after this long; a number of seconds or `30m`, `1h`."""
+    """No trial is started after this long, counted from the start of each `qsweep run`; a number of seconds or `30m`,
+    `1h`."""
     seed: Annotated[int, Field(ge=0)] = 0
     repeats: Annotated[int, Field(ge=0)] | None = None
     """Evaluations after the last trial, spent on near ties: a config whose place on the front is open runs again with

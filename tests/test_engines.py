@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,3 +391,24 @@ def test_inductor_is_within_one_level_layer_by_layer_on_identical_inputs(
 ) -> None:
     found = case("digits", tmp_path, **fields)
     assert layer_by_layer(found, reference(found)[1], inductor_call) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"weight_bits": 4, "group_size": 3, "activation_bits": None}], ids=["w8a8", "w4g3"]
+)
+def test_what_is_exported_is_loaded_and_run_by_pytorch_alone(
+    fields: dict[str, Any], root: Path, tmp_path: Path
+) -> None:
+    found = case("digits_cnn", root, **fields)
+    engine = Inductor() if not fields else Float()
+    engine.export(lowered(engine, found, tmp_path / "artifact"), tmp_path)
+    torch.save(found.inputs, tmp_path / "inputs.pt")
+    code = """
+import sys, torch, torch.ao.quantization.fx._decomposed
+model = torch.export.load("model.pt2").module()
+torch.save(model(torch.load("inputs.pt")).detach(), "outputs.pt")
+assert not any(name.startswith("qsweep") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    wanted = simulation(found.model)(found.inputs)
+    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), wanted, atol=2e-2, rtol=0)

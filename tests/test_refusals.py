@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,77 @@ def test_a_task_that_gives_nan_ends_the_run(refused: Any, real_jobs: None, tmp_p
     (tmp_path / "task.py").write_text(NAN_TASK)
     task = {"method": "python", "file": "task.py:Task", "trained": True}
     assert refused(task=task) == "`task`: the model's outputs must be finite (got NaN or infinity)"
+
+
+def test_engines_that_do_not_work_here_are_left_out_where_there_is_another(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("qsweep.machine.shutil.which", lambda name: None)  # no compiler
+    targets = {"choice": [{"engine": "inductor"}, {"engine": "onnxruntime"}]}
+    records = sweep(tmp_path, small_spec({"method": "ptq"}, target=targets))
+    trials = [record for record in records.values() if record.kind == "trial"]
+    assert [(record.engine, record.state) for record in trials] == [
+        ("inductor", "refused"),
+        ("onnxruntime", "complete"),
+    ]
+    assert "C++ compiler" in str(trials[0].failure)
+    bf16 = next(record for record in records.values() if record.name == "bf16")
+    assert bf16.state == "complete"
+    assert bf16.config["target"]["compile"] is False
+
+
+def test_the_engine_of_a_baseline_that_does_not_work_here(refused: Any) -> None:
+    baselines = [{"compress": {"quantize": {"method": "ptq"}}, "target": {"engine": "cuda"}}]
+    assert refused(baselines=baselines).startswith(
+        "`baselines.0.target.engine`: `cuda` does not work on this machine: "
+    )
+
+
+def test_a_spec_may_be_mended_as_long_as_nothing_was_finished(refused: Any, real_jobs: None, tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"no weights")
+    said = refused(task=images("weights.safetensors"))
+    assert "must be a whole safetensors file" in said
+    assert len(sweep(tmp_path, small_spec())) == 9  # another spec under the same name
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda good: good[: len(good) // 2], "`train.parquet`: must be a whole Parquet file"),
+        (lambda good: b"", "`train.parquet`: must be a whole Parquet file"),
+    ],
+    ids=["cut", "empty"],
+)
+def test_a_parquet_file_that_is_not_whole(
+    refused: Any, real_jobs: None, tmp_path: Path, make: Callable[[bytes], bytes], said: str
+) -> None:
+    import pandas
+
+    pandas.DataFrame({"image": [{"bytes": b"x"}] * 20, "label": range(20)}).to_parquet(tmp_path / "good.parquet")
+    (tmp_path / "train.parquet").write_bytes(make((tmp_path / "good.parquet").read_bytes()))
+    assert refused(task=parquet("train.parquet")).startswith(said)
+
+
+UNTRACEABLE = (
+    NAN_TASK.replace(' * float("nan")', "").replace("nn.Sequential(nn.Flatten(), nn.Linear(64, 10))", "Odd()")
+    + """
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+    def forward(self, x):
+        return self.linear(x.flatten(1)) if x.sum() > 0 else self.linear(-x.flatten(1))
+"""
+)
+
+
+def test_a_model_that_cannot_be_traced_ends_the_run(refused: Any, real_jobs: None, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(UNTRACEABLE, encoding="utf-8")
+    said = refused(task={"method": "python", "file": "task.py:Task", "training": {"epochs": 1}})
+    assert "`torch.export` cannot trace the model" in said
+
+
+@pytest.mark.parametrize("name", ["spec.json", "trials/0004/record.json"])
+def test_a_file_of_the_sweep_that_is_damaged(refused: Any, tmp_path: Path, name: str) -> None:
+    sweep(tmp_path, small_spec())
+    (tmp_path / "sweeps" / "small" / name).write_text("{")
+    assert refused().startswith(f"`{tmp_path / 'sweeps' / 'small' / name}`: cannot be read (")

@@ -15,6 +15,7 @@ from toy_task import Toy
 
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TrackError
+from qsweep.measure.sizes import digests
 from qsweep.records import Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
 from qsweep.spec import Constraint
@@ -206,6 +207,21 @@ def test_a_trial_that_failed_cannot_be_bundled_and_nothing_is_overwritten(swept:
         bundle(swept.records()[6], swept.path, made.parent / "other")
     with pytest.raises(BundleError, match="must not exist yet"):
         bundle(swept.records()[4], swept.path, made)
+
+
+def test_an_artifact_that_changed_since_it_was_built_is_not_shipped(swept: SweepFolder, tmp_path: Path) -> None:
+    import shutil
+
+    sweep, record = tmp_path / "sweep", swept.records()[4]
+    shutil.copytree(swept.path, sweep)
+    artifact = sweep / record.folder / "artifact"
+    built = json.dumps({"metrics": {}, "files": digests(artifact)})
+    (sweep / record.folder / "build.json").write_text(built)
+    bundle(record, sweep, tmp_path / "whole")
+    (artifact / "weights.safetensors").write_bytes((artifact / "weights.safetensors").read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"weights\.safetensors`: must be as it was built and measured"):
+        bundle(record, sweep, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_only_begins_like_an_archive_is_no_archive(swept: SweepFolder, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_trial_has_a_name_that_decodes(method: str) -> None:
         "quantize": {"method": method, "weight_bits": 4, "activation_bits": 8, "activation_scheme": "asymmetric"},
     }
     config = TrialConfig.model_validate({"compress": compress, "target": {"engine": "inductor"}})
-    assert config.name == f"{method}-w4s-a8a-T4-prune50"
+    assert config.name == f"{method}-w4s-a8a-prune50-T4"
     assert TrialConfig.model_validate({"target": {"engine": "inductor"}}).name == "fp32"
 
 

@@ -117,9 +117,10 @@ def test_the_parent_holds_spec_environment_front_report_and_the_hypervolume_over
     assert series[-1].value > series[0].value
 
 
-def test_members_of_the_final_front_have_their_bundle_and_others_have_not(swept: Path) -> None:
+def test_what_is_or_was_on_the_front_has_its_bundle_and_others_have_not(swept: Path) -> None:
     having = [run for run in runs_of(swept)[1:] if "bundle" in files_of(swept, run.info.run_id)]
-    assert [run.data.tags["qsweep.number"] for run in having] == ["2", "3", "4"]
+    final = {str(each.number) for each in front(finished(records()), spec())}
+    assert final < {run.data.tags["qsweep.number"] for run in having} < {str(number) for number in range(8)}
     bundle = files_of(swept, runs_of(swept)[4].info.run_id, "bundle")
     assert bundle == {f"bundle/{name}" for name in ("artifact", "config.yaml", "manifest.json", "metrics.json")}
 
@@ -207,6 +208,22 @@ def test_a_dead_server_costs_one_warning_and_what_it_missed_is_published_later(
 
     list(publish(drive(tmp_path, []), spec(), tmp_path))  # nothing new; now there is a store that answers
     assert len(runs_of(tmp_path)) == 8
+
+
+def test_a_database_whose_driver_is_not_installed_costs_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "qsweep.track"):
+        seen = list(publish(drive(tmp_path, records()), spec(uri="postgresql://localhost:9/x"), tmp_path))
+    assert len(seen) == 8
+    assert ["psycopg" in entry.getMessage() for entry in caplog.records if entry.name == "qsweep.track"] == [True]
+
+
+def test_a_database_that_was_not_made_to_its_end_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db.unfinished").write_bytes(b"half")
+    list(publish(drive(tmp_path, records()), spec(), tmp_path))
+    assert len(runs_of(tmp_path)) == 8
+    assert not list(tmp_path.glob("*.unfinished*"))
 
 
 def test_the_environment_of_the_process_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

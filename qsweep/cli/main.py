@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import sys
 
 import typer
@@ -38,7 +40,17 @@ def main() -> None:
     except (QsweepError, OSError) as error:
         from qsweep.cli.console import say_error
 
-        if isinstance(error, OSError) and error.filename is None:
+        if (said := _said(error)) is None:
             raise  # no file of the user's: a fault of ours
-        say_error(f"`{error.filename}`: {error.strerror}" if isinstance(error, OSError) else str(error))
+        say_error(said)
         sys.exit(1)
+
+
+def _said(error: QsweepError | OSError) -> str | None:
+    if isinstance(error, QsweepError):
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or (
+        isinstance(error, shutil.Error) and "No space left" in str(error)
+    ):
+        return f"no space left on the disk of {error.filename or 'what was to be written, or of TMPDIR'}"
+    return f"`{error.filename}`: {error.strerror}" if error.filename is not None else None

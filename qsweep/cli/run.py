@@ -93,7 +93,7 @@ class Watch:
         records = list(self.records.values())
         trials = sum(record.kind == "trial" for record in records)
         lines = [Text(f"{trials} of {self.spec.search.trials} trials", style="bold")]
-        lines += [Text(f"  #{live.number} {live.job}: {live.progress}") for live in self.folder.live()]
+        lines += [Text(f"  {_place(live.number)}{live.job}: {live.progress}") for live in self.folder.live()]
         return Group(*lines, grid(front_table(records, self.spec)))
 
     def conclude(self, finished: bool) -> None:
@@ -119,6 +119,10 @@ class Watch:
             f"  qsweep promote {self.path} --max accuracy_drop_pp=1 --by latency_ms --name {self.spec.name}",
             f"  MLflow: {served}" if served else f"  qsweep ui {self.path}      then {at_home or 'the page it prints'}",
         ]
+
+
+def _place(number: int | None) -> str:
+    return "" if number is None else f"#{number} "
 
 
 def again(record: Record) -> str:

@@ -76,10 +76,10 @@ class EngineConfig(Config, ABC):
         """
 
     def export(self, artifact: Path, out: Path) -> None:
-        """Write to the folder `out` what the runtime takes without qsweep; by default the artifact as it is."""
-        import shutil
+        """Write to the folder `out` what the runtime takes without qsweep; by default a program of `torch.export`."""
+        from qsweep.engines._program import write_program
 
-        shutil.copytree(artifact, out, dirs_exist_ok=True)
+        write_program(artifact, out)
 
     @abstractmethod
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:

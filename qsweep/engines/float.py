@@ -28,6 +28,12 @@ class Float(EngineConfig):
     """Take what needs integer kernels too and compute it in floating point: its accuracy and size, not its speed. Such
     records are marked as simulated wherever they are shown."""
 
+    def available(self) -> str | None:
+        from qsweep.machine import no_compiler
+
+        lacking = no_compiler() if self.compile and self.device == "cpu" else None
+        return super().available() or (lacking and f"{lacking}; `compile: false` needs none")
+
     def refuses(self, config: Compression) -> str | None:
         if config.quantize is None or config.quantize.in_float or self.simulate:
             return None

@@ -26,11 +26,9 @@ class Inductor(EngineConfig):
     device: Literal["cpu"] = "cpu"
 
     def available(self) -> str | None:
-        import shutil
+        from qsweep.machine import no_compiler
 
-        if not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
-            return "`torch.compile` needs a C++ compiler (g++ or clang++) on the PATH"
-        return None
+        return no_compiler()
 
     def refuses(self, config: Compression) -> str | None:
         reason = "no stage quantizes" if config.quantize is None else not_static(config.quantize)

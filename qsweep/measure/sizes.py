@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from hashlib import sha256
 from pathlib import Path
 
 from torch import Tensor
@@ -26,6 +27,12 @@ def file_sizes(artifact: Path) -> dict[str, float]:
         "size_bytes": sum(map(len, contents)),
         "size_zstd_bytes": sum(len(compressor.compress(content)) for content in contents),
     }
+
+
+def digests(artifact: Path) -> dict[str, str]:
+    """SHA-256 of every file under `artifact`, by its path in it."""
+    files = [path for path in sorted(artifact.rglob("*")) if path.is_file()]
+    return {path.relative_to(artifact).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def work(model: QuantizedModel) -> dict[str, float]:

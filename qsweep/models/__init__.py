@@ -10,7 +10,18 @@ from qsweep.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Arch = Literal["digits_cnn", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+Arch = Literal[
+    "digits_cnn",
+    "resnet8",
+    "resnet14",
+    "resnet20",
+    "resnet26",
+    "resnet32",
+    "resnet38",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+]
 ARCHS: tuple[str, ...] = get_args(Arch)
 
 __all__ = ["ARCHS", "Arch", "build", "load_checkpoint"]

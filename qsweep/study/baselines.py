@@ -6,7 +6,7 @@ from typing import Any
 
 from qsweep.engines import EngineConfig
 from qsweep.engines.float import Float
-from qsweep.spec import Spec, TrialConfig
+from qsweep.spec import Compression, Spec, TrialConfig
 from qsweep.study.points import targets
 
 
@@ -15,17 +15,18 @@ def baselines(spec: Spec) -> list[TrialConfig]:
     spec's own.
 
     What an engine refuses, `float` runs in its place with the same batch size and threads, so that bf16 stands beside
-    int8 in every table; what that refuses too is left out.
+    int8 in every table, eagerly where there is no compiler; what that refuses too is left out.
     """
-    offered = [_on(engine, content) for engine in targets(spec) for content in engine.baselines()]
+    engines = [engine for engine in targets(spec) if engine.available() is None]
+    offered = [_on(engine, content) for engine in engines for content in engine.baselines()]
     configs = [*(config for config in offered if config is not None), *spec.baselines]
     return list({config.uid(): config for config in configs}.values())
 
 
 def _on(engine: EngineConfig, content: dict[str, Any]) -> TrialConfig | None:
     instead = Float(device=engine.device, batch_size=engine.batch_size, threads=engine.threads)
-    for target in (engine.model_dump(), instead.model_dump()):
-        config = TrialConfig.model_validate({"compress": content.get("compress", {}), "target": target})
-        if config.target.refuses(config.compress) is None:
-            return config
+    for target in (engine, instead, instead.model_copy(update={"compile": False})):
+        compression = Compression.model_validate(content.get("compress", {}))
+        if target.available() is None and target.refuses(compression) is None:
+            return TrialConfig.model_validate({"compress": compression.model_dump(), "target": target.model_dump()})
     return None

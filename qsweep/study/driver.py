@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsweep.engines import EngineConfig
 from qsweep.errors import DataError, TaskFailure, failure
 from qsweep.executors.local import Local
 from qsweep.records import Record
@@ -63,9 +64,13 @@ def run(
             executor.shutdown()
 
 
+def _working(spec: Spec) -> list[EngineConfig]:
+    return [engine for engine in targets(spec) if engine.available() is None]
+
+
 def _preloads(spec: Spec) -> list[str]:
     """What the engines of the sweep want imported before workers are forked."""
-    return list(dict.fromkeys(name for engine in targets(spec) for name in engine.preload))
+    return list(dict.fromkeys(name for engine in _working(spec) for name in engine.preload))
 
 
 @dataclass

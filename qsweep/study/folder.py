@@ -6,12 +6,13 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from qsweep.config import content_hash
 from qsweep.errors import DiskFull, SweepError
@@ -29,7 +30,8 @@ MAY_CHANGE = ("search.trials", "search.timeout", "search.repeats", "run", "track
 class Live:
     """A worker at work now."""
 
-    number: int
+    number: int | None
+    """None: what is done before all trials."""
     job: str
     progress: str
 
@@ -65,21 +67,22 @@ class SweepFolder:
     def claim(self, spec: Spec, fingerprint: str, baselines: list[TrialConfig]) -> list[TrialConfig]:
         """Make the folder that of `spec`, or check that it is; return the baselines it began with.
 
-        Raises SweepError with the difference where the spec, or the content of model and data, is another.
+        Raises SweepError with the difference where the spec, or the content of model and data, is another, and
+        something of the sweep is there already.
         """
         path = self.path / "spec.json"
         new = json.loads(spec.model_dump_json())
         threads = max(1, cores() // spec.run.workers)
         if path.exists():
-            kept = json.loads(path.read_text())
-            threads = kept.get("threads", threads)
-            self._same(_as_now(kept["spec"]), new)
-            if kept["fingerprint"] != fingerprint:
-                raise SweepError(
-                    f"`{self.path}`: model and data of `task` must be those the sweep began with (a file or the code "
-                    "has changed since); give the spec another `name`, or move the folder away"
-                )
-            baselines = [TrialConfig.model_validate(config) for config in kept["baselines"]]
+            kept = _read(path, json.loads)
+            complaint = self._changes(_as_now(kept["spec"]), new) or self._changed(kept["fingerprint"], fingerprint)
+            if complaint and (self.records() or self.live()):
+                raise SweepError(complaint)
+            if complaint:  # nothing was finished: what was wrong has been mended
+                self._clear()
+            else:
+                threads = kept.get("threads", threads)
+                baselines = [TrialConfig.model_validate(config) for config in kept["baselines"]]
         plain = [config.model_dump(mode="json") for config in baselines]
         content = {"hash": content_hash(new), "spec": new, "fingerprint": fingerprint, "baselines": plain}
         write_atomically(path, json.dumps(content | {"threads": threads}, indent=1), durable=True)
@@ -90,29 +93,46 @@ class SweepFolder:
         training depend on them."""
         return int(json.loads((self.path / "spec.json").read_text())["threads"])
 
-    def _same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+    def _changed(self, old: str, new: str) -> str | None:
+        if old == new:
+            return None
+        return (
+            f"`{self.path}`: model and data of `task` must be those the sweep began with (a file or the code has "
+            "changed since); give the spec another `name`, or move the folder away"
+        )
+
+    def _changes(self, old: dict[str, Any], new: dict[str, Any]) -> str | None:
         differences = [
             f"`{path}` was {before!r} and is {after!r}"
             for path, before, after in _differences(old, new)
             if not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
         ]
-        if differences:
-            raise SweepError(
-                f"`{self.path}`: holds a sweep of the same name and another spec: {'; '.join(differences)}. "
-                "Give the spec another `name`, or move the folder away"
-            )
+        if not differences:
+            return None
+        return (
+            f"`{self.path}`: holds a sweep of the same name and another spec: {'; '.join(differences)}. "
+            "Give the spec another `name`, or move the folder away"
+        )
+
+    def _clear(self) -> None:
+        """Begin anew: all but the lock goes."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != DRIVER_LOCK:
+                path.unlink()
 
     def spec(self) -> Spec:
         """The spec that the sweep was last run with. Raises SweepError where there is none."""
         try:
-            return Spec.model_validate(json.loads((self.path / "spec.json").read_text())["spec"])
+            return _read(self.path / "spec.json", lambda text: Spec.model_validate(json.loads(text)["spec"]))
         except FileNotFoundError:
             raise SweepError(f"`{self.path}`: there is no sweep here") from None
 
     def records(self) -> list[Record]:
         """All records, by number."""
         paths = sorted(self.path.glob("trials/*/record.json"))
-        return sorted((Record.model_validate_json(path.read_text()) for path in paths), key=lambda r: r.number)
+        return sorted((_read(path, Record.model_validate_json) for path in paths), key=lambda r: r.number)
 
     def write(self, record: Record) -> None:
         """Keep a record: on disk, complete, when this returns."""
@@ -123,14 +143,27 @@ class SweepFolder:
     def live(self) -> list[Live]:
         """What the sweep's workers are doing now; from any process."""
         found = []
-        for folder in sorted([*self.path.glob("trials/*"), *self.path.glob("repeats/*")]):
-            who = None if (folder / "record.json").exists() else holder(folder)
-            if who is not None:
+        for folder in sorted([self.path / "prepare", *self.path.glob("trials/*"), *self.path.glob("repeats/*")]):
+            if (who := holder(folder)) is not None:
                 progress = folder / "progress.txt"
                 text = progress.read_text(errors="replace").strip() if progress.exists() else ""
                 number, _, round = folder.name.partition("-")
-                found.append(Live(int(number), f"{who[1]} again" if round else who[1], text))
+                job = f"{who[1]} again" if round else who[1]
+                found.append(Live(int(number) if number.isdigit() else None, job, text))
         return found
+
+
+Read = TypeVar("Read")
+
+
+def _read(path: Path, read: Callable[[str], Read]) -> Read:
+    try:
+        return read(path.read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise SweepError(
+            f"`{path}`: cannot be read ({reason}); remove it, or the folder it lies in, to have its trial done again"
+        ) from None
 
 
 def _as_now(spec: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +216,10 @@ def _sync(path: Path) -> None:
         os.close(folder)
 
 
+def _no_room(path: Path) -> bool:
+    return shutil.disk_usage(path).free < 1 << 20
+
+
 @contextmanager
 def disk_full_is_said(path: Path) -> Iterator[None]:
     """Turn the many ways of meeting a full disk, sqlite's too, into DiskFull."""
@@ -192,7 +229,7 @@ def disk_full_is_said(path: Path) -> Iterator[None]:
         chain: BaseException | None = error
         while chain is not None:
             full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full or "database or disk is full" in str(chain):
+            if full or "database or disk is full" in str(chain) or ("disk I/O error" in str(chain) and _no_room(path)):
                 raise DiskFull(
                     f"`{path}`: no space left on its disk. All finished trials are kept; make room and run the "
                     "same command again"

@@ -10,7 +10,7 @@ from qsweep.config import Config, content_hash
 from qsweep.errors import SpecError
 from qsweep.spec import Spec
 from qsweep.study.baselines import baselines
-from qsweep.study.points import Candidate, at, candidate, count, drawn, enumerated, listed, targets, tree
+from qsweep.study.points import Candidate, at, candidate, count, drawn, enumerated, listed, targets, tree, unavailable
 from qsweep.study.repeats import budget
 
 MOST = 2000
@@ -53,15 +53,17 @@ class Plan(Config):
 
 
 def check(spec: Spec) -> None:
-    """Raises SpecError for what cannot be run here: an engine that does not work, a training without its GPU, `grid`
-    on an infinite space."""
+    """Raises SpecError for what cannot be run here: engines of which none works, or that of a baseline, a training
+    without its GPU, `grid` on an infinite space."""
     enumerated(spec)
     if (reason := spec.task.training.unavailable()) is not None:
         raise SpecError(f"`task.training.device`: {reason}")
-    for engine in targets(spec):
-        reason = engine.available()
-        if reason is not None:
-            raise SpecError(f"`target.engine`: `{engine.engine}` does not work on this machine: {reason}")
+    reasons = [unavailable(engine) for engine in targets(spec)]
+    if all(reasons):
+        raise SpecError(f"`target.engine`: {'; '.join(dict.fromkeys(str(reason) for reason in reasons))}")
+    for number, config in enumerate(spec.baselines):
+        if (reason := unavailable(config.target)) is not None:
+            raise SpecError(f"`baselines.{number}.target.engine`: {reason}")
 
 
 def plan(spec: Spec) -> Plan:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from qsweep.config import content_hash
 from qsweep.domains import Choice, Domain, Range, Suggest, assignments, resolve
+from qsweep.engines import EngineConfig
 from qsweep.errors import SpecError
 from qsweep.space import complaint
 from qsweep.spec import Spec, TrialConfig
@@ -71,7 +72,13 @@ def candidate(spec: Spec, suggest: Suggest) -> Candidate:
         config = TrialConfig.model_validate(plain)
     except ValidationError as error:
         return Candidate(plain, None, complaint(error), content_hash(plain))
-    return accepted(config, config.target.refuses(config.compress))
+    return accepted(config, unavailable(config.target) or config.target.refuses(config.compress))
+
+
+def unavailable(engine: EngineConfig) -> str | None:
+    """Why `engine` cannot work on this machine, or None."""
+    reason = engine.available()
+    return reason and f"`{engine.engine}` does not work on this machine: {reason}"
 
 
 def accepted(config: TrialConfig, refusal: str | None = None) -> Candidate:

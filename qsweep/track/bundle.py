@@ -61,7 +61,8 @@ class Manifest(Config):
 def bundle(record: Record, sweep: Path, out: Path) -> Path:
     """Write the bundle of `record` (of the sweep in folder `sweep`) to `out`, which must not exist; returns `out`.
 
-    Raises BundleError where the trial left no artifact, `out` is taken, or the artifact holds a pickle.
+    Raises BundleError where the trial left no artifact, `out` is taken, or the artifact holds a pickle or is not as it
+    was built.
     """
     artifact = sweep / record.folder / "artifact"
     if record.state != "complete" or not artifact.is_dir():
@@ -70,6 +71,7 @@ def bundle(record: Record, sweep: Path, out: Path) -> Path:
         )
     if out.exists():
         raise BundleError(f"`{out}`: must not exist yet")
+    _check_as_built(sweep / record.folder)
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -85,6 +87,15 @@ def bundle(record: Record, sweep: Path, out: Path) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out
+
+
+def _check_as_built(folder: Path) -> None:
+    """Raises BundleError where a file of the artifact in the trial's `folder` has changed since `build` wrote it."""
+    built = read_json(folder / "build.json").get("files", {})
+    there = dict(_walk(folder / "artifact"))
+    for name in sorted(built.keys() | there.keys() if built else ()):
+        if name not in built or name not in there or _file(there[name]).sha256 != built[name]:
+            raise BundleError(f"`{folder / 'artifact' / name}`: must be as it was built and measured (it was changed)")
 
 
 def _describe(record: Record, sweep: Path, folder: Path) -> None:

@@ -32,11 +32,12 @@ def tracking_uri(uri: str | None, root: Path) -> str:
 
     Raises SpecError for a URI that MLflow cannot write to.
     """
+    named = "track.uri" if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme not in SCHEMES:
         raise SpecError(
-            f"`track.uri`: must start with one of {', '.join(SCHEMES)}, like `sqlite:///mlflow.db` (got `{uri}`)"
+            f"`{named}`: must start with one of {', '.join(SCHEMES)}, like `sqlite:///mlflow.db` (got `{uri}`)"
         )
     if scheme != "sqlite":
         return uri
@@ -73,9 +74,27 @@ def connect(uri: str) -> MlflowClient:
 
         for name in ("alembic", "mlflow"):  # a new database tells of every migration
             logging.getLogger(name).setLevel(logging.ERROR)
+        if (database := sqlite_path(uri)) is not None:
+            _make(database)
         client = MlflowClient(uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         return client
+
+
+def _make(database: Path) -> None:
+    """See that there is a database. It has another name until it is whole: MLflow cannot mend one that is not."""
+    from mlflow import MlflowClient
+
+    if not database.exists():
+        unfinished = database.with_name(f"{database.name}.unfinished")
+        for path in database.parent.glob(f"{unfinished.name}*"):
+            path.unlink()
+        MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+        os.replace(unfinished, database)
+    with suppress(sqlite3.Error):  # write-ahead logging halves the time of a trial; some file systems have none
+        connection = sqlite3.connect(database, timeout=10)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.close()
 
 
 @contextmanager
@@ -87,7 +106,7 @@ def answering(uri: str) -> Iterator[None]:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        if not isinstance(error, MlflowException | SQLAlchemyError | OSError):
+        if not isinstance(error, MlflowException | SQLAlchemyError | OSError | ImportError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrackError(f"MLflow at `{uri}` must answer ({reason[:300]})") from error
@@ -118,8 +137,4 @@ def _alone(uri: str) -> Iterator[None]:
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with suppress(sqlite3.Error):  # write-ahead logging halves the time of a trial; some file systems have none
-            connection = sqlite3.connect(database, timeout=10)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
         yield

@@ -31,7 +31,14 @@ class Ledger:
 
     def reset(self) -> None:
         """Forget all runs. Durable before the first run is made, so that the tag of that run is never lost."""
-        self.content = {"uri": self.uri, "sweep_id": uuid.uuid4().hex, "parent": None, "steps": 0, "runs": {}}
+        self.content = {
+            "uri": self.uri,
+            "sweep_id": uuid.uuid4().hex,
+            "parent": None,
+            "steps": 0,
+            "members": [],
+            "runs": {},
+        }
         self.save(durable=True)
 
     def save(self, *, durable: bool = False) -> None:

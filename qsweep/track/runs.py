@@ -171,6 +171,8 @@ class Runs:
         known = {record.number: record for record in records}
         order = [known[number] for number in self.ledger.order if number in known]
         new = range(self.ledger.content["steps"] + 1, len(order) + 1)
+        members = {r.number for step in new for r in front(order[:step], self.spec)}
+        self.ledger.content["members"] = sorted(members.union(self.ledger.content.get("members", [])))
         steps = [(step, hypervolume(order[:step], self.spec)) for step in new]
         series = [Metric("hypervolume", value, _now(), step) for step, value in steps if value is not None]
         with impatient():
@@ -181,15 +183,15 @@ class Runs:
         self.ledger.save()
 
     def finish(self, records: Sequence[Record], status: Status) -> None:
-        """The parent's summary and files, the bundles of the front, and an end to every run."""
+        """The parent's summary and files, the bundles of all that is or was on the front, and an end to every run."""
         self.summarize(records)
         with impatient():
             self.client.log_text(self.parent, front_table(records, self.spec).csv(), "front.csv")
             self.client.log_text(self.parent, full_table(records, self.spec).csv(), "trials.csv")
             self.client.log_text(self.parent, pareto_html(records, self.spec), "pareto.html")
-            if status == "FINISHED":
-                for record in front(records, self.spec):
-                    self._put_bundle(record)
+            members = {record.number for record in front(records, self.spec)}.union(self.ledger.content.get("members", []))
+            for record in [record for record in records if record.number in members]:
+                self._put_bundle(record)
             for run in self._search():
                 if run.info.status == "RUNNING" and run.info.run_id != self.parent:  # its record was lost with its disk
                     self.client.set_terminated(run.info.run_id, "FAILED")

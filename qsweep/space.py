@@ -37,6 +37,17 @@ __all__ = ["Choice", "Domain", "Range", "Space", "Suggest", "assignments", "comp
 T = TypeVar("T")
 
 
+_FEW = 64
+
+
+def _shown(domain: Range) -> tuple[float, ...]:
+    """The values that are looked at before anything runs: all where they are few whole numbers, as some between the
+    ends may not be valid."""
+    if domain.integer and domain.values is not None and len(domain.values) <= _FEW:
+        return tuple(domain.values)
+    return domain.low, domain.high, domain.between
+
+
 class Space(Generic[T]):
     """A pydantic field type: `compress: Space[Compression]` takes a Compression with domains in it."""
 
@@ -45,7 +56,7 @@ class Space(Generic[T]):
         self.raw = raw.model_dump(mode="json", exclude_defaults=True) if isinstance(raw, BaseModel) else raw
         self.adapter, self.path = adapter, path
         self.tree = self._typed(parse(self.raw, path))
-        for config in corners(self.tree, lambda domain: (domain.low, domain.high, domain.between)):
+        for config in corners(self.tree, _shown):
             adapter.validate_python(config)
 
     def _typed(self, tree: Any) -> Any:

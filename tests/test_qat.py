@@ -15,15 +15,18 @@ from qsweep.config import members
 from qsweep.errors import NotFinite
 from qsweep.hub.convert import convert
 from qsweep.hub.form import QuantizedModel, aten, constant, nodes_of
+from qsweep.hub.insert import Place
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.simulate import simulation
 from qsweep.hub.weights import real_weight
 from qsweep.quantize import _calibrate as calibrate
 from qsweep.quantize import _training as training
+from qsweep.quantize._arithmetic import weight_levels
 from qsweep.quantize._begin import begin_rounded
 from qsweep.quantize._fake import FakeActivation, FakeWeight, learned_clip, learned_step, straight_through
 from qsweep.quantize._norm import FoldedNorm, split_norms
 from qsweep.quantize.base import Scheme
+from qsweep.quantize.dorefa import DoReFa
 from qsweep.quantize.lsq import LSQ
 from qsweep.quantize.ptq import PTQ
 from qsweep.quantize.qat import QAT
@@ -449,3 +452,19 @@ def test_what_rounding_cannot_begin_is_refused() -> None:
     for fields in ({"bits_schedule": [8], "epochs": 2, "weight_bits": 4}, {"weight_granularity": "tensor"}):
         with pytest.raises(ValueError, match="`rounding` must be `nearest` where"):
             LSQ.model_validate({"rounding": "gptq"} | fields)
+
+
+@settings(deadline=None)  # the first call is slow
+@given(values=st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=20), seed=arriving, bits=st.integers(2, 8))
+def test_dorefa_rounds_the_tanh_of_weights_and_its_gradient_is_that_of_equation_9(
+    values: list[float], seed: int, bits: int
+) -> None:
+    weight = leaf([values])
+    quantizer = DoReFa(weight_bits=bits).weight(Place(("w",), edge=False))
+    outputs = quantizer.rounded(weight)
+    gradient = backward(outputs, seed)
+    bent = torch.tanh(weight.detach())
+    levels = weight_levels(bent, bits)
+    assert torch.equal(outputs, levels.real(levels.integers(bent)))
+    inside = gradient * (1 - bent.square())  # all lies within the grid
+    torch.testing.assert_close(got(weight), inside)

@@ -83,6 +83,10 @@ PTQ = {"method": "ptq"}
             "`compress.quantize.ptq.weight_bits`: must be less than or equal to 16 (got 99)",
         ),
         (
+            {"compress": {"quantize": PTQ | {"weight_bits": {"range": [2, 16]}}}},
+            "`compress.quantize.ptq.weight_bits`: must be 2 to 8, or 16 (got 9)",
+        ),
+        (
             {"compress": {"quantize": PTQ | {"weight_bits": {"choice": []}}}},
             "`compress.quantize.weight_bits.choice`: must be a list with at least one option (got [])",
         ),

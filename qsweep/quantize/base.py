@@ -33,7 +33,13 @@ class Quantization(Stage):
 
     @abstractmethod
     def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
-        """Return the hub form of `model`, which is not changed."""
+        """Return the hub form of `model`, which is not changed.
+
+        Weights are (C, ...), C the output channels; activations (B, ...), B samples of the task as the model takes
+        them. Raises Refused for what does not fit the model (a pattern that matches no layer, a budget too small),
+        NotFinite for weights, activations, losses and scores that are NaN or infinite, DataError where there are no
+        training samples to look at, ExportFailure for a model that cannot be traced.
+        """
 
     @property
     def not_integer(self) -> str | None:
@@ -52,18 +58,24 @@ class Quantization(Stage):
 
 
 class Grids(Quantization):
-    """Equally spaced levels. Integer kernels take symmetric weights, per channel or tensor, of 8 bits at most."""
+    """Equally spaced levels: q = clamp(round(x / scale) + zero_point, low, high), half to even.
+
+    Integer kernels take symmetric weights, per channel or tensor, of 8 bits at most. Scales are float32; zero points
+    are integers on the grid, so that 0 is exact (Jacob et al. 2018, section 2.1).
+    """
 
     takes_dynamic: ClassVar[bool] = False
     """Whether modes other than `activation_mode: static` are implemented."""
     weight_scheme: Scheme = "symmetric"
+    """Symmetric levels are as many below zero as above, 2^bits - 1 of them; asymmetric ones fit both ends."""
     weight_granularity: Literal["channel", "tensor"] = "channel"
     """What shares a scale: an output channel or the whole tensor."""
     group_size: Annotated[int, Field(ge=2)] | None = None
     """Scales for groups of so many weights of an output channel, in storage order; it must divide their number in some
     layer. A layer it does not divide keeps one scale a channel."""
     weight_range: Literal["minmax", "mse"] = "minmax"
-    """What the scale is fitted to: the largest weight, or the least squared error of the rounding."""
+    """What the scale is fitted to: the largest weight, or the least squared error of the rounding (Nagel et al. 2021,
+    section 3.1)."""
     activation_bits: Bits | None = 8
     """Of what convolutions and linears read; what only sums and pools read has 8 at least. null: activations stay in
     floating point, only weights are quantized."""
@@ -87,9 +99,10 @@ class Grids(Quantization):
     match, the longest counts. Goes before `edge_bits`. Each pattern must match a layer."""
     calibration: Calibration = "minmax"
     """How ranges follow from what calibration saw. minmax: the extremes. moving_average: means of the batches'
-    extremes, later ones weighing more. percentile: the range of 99.99 % of the values. entropy: the range that keeps
-    most of their distribution (Kullback-Leibler divergence; Migacz 2017). mse: the range that rounds and clips with the
-    least squared error. The last two need levels of 8 bits at most and are minmax for 16."""
+    extremes, later ones weighing more (Jacob et al. 2018, section 3.1). percentile: the range of 99.99 % of the values
+    (McKinstry et al. 2018). entropy: the range that keeps most of their distribution, by Kullback-Leibler divergence
+    (Migacz, "8-bit Inference with TensorRT", 2017). mse: the range that rounds and clips with the least squared error
+    (Nagel et al. 2021, section 3.1). The last two need levels of 8 bits at most and are minmax for 16."""
     calibration_samples: Annotated[int, Field(ge=1)] = 512
     """Training samples whose activations set the ranges."""
     calibration_seed: Annotated[int, Field(ge=0)] | None = None

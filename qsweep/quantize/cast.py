@@ -25,6 +25,7 @@ class Cast(Quantization):
     seeded: ClassVar[bool] = False
     method: Literal["cast"] = "cast"
     dtype: Literal["bf16", "fp16"] = "bf16"
+    """bf16 has the range of float32 and 8 bits of precision, fp16 11 bits and numbers up to 65504."""
 
     @property
     def not_integer(self) -> str | None:

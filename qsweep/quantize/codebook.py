@@ -19,7 +19,7 @@ class Codebook(Table):
 
     Never a larger squared error than uniform levels of the same bits. Weights that are 0 stay 0. Raises NotFinite for
     weights that are not.
-    Source: Han et al., "Deep Compression" (2016), section 3, without its fine-tuning.
+    Source: Han et al., "Deep Compression" (2016), section 3, equation 2, without its fine-tuning.
     """
 
     method: Literal["codebook"] = "codebook"

@@ -35,9 +35,9 @@ class Mixed(PostTraining):
     candidates: Annotated[Listed[tuple[Bits, ...]], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
     """The widths a layer may have."""
     sensitivity: Literal["fisher", "output_error", "kl"] = "fisher"
-    """How a layer's width is scored. fisher: the squared error of its weights, each weighted by its Fisher information;
-    the quickest, and it needs labels. output_error: the squared error of the model's outputs. kl: the Kullback-Leibler
-    divergence of their softmax."""
+    """How a layer's width is scored. fisher: the squared error of its weights, each weighted by its Fisher information
+    (Li et al. 2021, "BRECQ", section 3.3); the quickest, and it needs labels. output_error: the squared error of the
+    model's outputs. kl: the Kullback-Leibler divergence of their softmax."""
     sensitivity_samples: Annotated[int, Field(ge=1)] = 256
     """Training samples that the scores are computed on."""
 

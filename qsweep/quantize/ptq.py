@@ -19,12 +19,12 @@ class PostTraining(Grids):
 
     takes_dynamic: ClassVar[bool] = True
     equalize: bool = False
-    """Cross-layer equalization (Nagel et al. 2019, section 4.1): channels between two layers with nothing but ReLU or
-    pooling between them get one range, which tells most for weights with one scale a tensor. ReLU6 does not let it
-    through."""
+    """Cross-layer equalization (Nagel et al. 2019, section 4.1, equations 11 to 13): channels between two layers with
+    nothing but ReLU or pooling between them get one range, which tells most for weights with one scale a tensor. ReLU6
+    does not let it through."""
     smooth: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """SmoothQuant (Xiao et al. 2023): the share, alpha, of the activations' outliers that moves into the weights behind
-    layer norms; 0.5 is usual. null: none."""
+    """SmoothQuant (Xiao et al. 2023, section 4, equation 4): the share, alpha, of the activations' outliers that moves
+    into the weights behind layer norms; 0.5 is usual. null: none."""
     rounding: Rounding = Nearest()
     """How weights get their levels: `nearest`, `adaround` or `gptq`, or the method with its fields, such as `{method:
     adaround, iterations: 200}`. The last two tell most at 4 bits and less, and look at up to 1024 of the
@@ -52,6 +52,7 @@ class PostTraining(Grids):
 class PTQ(PostTraining, Uniform):
     """Post-training static quantization: fit every grid to what calibration saw, train nothing.
 
+    The order is: equalize and smooth, calibrate, round, correct the biases.
     Source: Nagel et al., "A White Paper on Neural Network Quantization" (2021), section 3.
     """
 

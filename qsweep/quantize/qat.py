@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 class QAT(Trained):
     """Quantization-aware training with gradients straight through the rounding; ranges follow the data.
 
-    Weights: the range of the weights of each step. Activations: moving averages of the ends of the batches. Gradients
-    pass where a value rounds to a level of the grid and stop beyond its ends.
+    Weights: the range of the weights of each step. Activations: moving averages of the ends of the batches. The
+    gradient of a value x is the one that arrives where low - 1/2 < x / scale + zero_point < high + 1/2, where it rounds
+    to a level of the grid, else 0.
 
     Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons" (2013); Jacob et al.,
     "Quantization and Training of Neural Networks" (2018), section 3.

@@ -25,7 +25,10 @@ class Nearest(_Rounding):
 
 
 class AdaRound(_Rounding):
-    """Each weight goes up or down, as a layer's output is kept best (Nagel et al. 2020)."""
+    """Each weight goes up or down, as a layer's output is kept best; never worse for a layer than nearest rounding.
+
+    Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), equations 21 to 25.
+    """
 
     method: Literal["adaround"] = "adaround"
     iterations: Annotated[int, Field(ge=1)] = 1000
@@ -38,8 +41,12 @@ class AdaRound(_Rounding):
 
 
 class GPTQ(_Rounding):
-    """One weight after the other goes to the nearest level, the rest of its channel making up for each (Frantar et al.
-    2023); takes about a third of AdaRound's time."""
+    """One weight after the other goes to the nearest level, the rest of its channel making up for each; takes about a
+    third of AdaRound's time.
+
+    Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2023),
+    section 3.3, algorithm 1; convolutions as products of their patches.
+    """
 
     method: Literal["gptq"] = "gptq"
 

@@ -24,10 +24,12 @@ class Trained(Uniform):
 
     Starts from the PTQ state that the other fields describe. Batch norm stays live and is folded into the scales, so
     the integers that were trained are the integers that are shipped. A training that was killed goes on from its last
-    whole epoch.
+    whole epoch. Raises, beside what every quantization does, NotFinite for a loss that is not, and TaskFailure for a
+    model that `task.training.compile` cannot take.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 1
+    """Over the train split."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Highest of the schedule."""
     schedule: Schedule = "one_cycle"

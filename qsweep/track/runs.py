@@ -189,7 +189,9 @@ class Runs:
             self.client.log_text(self.parent, front_table(records, self.spec).csv(), "front.csv")
             self.client.log_text(self.parent, full_table(records, self.spec).csv(), "trials.csv")
             self.client.log_text(self.parent, pareto_html(records, self.spec), "pareto.html")
-            members = {record.number for record in front(records, self.spec)}.union(self.ledger.content.get("members", []))
+            members = {record.number for record in front(records, self.spec)}.union(
+                self.ledger.content.get("members", [])
+            )
             for record in [record for record in records if record.number in members]:
                 self._put_bundle(record)
             for run in self._search():

@@ -5,11 +5,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from networks import NETWORKS, Noise, context, digits, network
+from test_quantize import METHODS, small
 from torch import Tensor, nn
 
 from qsweep.config import members
@@ -24,6 +28,7 @@ from qsweep.hub.export import float_graph
 from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, QuantizedModel, grid_of, nodes_of, set_constant
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.hub.simulate import simulation
+from qsweep.quantize import Quantization
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression
 from qsweep.stage import Context
@@ -113,6 +118,42 @@ def test_onnxruntime_equals_the_reference_on_every_integer_tensor(
     name: str, fields: dict[str, Any], root: Path, tmp_path: Path
 ) -> None:
     assert_equal_everywhere(case(name, root, **fields), tmp_path)
+
+
+SCHEMES = st.fixed_dictionaries(
+    {
+        "weight_bits": st.integers(2, 8),
+        "activation_bits": st.integers(2, 8),
+        "activation_scheme": st.sampled_from(["symmetric", "asymmetric"]),
+        "weight_granularity": st.sampled_from(["channel", "tensor"]),
+        "weight_range": st.sampled_from(["minmax", "mse"]),
+        "calibration": st.sampled_from(["minmax", "moving_average", "percentile", "entropy", "mse"]),
+        "sum_grid": st.sampled_from(["shared", "own"]),
+        "edge_bits": st.sampled_from([None, 8]),
+        "rounding": st.sampled_from(["nearest", "gptq"]),
+        "equalize": st.booleans(),
+        "bias_correction": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["digits_cnn", "depthwise", "mlp"]), fields=SCHEMES)
+def test_onnxruntime_equals_the_reference_whatever_the_scheme(name: str, fields: dict[str, Any], root: Path) -> None:
+    with TemporaryDirectory() as folder:
+        assert_equal_everywhere(case(name, root, **fields), Path(folder))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_every_method_that_onnxruntime_takes_equals_the_reference(
+    method: type[Quantization], root: Path, tmp_path: Path
+) -> None:
+    config = small(method)
+    if OnnxRuntime().refuses(Compression(quantize=config)) is not None:
+        pytest.skip("refused")
+    found = context(root, "shortcut")
+    made = config.apply(network("shortcut"), found)
+    assert_equal_everywhere(Case(made, found, Noise(COUNT).inputs), tmp_path / "artifact")
 
 
 def test_onnxruntime_equals_the_reference_on_a_trained_resnet20(data: Path, tmp_path: Path) -> None:

@@ -272,8 +272,10 @@ def test_grouped_convolutions_have_a_scale_for_every_output_channel(root: Path) 
 @pytest.mark.parametrize("engine", [Float(batch_size=COUNT), OnnxRuntime(batch_size=COUNT)], ids=lambda e: e.engine)
 def test_models_of_one_structure_and_other_numbers_do_not_share_any(engine: EngineConfig, tmp_path: Path) -> None:
     store, inputs = Store(tmp_path / "store"), Noise(COUNT).inputs
-    for seed in range(2):
+    for seed in range(3):
         model, folder = network("computed", seed), tmp_path / str(seed)
+        for parameter in [*model.parameters()] * (seed == 0):  # numbers that an exporter can do without
+            parameter.data.zero_()
         folder.mkdir()
         engine.lower(float_graph(model, context(tmp_path, f"{seed}")), folder, store)
         torch.testing.assert_close(engine.load(folder)(inputs), model(inputs).detach(), atol=1e-4, rtol=1e-4)

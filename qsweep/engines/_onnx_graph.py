@@ -117,17 +117,20 @@ def _skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _spell_out(content, weights)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 3, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 4, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
+def _of_layers(model: QuantizedModel) -> set[str]:
+    """Names of the weights and biases of layers, and of what stands beside them: every model has its own."""
+    nodes = [*nodes_of(model.graph, COMPUTE), *nodes_of(model.graph, STORED)]
+    return {str(given.target) for node in nodes for given in node.all_input_nodes if given.op == "get_attr"}
+
+
 def _other_constants(model: QuantizedModel) -> dict[str, str]:
-    """SHA-256 by name of what is no weight or bias of a layer: the exporter computes with it beforehand."""
-    layers = nodes_of(model.graph, COMPUTE)
-    replaced = {
-        str(given.target) for node in [*layers, *nodes_of(model.graph, STORED)] for given in node.all_input_nodes
-    }
-    values = {name: value for name, value in attributes(model.graph) if name not in replaced}
+    """SHA-256 by name of all other constants: the exporter computes with them beforehand."""
+    own = _of_layers(model)
+    values = {name: value for name, value in attributes(model.graph) if name not in own}
     return {name: sha256(value.detach().contiguous().numpy().tobytes()).hexdigest() for name, value in values.items()}
 
 
@@ -138,10 +141,14 @@ _MARK = 9 / 64
 def _marked(model: QuantizedModel) -> tuple[torch.fx.GraphModule, set[str]]:
     """The graph with one multiplication for each quantize-dequantize pair, and the names of its integer weights.
 
-    The exporter takes half of its time for these pairs; it passes a multiplication on as it is.
+    The exporter takes half of its time for these pairs; it passes a multiplication on as it is. Weights and biases have
+    random values: it drops a bias of zeros, and one of two constants that are equal.
     """
     graph = copy.deepcopy(model.graph)
-    weights = set()
+    weights, generator, own = set(), torch.Generator().manual_seed(0), _of_layers(model)
+    for name, value in [(name, value) for name, value in attributes(graph) if name in own]:
+        if value.is_floating_point():
+            set_constant(graph, name, torch.rand(value.shape, generator=generator))
     for i, node in enumerate(nodes_of(graph, {QUANTIZE}), 1):
         for pair in [user for user in node.users if user.target is DEQUANTIZE]:
             with graph.graph.inserting_before(pair):
@@ -151,7 +158,7 @@ def _marked(model: QuantizedModel) -> tuple[torch.fx.GraphModule, set[str]]:
         weights.add(name)
         integers = constant(graph, node)
         assert integers is not None
-        set_constant(graph, name, integers.float())
+        set_constant(graph, name, torch.rand(integers.shape, generator=generator))
         node.replace_all_uses_with(source(node))
     graph.graph.eliminate_dead_code()
     graph.recompile()

@@ -44,8 +44,14 @@ def compress(
     BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the artifact disagrees
     with its simulation.
     """
+    from torch import nn
+
+    from qsweep.tasks._user import guarded
+
     asked = trial_config(config)
-    settings = training or Training()
+    settings, task = training or Training(), guarded(task)
+    if not isinstance(model, nn.Module):
+        raise Refused(f"`model`: must be a torch.nn.Module (got {type(model).__name__})")
     reason = settings.unavailable() or asked.target.available() or asked.target.refuses(asked.compress)
     if reason is not None:
         raise Refused(f"`{asked.name}`: {reason}")

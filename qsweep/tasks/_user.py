@@ -41,14 +41,31 @@ def load_class(path: Path, name: str) -> type:
     return found
 
 
-class UserTask:
-    """A `Task` made of the user's class; every call is guarded and its result checked."""
+def guarded(task: Any) -> Any:
+    """`task` as it is if it is qsweep's own, else guarded as those of specs are. Raises TaskFailure where it is none."""
+    if type(task).__module__.startswith("qsweep."):
+        return task
+    missing = [method for method in METHODS if not callable(getattr(task, method, None))]
+    if missing:
+        raise TaskFailure(f"`task`: must have the methods {', '.join(METHODS)} (`{type(task).__name__}` lacks {missing})")
+    file = getattr(sys.modules.get(type(task).__module__), "__file__", None)
+    return UserTask(task, Path(file or type(task).__module__))
 
-    def __init__(self, cls: type, arguments: dict[str, Any], path: Path) -> None:
-        self._path, self._name = path, cls.__name__
+
+class UserTask:
+    """A `Task` of an object of the user's class; every call is guarded and its result checked."""
+
+    def __init__(self, task: Any, path: Path) -> None:
+        """`path`: of the file that the class is in."""
+        self._path, self._name = path, type(task).__name__
         self._loaded: dict[SplitName, Samples] = {}
-        self.any_device = bool(getattr(cls, "any_device", False))
-        self._task: Any = _call(path, f"{cls.__name__}(...)", cls, **arguments)
+        self.any_device = bool(getattr(task, "any_device", False))
+        self._task = task
+
+    @classmethod
+    def of(cls, kind: type, arguments: dict[str, Any], path: Path) -> UserTask:
+        """That of `kind(**arguments)`."""
+        return cls(_call(path, f"{kind.__name__}(...)", kind, **arguments), path)
 
     def model(self) -> nn.Module:
         model = self._ask("model")

@@ -33,7 +33,7 @@ class Python(TaskConfig):
         path, name = self._located(root)
         for other in self.depends_on:
             locate(other, root)
-        return UserTask(load_class(path, name), self.arguments, path)
+        return UserTask.of(load_class(path, name), self.arguments, path)
 
     @property
     def pretrained(self) -> bool:

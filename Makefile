@@ -20,16 +20,19 @@ check: venv-test  ## lint, format, types, layers, import weight
 venv: .venv/.installed
 venv-test: .venv/.installed-test
 
+# found before a folder `qsweep`, such as that of this clone, in which a person may work
+EDITABLE = --config-settings editable_mode=compat
+
 # torch first: what follows is then content with the version that is there
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qsweep needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e .
 	touch $@
 
 .venv/.installed-test: .venv/.installed
-	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,cuda]'
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[test,cuda]'
 	touch $@
 
 clean:  ## forget the environment and the results of sweeps

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_v
 from qsweep.config import Config, Listed
 from qsweep.distill import Distill
 from qsweep.engines import Engine
+from qsweep.engines.float import Float
 from qsweep.errors import SpecError
 from qsweep.prune import Prune
 from qsweep.quantize import Quantize
@@ -43,6 +44,11 @@ class TrialConfig(Config):
 
     compress: Compression = Compression()
     target: Engine
+
+    def canonical(self) -> Self:
+        idle = isinstance(self.target, Float) and self.target.simulate and not self.simulated
+        target = self.target.model_copy(update={"simulate": False}) if idle else self.target
+        return super().canonical().model_copy(update={"target": target})
 
     @property
     def simulated(self) -> bool:

@@ -380,13 +380,6 @@ def test_one_channel_zeros_and_shared_weights_train(method: type[Trained], tmp_p
     assert simulation(found)(INPUTS).isfinite().all()
 
 
-def test_a_model_without_layers_comes_out_as_it_is(method: type[Trained], tmp_path: Path) -> None:
-    model = nn.Sequential(nn.ReLU(), nn.Flatten())
-    found = method(calibration_samples=60).apply(model, context(tmp_path))
-    assert found.layers() == []
-    torch.testing.assert_close(simulation(found)(INPUTS), model(INPUTS), atol=0.02, rtol=0)
-
-
 def test_ranges_are_calibrated_with_the_statistics_of_the_norms_which_stay(method: type[Trained]) -> None:
     model, found, _ = digits()
     live = training.prepared(method(calibration_samples=129), model, found)  # the last of its batches is one sample

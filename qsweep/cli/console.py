@@ -36,14 +36,28 @@ def say_error(message: str) -> None:
 
 
 def grid(table: Table, title: str | None = None) -> RichTable:
-    """A table of the sweep as rich draws it."""
+    """A table of the sweep as rich draws it; on a narrow terminal without the columns that say least."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
     drawn = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns:
+    rows = [[column.title for column in table.columns], *table.texts()]
+    shown = _that_fit([max(map(len, texts)) for texts in zip(*rows, strict=True)], [c.key for c in table.columns])
+    for column in (table.columns[place] for place in shown):
         drawn.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=True)
-    for row in table.texts():
-        drawn.add_row(*map(Text, row))
+    for row in rows[1:]:
+        drawn.add_row(*(Text(row[place]) for place in shown))
     return drawn
+
+
+_LEAST_FIRST = ("int8_mac_fraction", "parity_top1", "accuracy_drop_pp", "draws", "engine", "front", "latency_ratio")
+
+
+def _that_fit(widths: list[int], keys: list[str]) -> list[int]:
+    """Places of the columns that the terminal has room for."""
+    shown, room = list(range(len(keys))), console().width
+    for key in _LEAST_FIRST:
+        if sum(widths[place] + 3 for place in shown) > room and key in keys:
+            shown.remove(keys.index(key))
+    return shown

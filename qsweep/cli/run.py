@@ -103,7 +103,8 @@ class Watch:
 
         records = [record for _, record in sorted(self.records.items())]
         console().print(grid(front_table(records, self.spec)))
-        say(*(line(record) for record in records if record.state != "complete"))
+        if sys.stdout.isatty():  # else each has had its line
+            say(*(line(record) for record in records if record.state != "complete"))
         if not finished:
             say(f"stopped; `qsweep run {self.path}` goes on")
             return
@@ -140,7 +141,8 @@ def line(record: Record) -> str:
 
     metrics, head = record.metrics, f"#{record.number:<3} {record.name} on {engine_text(record)}"
     if record.failure:
-        return f"{head}: {record.state}, {record.failure.kind}: {record.failure.message}"
+        kind = "" if record.state == "refused" else f", {record.failure.kind}"
+        return f"{head}: {record.state}{kind}: {record.failure.message}"
     if record.duplicate_of is not None:
         return f"{head}: as #{record.duplicate_of}"
     texts = [form.format(value) for name, form in SHOWN.items() if (value := getattr(metrics, name)) is not None]

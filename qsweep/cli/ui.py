@@ -22,6 +22,8 @@ def ui(
     from qsweep.track import pareto_url, tracking_uri
     from qsweep.track import ui as serve
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # the server ends with it
     spec, folder = find(sweep)
     uri = tracking_uri(spec.track.uri, folder.root)
     with serve(uri, port) as address:

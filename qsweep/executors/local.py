@@ -23,6 +23,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
+from qsweep.errors import SweepError
 from qsweep.executors import server
 
 LOCK = "worker.lock"
@@ -89,6 +90,7 @@ class Local:
 
     def __init__(self, preload: Sequence[str], log: Path) -> None:
         self.workers: list[Worker] = []
+        self.log = log
         forkserver.set_forkserver_preload([server.__name__, __name__, f"{__package__}.orphans", *preload])
         with server.environment(log):
             forkserver.ensure_running()  # it imports while the driver goes on
@@ -97,8 +99,14 @@ class Local:
         """Run `job` (`module:function`) on `folder`; it is to leave `folder/<name>.json`."""
         context = multiprocessing.get_context("forkserver")
         process = context.Process(target=work, args=(str(folder), job, name), name=f"{name} {folder.name}")
-        with _nameless_main():
-            process.start()
+        try:
+            with _nameless_main():
+                process.start()
+        except (EOFError, ConnectionError) as error:
+            raise SweepError(
+                f"`{self.log}`: the server that workers are forked from has ended ({type(error).__name__}); run the "
+                "same command again"
+            ) from error
         assert process.pid is not None
         return self._known(Worker(folder, name, process.pid, process))
 

@@ -8,6 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from qsweep.errors import Refused
 from qsweep.hub.convert import convert
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import QuantizedModel
@@ -15,6 +16,7 @@ from qsweep.hub.insert import insert_observers
 from qsweep.hub.weights import Codebook
 from qsweep.quantize._arithmetic import weight_levels
 from qsweep.quantize._kmeans import errors, kmeans, nearest, starts
+from qsweep.quantize.base import NO_LAYER
 from qsweep.quantize.codebook import Granularity
 from qsweep.quantize.table import Table
 from qsweep.stage import Context
@@ -40,6 +42,8 @@ class TableWeight(nn.Module):
 def weights_only(config: Table, model: nn.Module, context: Context, fit: Fit) -> QuantizedModel:
     """The hub form of `model` with the weights of every layer stored as `fit` says, all else in floating point."""
     found = float_graph(model, context)
+    if not found.layers():
+        raise Refused(NO_LAYER)
     insert_observers(found, lambda place: None, lambda place: TableWeight(fit, config.bits_of(edge=place.edge)))
     return convert(found)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from qsweep.hub.form import QuantizedModel
 
+NO_LAYER = "the model must have a convolution or a linear with a fixed weight to quantize (it has none)"
 Scheme = Literal["symmetric", "asymmetric"]
 Calibration = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
 
@@ -175,11 +176,14 @@ class Grids(Quantization):
         return max(found, key=len, default=None)  # the order of a mapping is no part of its identity
 
     def check_layers(self, weights: Mapping[str, int]) -> None:
-        """Raises Refused for a pattern of `layer_bits` that matches no layer, and for a `group_size` that divides none.
+        """Raises Refused for a model without layers, for a pattern of `layer_bits` that matches none of them, and for a
+        `group_size` that divides none.
 
         `weights`: how many weights an output channel has, by the name of each layer's weight.
         """
-        if self.group_size and weights and all(count % self.group_size for count in weights.values()):
+        if not weights:
+            raise Refused(NO_LAYER)
+        if self.group_size and all(count % self.group_size for count in weights.values()):
             counts = ", ".join(map(str, sorted(set(weights.values()))))
             raise Refused(
                 f"`group_size`: must divide the weights of a channel of some layer (got {self.group_size}; they have "

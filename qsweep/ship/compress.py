@@ -34,21 +34,22 @@ def compress(
     *,
     training: Training | None = None,
     seed: int = 0,
+    uri: str | None = None,
 ) -> LoadedModel:
     """`model` compressed as `config` says, deployed and loaded; with `out`, its bundle is written to that new folder.
 
     `config` is a TrialConfig, the same as plain data, a `config.yaml`, a bundle, or a registered one such as
-    `models:/NAME@champion`. `task` gives the data; its own model is not looked at, and `model` is not changed.
-    What a config leaves to the model, such as the bits by layer of `mixed`, is chosen for `model` anew.
-    `training` holds the settings of fine-tuning that a spec's task has. Raises SpecError for a config that is none,
-    BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the artifact disagrees
-    with its simulation.
+    `models:/NAME@champion` (at `uri`, as for `load`). `task` gives the data; its own model is not looked at, and
+    `model` is not changed. What a config leaves to the model, such as the bits by layer of `mixed`, is chosen for
+    `model` anew. `training` holds the settings of fine-tuning that a spec's task has. Raises SpecError for a config that
+    is none, BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the artifact
+    disagrees with its simulation.
     """
     from torch import nn
 
     from qsweep.tasks._user import guarded
 
-    asked = trial_config(config)
+    asked = trial_config(config, uri)
     settings, task = training or Training(), guarded(task)
     if not isinstance(model, nn.Module):
         raise Refused(f"`model`: must be a torch.nn.Module (got {type(model).__name__})")
@@ -65,13 +66,13 @@ def compress(
         return temporary(lambda folder: bundle(record, sweep, folder / "bundle"))
 
 
-def trial_config(source: TrialConfig | Mapping[str, Any] | str | Path) -> TrialConfig:
-    """The config that `source` is or names. Raises SpecError."""
+def trial_config(source: TrialConfig | Mapping[str, Any] | str | Path, uri: str | None = None) -> TrialConfig:
+    """The config that `source` is or names; `uri` is MLflow's. Raises SpecError."""
     if isinstance(source, TrialConfig):
         return source
     if str(source).startswith("models:/"):
         with TemporaryDirectory() as place:
-            return trial_config(fetch(str(source), Path(place)))
+            return trial_config(fetch(str(source), Path(place), uri))
     content: Any = source
     if not isinstance(source, Mapping):
         path = Path(source)

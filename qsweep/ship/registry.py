@@ -18,7 +18,7 @@ from qsweep.ship.select import Selector, best
 from qsweep.spec import Spec
 from qsweep.study.folder import SweepFolder
 from qsweep.track.bundle import bundle, verify
-from qsweep.track.client import answering, connect, tracking_uri
+from qsweep.track.client import answering, connect, sqlite_path, tracking_uri
 from qsweep.track.ledger import Ledger
 from qsweep.track.table import engine_text
 
@@ -53,6 +53,10 @@ def promote(sweep: Path, selector: Selector, name: str, alias: str = "champion")
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]*", name) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]*", alias):
         raise SpecError(f"`--name`, `--alias`: must be letters, digits, `.`, `_`, `-` (got `{name}`, `{alias}`)")
+    if re.fullmatch(r"v\d+|latest", alias, re.IGNORECASE):
+        raise SpecError(
+            f"`--alias`: must be no name that MLflow keeps for itself, such as `v1` or `latest` (got `{alias}`)"
+        )
     folder = SweepFolder(sweep.resolve().parent.parent, sweep.resolve().name)
     spec = folder.spec()
     record = best(folder.records(), selector, spec.constraints)
@@ -143,6 +147,8 @@ def fetch(source: str, place: Path, uri: str | None = None) -> Path:
         raise SpecError(f"`{source}`: must be `models:/NAME@ALIAS` or `models:/NAME/VERSION`")
     name, alias, number = found.groups()
     uri = tracking_uri(uri, Path.cwd())
+    if (database := sqlite_path(uri)) is not None and not database.exists():
+        raise TrackError(f"`{source}`: there is no registry `{database}`; give its `uri`, or set MLFLOW_TRACKING_URI")
     client = connect(uri)
     with answering(uri):
         version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)

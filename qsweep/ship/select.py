@@ -11,7 +11,9 @@ from qsweep.errors import SpecError, SweepError
 from qsweep.records import Metrics, Record
 from qsweep.space import complaint
 from qsweep.spec import Constraint
-from qsweep.study.front import feasible
+from qsweep.study.front import feasible, losses
+
+_TIES = ("accuracy", "size_bytes", "latency_ms")
 
 
 class Selector(Config):
@@ -22,7 +24,8 @@ class Selector(Config):
     min: dict[str, float] = {}
     """Lower bounds of metrics."""
     by: str = "accuracy"
-    """The metric that decides; ties go to the higher accuracy, then the smaller and the faster."""
+    """The metric that decides; ties go to the higher accuracy, then the smaller and the faster. Figures are compared as
+    for the front: latencies within 10 % tie, and a config that was repeated has its mean accuracy."""
 
     @field_validator("max", "min")
     @classmethod
@@ -84,9 +87,15 @@ def best(records: Sequence[Record], selector: Selector, constraints: Mapping[str
     if not able:
         nearest = min(done, key=lambda record: _excess(record.metrics, selector))
         names = {**selector.max, **selector.min}
-        got = ", ".join(f"{name} {getattr(nearest.metrics, name)}" for name in names)
+        got = ", ".join(f"{name} {_text(getattr(nearest.metrics, name))}" for name in names)
         raise SweepError(f"no trial keeps {selector}; the nearest is #{nearest.number} `{nearest.name}` with {got}")
-    return min(able, key=lambda record: (_loss(record, selector.by), *_ties(record)))
+    compared = [selector.by, *(name for name in _TIES if all(_measured(record, name) for record in able))]
+    order = sorted(zip(losses(able, compared).tolist(), able, strict=True), key=lambda pair: (pair[0], pair[1].number))
+    return order[0][1]
+
+
+def _text(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:,.6g}"
 
 
 def _bounds(option: str, words: Iterable[str]) -> dict[str, float]:
@@ -106,17 +115,6 @@ def _within(value: float | None, upper: float = float("inf"), lower: float = -fl
 
 def _measured(record: Record, name: str) -> bool:
     return getattr(record.metrics, name) is not None
-
-
-def _loss(record: Record, name: str) -> float:
-    value = getattr(record.metrics, name)
-    if value is None:
-        return float("inf")
-    return float(-value if Metrics.directions()[name] == "maximize" else value)
-
-
-def _ties(record: Record) -> tuple[float, ...]:
-    return (*(_loss(record, name) for name in ("accuracy", "size_bytes", "latency_ms")), record.number)
 
 
 def _excess(metrics: Metrics, selector: Selector) -> float:

@@ -42,12 +42,13 @@ def load_class(path: Path, name: str) -> type:
 
 
 def guarded(task: Any) -> Any:
-    """`task` as it is if it is qsweep's own, else guarded as those of specs are. Raises TaskFailure where it is none."""
+    """`task` as it is if it is qsweep's own, else guarded like those of specs. Raises TaskFailure where it is none."""
     if type(task).__module__.startswith("qsweep."):
         return task
     missing = [method for method in METHODS if not callable(getattr(task, method, None))]
     if missing:
-        raise TaskFailure(f"`task`: must have the methods {', '.join(METHODS)} (`{type(task).__name__}` lacks {missing})")
+        lacks = f"`{type(task).__name__}` lacks {', '.join(missing)}"
+        raise TaskFailure(f"`task`: must have the methods {', '.join(METHODS)} ({lacks})")
     file = getattr(sys.modules.get(type(task).__module__), "__file__", None)
     return UserTask(task, Path(file or type(task).__module__))
 

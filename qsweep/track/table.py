@@ -169,7 +169,9 @@ def mixed_bits(record: Record) -> str:
 def engine_text(record: Record) -> str:
     """The engine, whether it runs eagerly, and whether it only simulates."""
     eager = record.config.get("target", {}).get("compile") is False
-    notes = [note for note, on in (("eager", eager), ("simulated", record.simulated)) if on]
+    notes = [
+        note for note, on in (("eager", eager), ("simulated", record.simulated and record.state == "complete")) if on
+    ]
     return f"{record.engine} ({', '.join(notes)})" if notes else record.engine
 
 

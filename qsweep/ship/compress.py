@@ -41,9 +41,9 @@ def compress(
     `config` is a TrialConfig, the same as plain data, a `config.yaml`, a bundle, or a registered one such as
     `models:/NAME@champion` (at `uri`, as for `load`). `task` gives the data; its own model is not looked at, and
     `model` is not changed. What a config leaves to the model, such as the bits by layer of `mixed`, is chosen for
-    `model` anew. `training` holds the settings of fine-tuning that a spec's task has. Raises SpecError for a config that
-    is none, BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the artifact
-    disagrees with its simulation.
+    `model` anew. `training` holds the settings of fine-tuning that a spec's task has. Raises SpecError for a config
+    that is none, BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the
+    artifact disagrees with its simulation.
     """
     from torch import nn
 

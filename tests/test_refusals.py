@@ -14,6 +14,7 @@ import yaml
 from small_sweep import CONTENT, small_spec, sweep
 from test_cli import failing
 
+from qsweep.spec import BOUNDED
 from qsweep.study import SweepFolder
 from qsweep.study.driver import run as drive
 
@@ -89,6 +90,10 @@ PTQ = {"method": "ptq"}
         (
             {"compress": {"quantize": PTQ | {"weight_bits": {"choice": []}}}},
             "`compress.quantize.weight_bits.choice`: must be a list with at least one option (got [])",
+        ),
+        (
+            {"constraints": {"accuracy_test": {"min": 0.9}}},
+            f"`constraints`: must name metrics out of {sorted(BOUNDED)} (got {{'accuracy_test': {{'min': 0.9}}}})",
         ),
         (
             {"track": {"uri": "ftp://x"}},

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from realistic import finished, records, spec
+from realistic import finished, record, records, spec
 from small_sweep import small_spec
 from toy_task import Toy
 
 from qsweep.config import content_hash
-from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TrackError
+from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TaskFailure, TrackError
 from qsweep.measure.sizes import digests
 from qsweep.records import Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
@@ -258,6 +258,11 @@ def test_the_best_keeps_the_constraints_of_the_spec_too() -> None:
         best(found, Selector(max={"size_bytes": 5000}), kept)
 
 
+def test_latencies_that_the_front_takes_for_one_are_one_for_the_best_too() -> None:
+    quick, better = record(1, "quick", 0.95, 9_000.0, 1.0), record(2, "better", 0.97, 8_000.0, 1.05)
+    assert best([quick, better], Selector(by="latency_ms")).number == 2
+
+
 def test_ties_go_to_the_more_accurate() -> None:
     assert best(records(), Selector(by="latency_ms")).number == 2
 
@@ -359,6 +364,16 @@ def test_what_the_registry_lacks_is_said(published: SweepFolder, monkeypatch: py
         load("models:/digits")
     with pytest.raises(SpecError, match=r"`--name`, `--alias`"):
         promote(published.path, Selector(), "a/b")
+    with pytest.raises(SpecError, match=r"`--alias`: must be no name that MLflow keeps for itself"):
+        promote(published.path, Selector(), "digits", "v1")
+
+
+def test_a_registry_that_is_not_there_is_said_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(TrackError, match=r"there is no registry `.*mlflow\.db`; give its `uri`"):
+        load("models:/digits@champion")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trial_that_was_never_published_cannot_be_promoted(swept: SweepFolder, tmp_path: Path) -> None:
@@ -426,3 +441,27 @@ def test_a_config_that_is_none_or_that_the_engine_refuses_is_said_before_anythin
     cast = {"compress": {"quantize": {"method": "cast"}}, "target": {"engine": "onnxruntime"}}
     with pytest.raises(Refused, match="`bf16`: ONNX Runtime"):
         compress(trained(), cast, Toy())
+
+
+def test_a_class_as_specs_name_it_is_a_task_for_compress_too() -> None:
+    class Plain:
+        """Tuples for samples, no transform."""
+
+        def model(self) -> object:
+            return trained()
+
+        def samples(self, split: str) -> object:
+            return inputs(40), Toy().samples("train").labels[:40]
+
+        def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            return Toy().loss(outputs, labels)
+
+        def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            return Toy().score(outputs, labels)
+
+    model = compress(trained(), {"target": {"engine": "float", "compile": False}}, Plain())  # type: ignore[arg-type]
+    assert model(inputs(3)).shape[0] == 3
+    with pytest.raises(TaskFailure, match=r"`task`: must have the methods .* \(`NoneType` lacks model"):
+        compress(trained(), {"target": {"engine": "float"}}, None)  # type: ignore[arg-type]
+    with pytest.raises(Refused, match=r"`model`: must be a torch.nn.Module \(got NoneType\)"):
+        compress(None, {"target": {"engine": "float"}}, Toy())  # type: ignore[arg-type]

@@ -255,3 +255,14 @@ def test_an_integer_is_a_number(tmp_path: Path) -> None:
     spec = load_spec(written(tmp_path, measure={"parity_top1": 1}, constraints={"accuracy_drop_pp": {"max": 1}}))
     assert repr(spec.measure.parity_top1) == "1.0"
     assert repr(spec.constraints["accuracy_drop_pp"].max) == "1.0"
+
+
+def test_to_simulate_counts_for_nothing_where_nothing_is_simulated() -> None:
+    def uid(quantize: str | None, simulate: bool) -> str:
+        compress = {"quantize": {"method": quantize}} if quantize else {}
+        target = {"engine": "float", "simulate": simulate}
+        return TrialConfig.model_validate({"compress": compress, "target": target}).uid()
+
+    assert uid(None, True) == uid(None, False)
+    assert uid("cast", True) == uid("cast", False)
+    assert uid("ptq", True) != uid("ptq", False)

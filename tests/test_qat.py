@@ -23,7 +23,14 @@ from qsweep.quantize import _calibrate as calibrate
 from qsweep.quantize import _training as training
 from qsweep.quantize._arithmetic import weight_levels
 from qsweep.quantize._begin import begin_rounded
-from qsweep.quantize._fake import FakeActivation, FakeWeight, learned_clip, learned_step, straight_through
+from qsweep.quantize._fake import (
+    FakeActivation,
+    FakeWeight,
+    learned_clip,
+    learned_step,
+    straight_through,
+    straight_through_observed,
+)
 from qsweep.quantize._norm import FoldedNorm, split_norms
 from qsweep.quantize.base import Scheme
 from qsweep.quantize.dorefa import DoReFa
@@ -461,3 +468,19 @@ def test_dorefa_rounds_the_tanh_of_weights_and_its_gradient_is_that_of_equation_
     assert torch.equal(outputs, levels.real(levels.integers(bent)))
     inside = gradient * (1 - bent.square())  # all lies within the grid
     torch.testing.assert_close(got(weight), inside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bottom", [0.0, -3.0, "tensor"])
+def test_rounding_and_looking_for_extremes_in_one_pass_are_what_they_are_apart(dtype: torch.dtype, bottom: Any) -> None:
+    values = torch.randn(3, 7, 41, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    scale, low = torch.tensor(0.3), torch.tensor(-5.0) if bottom == "tensor" else bottom
+    outputs, least, most = straight_through_observed(values, scale, low, 7, rectified=bottom == 0.0)
+    alone = straight_through(values, scale, low, 7, rectified=bottom == 0.0)
+    assert torch.equal(outputs, alone)
+    assert (least, most) == (values.min().float(), values.max().float())
+    gradients = [torch.autograd.grad(each.float().square().sum(), values)[0] for each in (outputs, alone)]
+    assert torch.equal(*gradients)
+    values = values.detach().clone()
+    values[0, 0, 0] = torch.nan
+    assert straight_through_observed(values, scale, low, 7)[1].isnan()

@@ -124,6 +124,16 @@ def straight_through(values: Tensor, scale: Tensor, bottom: Level, steps: float,
     return cast(Tensor, found)
 
 
+def straight_through_observed(
+    values: Tensor, scale: Tensor, bottom: Level, steps: float, *, rectified: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`straight_through` on one grid, and the least and the greatest of `values`: in one pass where there is one."""
+    if _fused.observes(values, scale, bottom):
+        margins = (0.0 if rectified else 0.5, 0.5)
+        return _fused.straight_through_observed(values, scale, bottom, steps, margins)
+    return straight_through(values, scale, bottom, steps, rectified=rectified), *_fused.extremes(values.detach())
+
+
 def learned_step(
     values: Tensor, scale: Tensor, bottom: Level, steps: float, factor: float, offset: Tensor | None = None
 ) -> Tensor:

@@ -15,8 +15,8 @@ from qsweep.quantize._fake import (
     learned_step,
     step_factor,
     straight_through,
+    straight_through_observed,
 )
-from qsweep.quantize._fused import extremes
 from qsweep.quantize.base import Uniform
 
 _SMALLEST = 2.0**-10
@@ -107,16 +107,22 @@ class EndsOfRange(FakeActivation):
 
 
 class MovingRange(EndsOfRange):
-    """A range that follows the batches: moving averages of their ends (Jacob et al. 2018, section 3.1)."""
+    """A range that follows the batches: moving averages of their ends (Jacob et al. 2018, section 3.1).
+
+    A batch is rounded to the range of those before it, so that one pass over it does both.
+    """
 
     momentum = 0.01
 
     def rounded(self, values: Tensor) -> Tensor:
-        if self.training:
-            lowest, highest = extremes(values.detach())
+        if not self.training:
+            return straight_through(values, *self.levels(), rectified=self.place.nonnegative)
+        found = straight_through_observed(values, *self.levels(), rectified=self.place.nonnegative)
+        outputs, lowest, highest = found
+        with torch.no_grad():
             self.lowest.lerp_(lowest.clamp(max=0.0), self.momentum)
             self.highest.lerp_(highest.clamp(min=0.0), self.momentum)
-        return straight_through(values, *self.levels(), rectified=self.place.nonnegative)
+        return outputs
 
 
 class FixedClip(EndsOfRange):

@@ -100,6 +100,19 @@ def straight_through(
     return cast(Tensor, found)
 
 
+def observes(values: Tensor, scale: Tensor, bottom: Level) -> bool:
+    """Whether the loop that rounds can look for the extremes, too."""
+    return kernels_for(values, scale, bottom) is _loops
+
+
+def straight_through_observed(
+    values: Tensor, scale: Tensor, bottom: Level, steps: float, margins: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `_fake`; where `observes`."""
+    found = _Observed.apply(values, scale, bottom, steps, margins)  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, Tensor, Tensor], found)
+
+
 def learned_step(
     kernels: Kernels, values: Tensor, scale: Tensor, bottom: Level, steps: float, factor: float, offset: Tensor | None
 ) -> Tensor:
@@ -128,11 +141,16 @@ def alike(gradient: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(other).copy_(gradient)
 
 
-def _keep(ctx: Any, kernels: Kernels, values: Tensor, scale: Tensor, bottom: Level, steps: float) -> Tensor:
-    """Save all that the way back needs; returns the values on the grid."""
+def _save(ctx: Any, kernels: Kernels, values: Tensor, scale: Tensor, bottom: Level, steps: float) -> None:
+    """All that the way back needs."""
     moving = bottom if isinstance(bottom, Tensor) else None
     ctx.save_for_backward(values, scale, moving)
     ctx.kernels, ctx.bottom, ctx.steps = kernels, bottom if moving is None else None, steps
+
+
+def _keep(ctx: Any, kernels: Kernels, values: Tensor, scale: Tensor, bottom: Level, steps: float) -> Tensor:
+    """Save all that the way back needs; returns the values on the grid."""
+    _save(ctx, kernels, values, scale, bottom, steps)
     return kernels.on_grid(values, scale, bottom, steps)
 
 
@@ -164,6 +182,24 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         passed, _, _ = _step_backward(ctx, gradient, ctx.margins, sums=False, offset=False)
         return None, passed, None, None, None, None
+
+
+class _Observed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, scale: Tensor, bottom: Level, steps: float, margins: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _save(ctx, _loops, values, scale, bottom, steps)
+        ctx.margins = margins
+        outputs, lowest, highest = _loops.on_grid_observed(values, scale, bottom, steps)
+        ctx.mark_non_differentiable(lowest, highest)
+        return outputs, lowest, highest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        passed, _step, _beyond = _step_backward(ctx, gradient, ctx.margins, sums=False, offset=False)
+        return passed, None, None, None, None
 
 
 class _LearnedStep(torch.autograd.Function):

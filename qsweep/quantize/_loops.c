@@ -98,6 +98,20 @@ typedef struct {
     }                                                                                \
   } while (0)
 
+INLINE void ends_block(const value *restrict values, int length, float *ends) {
+  float least = get(values[0]), most = least;
+  int unknown = 0;
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(| : unknown)
+  for (int i = 0; i < length; i++) {
+    float x = get(values[i]);
+    least = x < least ? x : least;
+    most = x > most ? x : most;
+    unknown |= x != x;
+  }
+  ends[0] = unknown ? NAN : least;
+  ends[1] = unknown ? NAN : most;
+}
+
 /* The levels that bf16 numbers round to are bf16 numbers, too: only where `moving` need they be narrowed. */
 INLINE void round_block(const value *restrict values, value *restrict outputs, int length, float scale, float bottom,
                         float steps, const int moving) {
@@ -111,11 +125,15 @@ INLINE void round_block(const value *restrict values, value *restrict outputs, i
   }
 }
 
-void round_to_grid(const value *values, value *outputs, layout at, float bottom, float steps) {
+/* `ends`: nothing, or the least and the greatest value of each block, as `extremes` gives them. */
+void round_to_grid(const value *values, value *outputs, float *ends, layout at, float bottom, float steps) {
+#define ROUND(moving)                                                                \
+  FOR_BLOCKS(AHEAD(values); round_block(values + start, outputs + start, length, SCALE, BOTTOM, steps, moving);   \
+             if (ends) ends_block(values + start, length, ends + 2 * block))
   if (at.bottoms)
-    FOR_BLOCKS(AHEAD(values); round_block(values + start, outputs + start, length, SCALE, BOTTOM, steps, 1));
+    ROUND(1);
   else
-    FOR_BLOCKS(AHEAD(values); round_block(values + start, outputs + start, length, SCALE, BOTTOM, steps, 0));
+    ROUND(0);
 }
 
 INLINE void step_block(const value *restrict gradient, const value *restrict values, value *restrict passed, int length,
@@ -192,20 +210,6 @@ void clip_backward(const value *gradient, const value *values, value *passed, fl
                           inverse, 1));
   else
     FOR_BLOCKS(clip_block(gradient + start, values + start, passed + start, length, 0, 0, from, inverse, 0));
-}
-
-INLINE void ends_block(const value *restrict values, int length, float *ends) {
-  float least = get(values[0]), most = least;
-  int unknown = 0;
-#pragma omp simd reduction(min : least) reduction(max : most) reduction(| : unknown)
-  for (int i = 0; i < length; i++) {
-    float x = get(values[i]);
-    least = x < least ? x : least;
-    most = x > most ? x : most;
-    unknown |= x != x;
-  }
-  ends[0] = unknown ? NAN : least;
-  ends[1] = unknown ? NAN : most;
 }
 
 /* Least and greatest value of each block, one beside the other; NaN where there is one. */

@@ -56,7 +56,7 @@ class _Layout(ctypes.Structure):
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_float
 _ARGUMENTS = {
-    "round_to_grid": [*[_POINTER] * 2, _Layout, *[_NUMBER] * 2],
+    "round_to_grid": [*[_POINTER] * 3, _Layout, *[_NUMBER] * 2],
     "step_backward": [*[_POINTER] * 5, _Layout, *[_NUMBER] * 4],
     "clip_backward": [*[_POINTER] * 5, _Layout, *[_POINTER] * 2],
     "extremes": [*[_POINTER] * 2, _Layout],
@@ -71,8 +71,17 @@ def takes(values: Tensor) -> bool:
 def on_grid(values: Tensor, scale: Tensor, bottom: float | Tensor, steps: float) -> Tensor:
     """See `Kernels`."""
     outputs = torch.empty_like(values)
-    _run("round_to_grid", (values, outputs), *_layout(values, scale, bottom), float(steps))
+    _run("round_to_grid", (values, outputs, None), *_layout(values, scale, bottom), float(steps))
     return outputs
+
+
+def on_grid_observed(
+    values: Tensor, scale: Tensor, bottom: float | Tensor, steps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`values` on the grid of one `scale`, and their `extremes`, in one pass."""
+    outputs, ends = torch.empty_like(values), torch.empty(_blocks(values.numel()), 2)
+    _run("round_to_grid", (values, outputs, ends), *_layout(values, scale, bottom), float(steps))
+    return outputs, ends[:, 0].amin(), ends[:, 1].amax()
 
 
 def step_backward(

@@ -31,8 +31,8 @@ class Mixed(PostTraining):
     average_bits: Annotated[float, Field(ge=2, le=16)] = 4.0
     """The budget: no more than what all layers of so many bits would cost."""
     budget: Literal["bytes", "bit_operations"] = "bytes"
-    """What costs: the bits of the weights, or multiply-accumulates times weight bits times activation bits. Milliseconds
-    are none: every engine runs all widths of up to 8 bits on the same int8 kernels."""
+    """What costs: the bits of the weights, or multiply-accumulates times weight bits times activation bits. Not time:
+    every engine runs all widths of up to 8 bits on the same int8 kernels."""
     candidates: Annotated[Listed[tuple[Bits, ...]], Field(min_length=1)] = (2, 3, 4, 5, 6, 8)
     """The widths a layer may have."""
     sensitivity: Literal["fisher", "output_error", "kl"] = "fisher"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class QAT(Trained):
     """Quantization-aware training with gradients straight through the rounding; ranges follow the data.
 
-    Weights: the range of the weights of each step. Activations: moving averages of the ends of the batches. The
+    Weights: the range of the weights of each step. Activations: moving averages of the ends of the batches before. The
     gradient of a value x is the one that arrives where low - 1/2 < x / scale + zero_point < high + 1/2, where it rounds
     to a level of the grid, else 0.
 
@@ -21,7 +21,7 @@ class QAT(Trained):
     """
 
     method: Literal["qat"] = "qat"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     def activation(self, place: Place) -> FakeActivation:
         from qsweep.quantize._fake_activations import MovingRange

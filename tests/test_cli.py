@@ -2,21 +2,27 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from realistic import finished, records
+from realistic import spec as realistic_spec
+from rich.console import Console
 from small_sweep import CONTENT, small_spec, sweep, told
 from typer.testing import CliRunner, Result
 
 import qsweep.sweep
+from qsweep.cli.console import grid
 from qsweep.cli.main import app, main
 from qsweep.records import Failure, Metrics, Record
 from qsweep.schema import json_schema
 from qsweep.study.driver import run as drive
 from qsweep.study.folder import SweepFolder
+from qsweep.track import front_table
 
 
 @pytest.fixture
@@ -92,6 +98,28 @@ def test_run_prints_a_line_a_record_the_front_and_what_comes_next(spec: Path, ar
     assert len(numbered) == 9  # three baselines, six points
     assert f"  qsweep best {spec} --max accuracy_drop_pp=1 --by latency_ms" in lines
     assert any("/#/experiments/" in line for line in lines)
+
+
+def test_a_search_that_its_time_has_ended_says_so_and_goes_on(spec: Path, arithmetic: None) -> None:
+    short = {"search": {"trials": 6, "timeout": 0.001}}
+    spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | short), encoding="utf-8")
+    said = qsweep_("run", spec).output
+    assert re.search(r"`search\.timeout` ended the search after \d of 6 trials; `qsweep run` goes on", said)
+    spec.write_text(CONTENT, encoding="utf-8")
+    assert "`search.timeout`" not in qsweep_("run", spec).output
+    assert len(SweepFolder(spec.parent, "small").records()) == 9
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(200, 0), (90, 5), (70, 7)])
+def test_a_narrow_terminal_loses_the_columns_that_say_least(
+    width: int, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qsweep.cli.console.console", lambda: Console(width=width))
+    titles = [str(column.header) for column in grid(front_table(finished(records()), realistic_spec())).columns]
+    whole = [column.title for column in front_table(finished(records()), realistic_spec()).columns]
+    assert len(titles) >= len(whole) - hidden
+    assert (len(titles) < len(whole)) == (hidden > 0)
+    assert {"#", "name", "accuracy %", "size KiB", "latency ms"} <= set(titles)
 
 
 def test_run_again_goes_on_and_repeats_nothing(spec: Path, arithmetic: None) -> None:

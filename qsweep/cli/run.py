@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -50,6 +51,7 @@ class Watch:
         self.spec, self.folder, self.path = spec, folder, path
         self.records = {record.number: record for record in folder.records()}
         self.before = len(self.records)
+        self.start = time.monotonic()
 
     def follow(self, records: Generator[Record, None, bool]) -> bool:
         """Show the records as they come; whether the sweep has finished."""
@@ -108,7 +110,16 @@ class Watch:
         if not finished:
             say(f"stopped; `qsweep run {self.path}` goes on")
             return
-        say("What next:", *self._next())
+        say(*self._ended_early(), "What next:", *self._next())
+
+    def _ended_early(self) -> list[str]:
+        search, done = (
+            self.spec.search,
+            sum(r.kind == "trial" and r.duplicate_of is None for r in self.records.values()),
+        )
+        if search.timeout is None or done >= search.trials or time.monotonic() - self.start < search.timeout:
+            return []
+        return [f"`search.timeout` ended the search after {done} of {search.trials} trials; `qsweep run` goes on"]
 
     def _next(self) -> list[str]:
         from qsweep.track import pareto_url

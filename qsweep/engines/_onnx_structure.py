@@ -1,0 +1,151 @@
+"""The structure of a hub graph in ONNX, without the numbers of any model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qsweep.errors import Refused
+from qsweep.hub.form import (
+    COMPUTE,
+    DEQUANTIZE,
+    QUANTIZE,
+    QuantizedModel,
+    aten,
+    attributes,
+    constant,
+    nodes_of,
+    set_constant,
+    source,
+)
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
+from qsweep.hub.save import structure
+
+if TYPE_CHECKING:
+    import onnx
+
+    from qsweep.store import Store
+
+_FILE = "model.onnx"
+
+
+def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
+    """The ONNX graph of the model's structure, in which the i-th grid has the scale i as a mark, counted from 1."""
+    import onnx
+
+    def compute(folder: Path) -> None:
+        marked, weights = _marked(model)
+        content = _export(marked, model.example)
+        _spell_out(content, weights)
+        onnx.save(content, folder / _FILE)
+
+    key = store.key("onnx", 4, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    return onnx.load(store.folder(key, compute) / _FILE)
+
+
+def _of_layers(model: QuantizedModel) -> set[str]:
+    """Names of the weights and biases of layers, and of what stands beside them: every model has its own."""
+    nodes = [*nodes_of(model.graph, COMPUTE), *nodes_of(model.graph, STORED)]
+    return {str(given.target) for node in nodes for given in node.all_input_nodes if given.op == "get_attr"}
+
+
+def _other_constants(model: QuantizedModel) -> dict[str, str]:
+    """SHA-256 by name of all other constants: the exporter computes with them beforehand."""
+    own = _of_layers(model)
+    values = {name: value for name, value in attributes(model.graph) if name not in own}
+    return {name: sha256(value.detach().contiguous().numpy().tobytes()).hexdigest() for name, value in values.items()}
+
+
+_MARK = 9 / 64
+"""Fraction of the factors that stand for grids; a number that float32 holds exactly and models do not multiply by."""
+
+
+def _marked(model: QuantizedModel) -> tuple[torch.fx.GraphModule, set[str]]:
+    """The graph with one multiplication for each quantize-dequantize pair, and the names of its integer weights.
+
+    The exporter takes half of its time for these pairs; it passes a multiplication on as it is. Weights and biases have
+    random values: it drops a bias of zeros, and one of two constants that are equal.
+    """
+    graph = copy.deepcopy(model.graph)
+    weights, generator, own = set(), torch.Generator().manual_seed(0), _of_layers(model)
+    for name, value in [(name, value) for name, value in attributes(graph) if name in own]:
+        if value.is_floating_point():
+            set_constant(graph, name, torch.rand(value.shape, generator=generator))
+    for i, node in enumerate(nodes_of(graph, {QUANTIZE}), 1):
+        for pair in [user for user in node.users if user.target is DEQUANTIZE]:
+            with graph.graph.inserting_before(pair):
+                pair.replace_all_uses_with(graph.graph.call_function(aten.mul.Tensor, (node.args[0], i + _MARK)))
+    for node in nodes_of(graph, {DEQUANTIZE_WEIGHT}):
+        name = str(source(node).target)
+        weights.add(name)
+        integers = constant(graph, node)
+        assert integers is not None
+        set_constant(graph, name, torch.rand(integers.shape, generator=generator))
+        node.replace_all_uses_with(source(node))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph, weights
+
+
+def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
+    """Quantize and dequantize nodes again for what `_marked` put, in place."""
+    from onnx import helper, numpy_helper
+
+    scalars = {t.name: float(numpy_helper.to_array(t)) for t in content.graph.initializer if not t.dims}
+    zero, one = add(content, "mark.zero_point", np.int8(0)), add(content, "mark.scale", np.float32(1))
+    nodes: list[onnx.NodeProto] = []
+    seen = set()
+
+    def once(kind: str, inputs: list[str], output: str) -> str:
+        if output not in seen:
+            seen.add(output)
+            nodes.append(helper.make_node(kind, inputs, [output], name=output, axis=0))
+        return output
+
+    for node in content.graph.node:
+        factor = scalars.get(node.input[1], 0.0) if node.op_type == "Mul" else 0.0
+        if factor % 1 == _MARK:
+            scale = f"mark{int(factor)}.scale"
+            if scale not in seen:
+                seen.add(add(content, scale, np.float32(int(factor))))
+            integers = once("QuantizeLinear", [node.input[0], scale, zero], f"quantized{int(factor)}")
+            nodes.append(helper.make_node("DequantizeLinear", [integers, scale, zero], node.output, name=node.name))
+            continue
+        for i, name in enumerate(node.input):
+            if name in weights:
+                node.input[i] = once("DequantizeLinear", [name, one], f"{name}.real")
+        nodes.append(node)
+    ordered = [copy.deepcopy(node) for node in nodes]
+    del content.graph.node[:], content.graph.value_info[:]
+    content.graph.node.extend(ordered)
+
+
+def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
+    batch = torch.export.Dim("batch")
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                graph, (example,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False, external_data=False
+            )
+    except Exception as error:  # the exporter raises many types; all mean that this engine cannot take the model
+        raise Refused(f"`torch.onnx` cannot export the model: {str(error).splitlines()[0][:300]}") from error
+    assert program is not None
+    return program.model_proto
+
+
+def add(content: onnx.ModelProto, name: str, value: Any) -> str:
+    """Give `content` the constant `name`; returns its name."""
+    from onnx import numpy_helper
+
+    content.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    return name

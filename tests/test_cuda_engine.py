@@ -17,6 +17,7 @@ from qsweep import jobs
 from qsweep.cli.main import app
 from qsweep.cuda.device import refusal
 from qsweep.engines.cuda import Cuda
+from qsweep.engines.float import Float
 from qsweep.errors import Refused, SpecError
 from qsweep.executors.local import Local
 from qsweep.hub.form import QUANTIZE, QuantizedModel, nodes_of
@@ -108,7 +109,9 @@ def test_what_is_not_integer_is_refused_with_what_runs_it(quantize: Any) -> None
     assert "`float` runs it on the GPU" in reason
 
 
-def test_fp32_bf16_and_fp16_stand_beside_int8_on_the_same_device() -> None:
+def test_fp32_bf16_and_fp16_stand_beside_int8_on_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine in (Cuda, Float):
+        monkeypatch.setattr(engine, "available", lambda self: None)  # as on a machine with a GPU
     found = baselines(Spec.model_validate(CONTENT))
     assert [config.name for config in found] == ["fp32", "bf16", "fp16", "ptq-w8s-a8a"]
     assert [config.target.engine for config in found] == ["float"] * 3 + ["cuda"]

@@ -284,14 +284,14 @@ def test_models_of_one_structure_and_other_numbers_do_not_share_any(
         torch.testing.assert_close(engine.load(folder)(inputs), model(inputs).detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_what_the_compiler_cannot_take_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_compiler_cannot_take_is_refused(root: Path, tmp_path: Path) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("/no/compiler",))
     engine = Float(batch_size=3, compile=True)
     model = float_graph(nn.Sequential(nn.Flatten(), nn.Softplus(2.5)), context(root, "softplus"))
     engine.lower(model, tmp_path, Store(tmp_path / "store"))
-    with pytest.raises(Refused, match="Inductor cannot compile the model"):
+    said = "Inductor cannot compile the model"
+    with config.patch({"cpp.cxx": ("/no/compiler",)}), pytest.raises(Refused, match=said):
         engine.load(tmp_path)
 
 

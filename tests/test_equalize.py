@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.engines.reference import Reference
-from qsweep.errors import NotFinite
+from qsweep.errors import NotFinite, Refused
 from qsweep.hub.convert import convert
 from qsweep.hub.export import export, float_graph
 from qsweep.hub.form import COMPUTE, DEQUANTIZE, QuantizedModel, constant, grid_of, nodes_of, source
@@ -426,10 +426,10 @@ def test_weights_that_are_not_finite_are_a_typed_failure(
 
 
 @pytest.mark.parametrize("bits", [8, None])
-def test_a_model_without_a_layer_to_quantize_stays_as_it_is(bits: int | None, tmp_path: Path) -> None:
+def test_a_model_without_a_layer_to_quantize_is_refused(bits: int | None, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.ReLU())
-    quantized = PTQ.model_validate(EVERYTHING | {"activation_bits": bits}).apply(model, context(tmp_path))
-    assert torch.equal(simulation(quantized)(INPUTS), model(INPUTS))
+    with pytest.raises(Refused, match="must have a convolution or a linear"):
+        PTQ.model_validate(EVERYTHING | {"activation_bits": bits}).apply(model, context(tmp_path))
 
 
 def test_a_layer_of_one_channel_and_one_sample_to_calibrate_on_are_no_trouble(tmp_path: Path) -> None:

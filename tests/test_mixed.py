@@ -289,19 +289,6 @@ def test_a_model_of_one_layer_gets_what_the_budget_allows(average_bits: float, w
     assert list(bits_of(made).values()) == [wanted]
 
 
-class Nothing(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, :10] * 2.0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_without_weights_stays_what_ptq_makes_of_it(kind: str, tmp_path: Path) -> None:
-    found = context(tmp_path)
-    made, plain = (stage.apply(Nothing().eval(), found) for stage in (mixed(sensitivity=kind), PTQ()))
-    assert made.layers() == []
-    assert torch.equal(simulation(made)(INPUTS), simulation(plain)(INPUTS))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_are_a_typed_failure(kind: str, value: float, tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
         unit = title.rpartition(" ")[2] if " " in title else ""
         value = f"{Column(name, title).text(getattr(best.metrics, name))} {unit}".strip()
         tiles.append({"what": f"front: best {name.partition('_')[0]}", "value": value, "which": best.name})
-    return [*tiles, {"what": "on the front", "value": str(len(members)), "which": f"of {len(records)} rows"}]
+    measured = sum(r.state == "complete" and r.duplicate_of is None for r in records)
+    return [*tiles, {"what": "on the front", "value": str(len(members)), "which": f"of {measured} measured"}]
 
 
 def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]:

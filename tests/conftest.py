@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from qsweep.machine import no_compiler
 
 ON_GPU = os.environ.get("QSWEEP_GPU") == "1"
 """Whether the kernels' tests run on a GPU; else in Triton's interpreter, which must be chosen before its import."""
@@ -32,3 +36,22 @@ def data() -> Path:
     if not os.environ.get("QSWEEP_DATA") or not folder.is_dir():
         pytest.skip("QSWEEP_DATA names no folder")
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    """Without a C++ compiler, what fails for want of one is skipped: it is not among what qsweep asks of a machine."""
+    try:
+        return (yield)
+    except Exception as error:
+        if no_compiler() is None or "compile" not in _chain(error):
+            raise
+        pytest.skip("needs a C++ compiler")
+
+
+def _chain(error: BaseException | None) -> str:
+    texts = []
+    while error is not None:
+        texts.append(f"{type(error).__name__} {error}")
+        error = error.__cause__ or error.__context__
+    return " ".join(texts).lower()

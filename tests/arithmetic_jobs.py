@@ -30,9 +30,7 @@ def build(folder: Path) -> None:
     job = _job(folder)
     _count(job, f"build {folder.name}")
     (folder / "progress.txt").write_text("building")
-    told = _told(job, "build", folder.name)
-    if told == "slow":
-        time.sleep(0.7)
+    told = _held(job, "build", folder.name)
     if told == "tick":
         with (folder / "ticks.txt").open("a") as ticks:
             for _ in range(50):
@@ -57,7 +55,7 @@ def measure(folder: Path) -> None:
     alone.ask(folder)
     _count(job, f"measure {folder.name}")
     began = time.time()
-    told = _told(job, "measure", folder.name)
+    told = _held(job, "measure", folder.name)
     if told in ("slow", "hang"):
         time.sleep(0.7 if told == "slow" else 600)
     scores = _scores(job)
@@ -103,6 +101,13 @@ def _told(job: dict[str, Any], name: str, number: str = "") -> str:
     path = Path(job["root"]) / "tell.json"
     told = json.loads(path.read_text()) if path.exists() else {}
     return str(told.get(f"{name} {number}".strip(), told.get(name, "")))
+
+
+def _held(job: dict[str, Any], name: str, number: str) -> str:
+    """What `_told` says once it is not `held`."""
+    while (told := _told(job, name, number)) == "held":
+        time.sleep(0.01)
+    return told
 
 
 def _count(job: dict[str, Any], what: str) -> None:

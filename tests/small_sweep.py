@@ -12,6 +12,7 @@ import yaml
 from qsweep.records import Record
 from qsweep.spec import Spec
 from qsweep.study import run
+from qsweep.study.folder import write_atomically
 
 CONTENT = """
 name: small
@@ -43,7 +44,7 @@ def sweep(root: Path, spec: Spec, **tell: str) -> dict[int, Record]:
 
 
 def told(root: Path, **tell: str) -> None:
-    (root / "tell.json").write_text(json.dumps({key.replace("_", " "): what for key, what in tell.items()}))
+    write_atomically(root / "tell.json", json.dumps({key.replace("_", " "): what for key, what in tell.items()}))
 
 
 def calls(root: Path) -> Counter[str]:

@@ -22,7 +22,7 @@ def local(tmp_path: Path) -> Iterator[Local]:
     executor.shutdown()
 
 
-def until(condition: Callable[[], object], seconds: float = 120) -> None:
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

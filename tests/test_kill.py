@@ -87,12 +87,13 @@ def test_a_worker_that_is_killed_costs_its_trial_one_attempt(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("moment", ["build", "measure"])
 def test_a_driver_that_is_killed_is_replaced_by_the_same_command(tmp_path: Path, moment: str) -> None:
-    told(tmp_path, **{f"{moment}_0004": "slow"})
+    told(tmp_path, **{f"{moment}_0004": "held"})
     driver = start(tmp_path)
     folder = tmp_path / "sweeps/small/trials/0004"
     until(lambda: folder.exists() and (holder(folder) or ("", ""))[1] == moment)
     driver.kill()
     driver.wait()
+    told(tmp_path)
     finished = {record.number: record for record in SweepFolder(tmp_path, "small").records()}
     assert 0 < len(finished) < 9
     assert start(tmp_path).wait(timeout=60) == 0

@@ -227,13 +227,14 @@ for record in run(near(repeats=2), Path(sys.argv[1]), jobs="arithmetic_jobs", pr
 def test_a_driver_that_is_killed_in_a_repetition_loses_nothing_and_repeats_nothing(
     tmp_path: Path, moment: str, whole: tuple[Path, dict[int, Record]]
 ) -> None:
-    told(tmp_path, **{f"{moment}_0008-1": "slow"})
+    told(tmp_path, **{f"{moment}_0008-1": "held"})
     path = os.pathsep.join((str(Path(small_sweep.__file__).parent), *sys.path))
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, tmp_path], env={**os.environ, "PYTHONPATH": path})
     folder = tmp_path / "sweeps/small/repeats/0008-1"
     until(lambda: folder.exists() and (holder(folder) or ("", ""))[1] == moment)
     driver.kill()
     driver.wait()
+    told(tmp_path)
     assert not SweepFolder(tmp_path, "small").records()[8].repetitions
     after = sweep(tmp_path, near(repeats=2))
     assert set(calls(tmp_path).values()) == {1}

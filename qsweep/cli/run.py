@@ -113,10 +113,8 @@ class Watch:
         say(*self._ended_early(), "What next:", *self._next())
 
     def _ended_early(self) -> list[str]:
-        search, done = (
-            self.spec.search,
-            sum(r.kind == "trial" and r.duplicate_of is None for r in self.records.values()),
-        )
+        search = self.spec.search
+        done = sum(r.kind == "trial" and r.duplicate_of is None for r in self.records.values())
         if search.timeout is None or done >= search.trials or time.monotonic() - self.start < search.timeout:
             return []
         return [f"`search.timeout` ended the search after {done} of {search.trials} trials; `qsweep run` goes on"]

@@ -10,8 +10,8 @@ from qsweep.hub.form import COMPUTE, aten, nodes_of, set_constant
 _READERS = COMPUTE | {aten.batch_norm.default}
 
 
-def with_fixed_weights(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph in which what layers and norms multiply by is a constant where no input goes into it, in place.
+def with_fixed_weights(graph: fx.GraphModule) -> None:
+    """Make what layers and norms multiply by a constant where no input goes into it, in place.
 
     Weight norm, standardized weights and the like: their layers are then layers as any other, to be folded, quantized
     and trained.
@@ -20,7 +20,7 @@ def with_fixed_weights(graph: fx.GraphModule) -> fx.GraphModule:
     wanted = {node for reader in nodes_of(graph, _READERS) for node in reader.all_input_nodes[1:] if node in fixed}
     computed = [node for node in graph.graph.nodes if node in wanted and node.op != "get_attr"]
     if not computed:
-        return graph
+        return
     interpreter = fx.Interpreter(graph, garbage_collect_values=False)
     with torch.no_grad():
         for node in fixed:
@@ -32,7 +32,6 @@ def with_fixed_weights(graph: fx.GraphModule) -> fx.GraphModule:
             new = graph.graph.get_attr(name)
         new.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(new)
-    return graph
 
 
 def fixed_nodes(graph: fx.GraphModule) -> dict[fx.Node, None]:

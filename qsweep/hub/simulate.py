@@ -73,10 +73,10 @@ def simulation(model: QuantizedModel) -> fx.GraphModule:
                 node.replace_all_uses_with(graph.graph.get_attr(name))
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph if model.dtype == torch.float32 else in_dtype(graph, model.dtype, model.example)
+    return graph if model.dtype == torch.float32 else _in_dtype(graph, model.dtype, model.example)
 
 
-def in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.GraphModule:
+def _in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.GraphModule:
     """`graph` with constants and arithmetic in `dtype`, in place; input and output stay float32.
 
     What a model itself computes in float32, such as a norm, stays so; layers, products and norms read `dtype`.

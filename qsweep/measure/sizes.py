@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def file_sizes(artifact: Path) -> dict[str, float]:
     import zstandard
 
     compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
-    contents = [path.read_bytes() for path in sorted(artifact.rglob("*")) if path.is_file()]
+    contents = [content for _, content in _contents(artifact)]
     return {
         "size_bytes": sum(map(len, contents)),
         "size_zstd_bytes": sum(len(compressor.compress(content)) for content in contents),
@@ -31,8 +32,14 @@ def file_sizes(artifact: Path) -> dict[str, float]:
 
 def digests(artifact: Path) -> dict[str, str]:
     """SHA-256 of every file under `artifact`, by its path in it."""
-    files = [path for path in sorted(artifact.rglob("*")) if path.is_file()]
-    return {path.relative_to(artifact).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}
+    return {name: sha256(content).hexdigest() for name, content in _contents(artifact)}
+
+
+def _contents(artifact: Path) -> Iterator[tuple[str, bytes]]:
+    """Every file under `artifact`: its path in it, what it holds."""
+    for path in sorted(artifact.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(artifact).as_posix(), path.read_bytes()
 
 
 def work(model: QuantizedModel) -> dict[str, float]:

@@ -17,7 +17,7 @@ def chosen(config: Mixed, model: nn.Module, context: Context) -> dict[str, int]:
     """Bits by the name of the weight, those of the least score within the budget; raises Refused where nothing fits."""
     graph = prepared(config, model, context, lambda: calibration_inputs(config, context))
     layers = graph.layers()
-    config.check_layers({layer.name: layer.weight[0].numel() for layer in layers})
+    config.check_layers(layers)
     scores = sensitivity(config, graph, context)
     settled = _settled(config, layers)
     options = {name: {settled[name]: 0.0} if name in settled else found for name, found in scores.items()}

@@ -49,7 +49,7 @@ def _train(config: Trained, model: nn.Module, context: Context, checkpoints: Pat
 def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedModel:
     """The graph of `model` with fake quantizers in place, not started, and its norms joined."""
     live = export(model, example_of(context))
-    config.check_layers({layer.name: layer.weight[0].numel() for layer in live.layers()})
+    config.check_layers(live.layers())
     insert_observers(
         live,
         lambda place: config.activation(place) if config.activation_bits else None,

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -13,7 +13,7 @@ from qsweep.stage import Context, Stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from qsweep.hub.form import QuantizedModel
+    from qsweep.hub.form import Layer, QuantizedModel
 
 NO_LAYER = "the model must have a convolution or a linear with a fixed weight to quantize (it has none)"
 Scheme = Literal["symmetric", "asymmetric"]
@@ -175,21 +175,19 @@ class Grids(Quantization):
         found = sorted(pattern for pattern in self.layer_bits if fnmatchcase(layer, pattern))
         return max(found, key=len, default=None)  # the order of a mapping is no part of its identity
 
-    def check_layers(self, weights: Mapping[str, int]) -> None:
+    def check_layers(self, layers: Sequence[Layer]) -> None:
         """Raises Refused for a model without layers, for a pattern of `layer_bits` that matches none of them, and for a
-        `group_size` that divides none.
-
-        `weights`: how many weights an output channel has, by the name of each layer's weight.
-        """
-        if not weights:
+        `group_size` that divides the weights of a channel of none."""
+        if not layers:
             raise Refused(NO_LAYER)
-        if self.group_size and all(count % self.group_size for count in weights.values()):
-            counts = ", ".join(map(str, sorted(set(weights.values()))))
+        sizes = sorted({layer.weight[0].numel() for layer in layers})
+        if self.group_size and all(size % self.group_size for size in sizes):
+            counts = ", ".join(map(str, sizes))
             raise Refused(
                 f"`group_size`: must divide the weights of a channel of some layer (got {self.group_size}; they have "
                 f"{counts})"
             )
-        names = list(weights)
+        names = [layer.name for layer in layers]
         for pattern in self.layer_bits:
             if not any(fnmatchcase(name, pattern) for name in names):
                 known = ", ".join(names) or "none"

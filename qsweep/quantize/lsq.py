@@ -39,7 +39,7 @@ class LSQ(Trained):
 
     @model_validator(mode="after")
     def _starts_where_rounding_can(self) -> LSQ:
-        if self.rounding.method != "nearest" and (self.widths()[:-1] or self.weight_granularity == "tensor"):
+        if self.rounding.by_outputs and (self.widths()[:-1] or self.weight_granularity == "tensor"):
             raise ValueError(
                 "`rounding` must be `nearest` where `bits_schedule` begins with more bits, and where "
                 "`weight_granularity` is `tensor`"
@@ -47,14 +47,14 @@ class LSQ(Trained):
         return self
 
     def starts_from(self) -> PTQ | None:
-        if self.rounding.method == "nearest":
+        if not self.rounding.by_outputs:
             return None
         shared = {name: getattr(self, name) for name in Uniform.model_fields if name != "method"}
         return PTQ(**shared, rounding=self.rounding)
 
     def label(self) -> str:
         """As of every training, with `-adaround` or `-gptq` for what it starts from."""
-        return super().label() + (f"-{self.rounding.label()}" if self.rounding.method != "nearest" else "")
+        return super().label() + (f"-{self.rounding.label()}" if self.rounding.by_outputs else "")
 
     def activation(self, place: Place) -> FakeActivation:
         from qsweep.quantize._fake_activations import LearnedStep

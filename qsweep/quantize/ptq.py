@@ -34,18 +34,13 @@ class PostTraining(Grids):
     al. 2019, section 4.2)."""
 
     @property
-    def rounds(self) -> bool:
-        """Whether levels are chosen by what layers give."""
-        return self.rounding.method != "nearest"
-
-    @property
     def looks_at_samples(self) -> bool:
-        return super().looks_at_samples or self.rounds or self.bias_correction or self.smooth is not None
+        return super().looks_at_samples or self.rounding.by_outputs or self.bias_correction or self.smooth is not None
 
     def label(self) -> str:
         """As of every grid, with `-cle`, `-smooth0.5`, `-adaround` and `-bc` for what is on."""
         flags = [(self.equalize, "cle"), (self.smooth, f"smooth{self.smooth}")]
-        flags += [(self.rounds, self.rounding.label()), (self.bias_correction, "bc")]
+        flags += [(self.rounding.by_outputs, self.rounding.label()), (self.bias_correction, "bc")]
         return "-".join([super().label(), *(name for on, name in flags if on)])
 
 
@@ -66,7 +61,7 @@ class PTQ(PostTraining, Uniform):
         from qsweep.quantize._rounding import round_weights
 
         observed = calibrated(self, model, context)
-        if self.rounds:
+        if self.rounding.by_outputs:
             round_weights(self, observed, context)
         if self.bias_correction:
             correct(self, model, context, observed)

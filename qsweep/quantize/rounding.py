@@ -13,6 +13,11 @@ class _Rounding(Config):
     discriminator: ClassVar[str | None] = "method"
     method: str
 
+    @property
+    def by_outputs(self) -> bool:
+        """Whether levels are chosen by what layers give."""
+        return True
+
     def label(self) -> str:
         """This part of a trial's name, such as `adaround`."""
         return self.method
@@ -22,6 +27,10 @@ class Nearest(_Rounding):
     """Each weight goes to the nearest level; no sample is looked at."""
 
     method: Literal["nearest"] = "nearest"
+
+    @property
+    def by_outputs(self) -> bool:
+        return False
 
 
 class AdaRound(_Rounding):

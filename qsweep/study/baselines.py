@@ -7,7 +7,7 @@ from typing import Any
 from qsweep.engines import EngineConfig
 from qsweep.engines.float import Float
 from qsweep.spec import Compression, Spec, TrialConfig
-from qsweep.study.points import targets
+from qsweep.study.points import working
 
 
 def baselines(spec: Spec) -> list[TrialConfig]:
@@ -17,8 +17,7 @@ def baselines(spec: Spec) -> list[TrialConfig]:
     What an engine refuses, `float` runs in its place with the same batch size and threads, so that bf16 stands beside
     int8 in every table, eagerly where there is no compiler; what that refuses too is left out.
     """
-    engines = [engine for engine in targets(spec) if engine.available() is None]
-    offered = [_on(engine, content) for engine in engines for content in engine.baselines()]
+    offered = [_on(engine, content) for engine in working(spec) for content in engine.baselines()]
     configs = [*(config for config in offered if config is not None), *spec.baselines]
     return list({config.uid(): config for config in configs}.values())
 

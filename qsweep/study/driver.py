@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsweep.engines import EngineConfig
 from qsweep.errors import DataError, TaskFailure, failure
 from qsweep.executors.local import Local
 from qsweep.records import Record
@@ -20,7 +19,7 @@ from qsweep.study.folder import SweepFolder, disk_full_is_said
 from qsweep.study.interrupt import interruptible
 from qsweep.study.pipeline import Evaluation, Pipeline
 from qsweep.study.plan import check
-from qsweep.study.points import Candidate, accepted, targets
+from qsweep.study.points import Candidate, accepted, working
 
 if TYPE_CHECKING:
     import optuna
@@ -64,13 +63,9 @@ def run(
             executor.shutdown()
 
 
-def _working(spec: Spec) -> list[EngineConfig]:
-    return [engine for engine in targets(spec) if engine.available() is None]
-
-
 def _preloads(spec: Spec) -> list[str]:
     """What the engines of the sweep want imported before workers are forked."""
-    return list(dict.fromkeys(name for engine in _working(spec) for name in engine.preload))
+    return list(dict.fromkeys(name for engine in working(spec) for name in engine.preload))
 
 
 @dataclass
@@ -100,6 +95,7 @@ class Driver:
         self.spec, self.folder, self.executor, self.jobs = spec, folder, executor, jobs
         self.stopping = stopping
         self.known = known
+        self.threads = folder.threads()
         self.pipeline = self._pipeline()
         self.records: dict[int, Record] = {}
         self.originals: dict[str, Record] = {}
@@ -267,5 +263,5 @@ class Driver:
             "draw": self.spec.search.seed if draw is None else draw,
             "store": str(self.folder.store),
             "baseline": str(baseline) if baseline else None,
-            "threads": self.folder.threads(),
+            "threads": self.threads,
         }

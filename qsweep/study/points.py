@@ -81,6 +81,11 @@ def unavailable(engine: EngineConfig) -> str | None:
     return reason and f"`{engine.engine}` does not work on this machine: {reason}"
 
 
+def working(spec: Spec) -> list[EngineConfig]:
+    """Those of `targets` that work on this machine."""
+    return [engine for engine in targets(spec) if engine.available() is None]
+
+
 def accepted(config: TrialConfig, refusal: str | None = None) -> Candidate:
     return Candidate(config.model_dump(mode="json"), config, refusal, config.uid())
 

@@ -75,13 +75,13 @@ def connect(uri: str) -> MlflowClient:
         for name in ("alembic", "mlflow"):  # a new database tells of every migration
             logging.getLogger(name).setLevel(logging.ERROR)
         if (database := sqlite_path(uri)) is not None:
-            _make(database)
+            _see_to(database)
         client = MlflowClient(uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         return client
 
 
-def _make(database: Path) -> None:
+def _see_to(database: Path) -> None:
     """See that there is a database. It has another name until it is whole: MLflow cannot mend one that is not."""
     from mlflow import MlflowClient
 

@@ -54,6 +54,11 @@ class Ledger:
         """Numbers of the published records, in the order they were published."""
         return [int(number) for number in self.content["runs"]]
 
+    @property
+    def members(self) -> set[int]:
+        """Numbers of the records that were on the front when the last one was summarized, or before."""
+        return set(self.content.get("members", []))  # ledgers of earlier versions have none
+
     def entry(self, number: int) -> dict[str, Any]:
         """What is known of a record's run: `run_id`, `content` (hash of the record), `bundle`; empty if nothing."""
         return dict(self.content["runs"].get(str(number), {}))

@@ -172,7 +172,7 @@ class Runs:
         order = [known[number] for number in self.ledger.order if number in known]
         new = range(self.ledger.content["steps"] + 1, len(order) + 1)
         members = {r.number for step in new for r in front(order[:step], self.spec)}
-        self.ledger.content["members"] = sorted(members.union(self.ledger.content.get("members", [])))
+        self.ledger.content["members"] = sorted(members | self.ledger.members)
         steps = [(step, hypervolume(order[:step], self.spec)) for step in new]
         series = [Metric("hypervolume", value, _now(), step) for step, value in steps if value is not None]
         with impatient():
@@ -189,9 +189,7 @@ class Runs:
             self.client.log_text(self.parent, front_table(records, self.spec).csv(), "front.csv")
             self.client.log_text(self.parent, full_table(records, self.spec).csv(), "trials.csv")
             self.client.log_text(self.parent, pareto_html(records, self.spec), "pareto.html")
-            members = {record.number for record in front(records, self.spec)}.union(
-                self.ledger.content.get("members", [])
-            )
+            members = {record.number for record in front(records, self.spec)} | self.ledger.members
             for record in [record for record in records if record.number in members]:
                 self._put_bundle(record)
             for run in self._search():

@@ -49,6 +49,7 @@ PARTS = (
     "roofs",
     "main",
     "convolutions",
+    "trainings",
     "qat",
     "networks",
     "linears",

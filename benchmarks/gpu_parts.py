@@ -28,7 +28,8 @@ class Session:
             "roofs": [asked.COPY, asked.BF16, asked.INT8, asked.MATRIX],
             "main": [asked.network(*asked.MAIN)],
             "convolutions": [asked.convolution(shape, n) for shape in asked.SHAPES for n in asked.CONVOLUTION_BATCHES],
-            "qat": [*asked.QAT.values(), asked.QAT_FP32],
+            "trainings": [*asked.TRAININGS.values()],
+            "qat": [*asked.QAT.values()],
             "networks": [asked.network(name, batch) for name in asked.NETWORKS for batch in asked.NETWORK_BATCHES],
             "linears": [*map(asked.linear, asked.LINEAR_ROWS)],
             "energy": [asked.MEMORY, asked.ENERGY],
@@ -96,6 +97,11 @@ class Session:
                 self.convolutions_.speed(self.rows, self.roofs_, batch)
         finally:
             summary(self.rows)
+
+    def trainings(self) -> None:
+        from gpu_training import trainings
+
+        trainings(self.bench, self.rows)
 
     def qat(self) -> None:
         from gpu_qat import steps

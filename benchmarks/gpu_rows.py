@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from gpu_clock import OutOfTime, reason
@@ -91,6 +92,11 @@ def read(folder: Path) -> list[Row]:
     path = folder / "gpu.json"
     rows = [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
     return [row for row in rows if row.met is not None]
+
+
+def absent(*modules: str) -> str:
+    """Those of `modules` that are not installed, in words."""
+    return ", ".join(module for module in modules if find_spec(module) is None)
 
 
 def _replace(path: Path, text: str) -> None:

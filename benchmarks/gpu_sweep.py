@@ -7,13 +7,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import gpu_asked as asked
 from gpu_clock import Bench
-from gpu_rows import Rows
+from gpu_rows import Rows, absent
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("pydantic", "optuna", "mlflow", "safetensors", "yaml", "typer", "zstandard")
@@ -24,12 +23,14 @@ COMPRESS = """compress:
     method: ptq
     weight_bits: {choice: [4, 8]}
     activation_scheme: {choice: [symmetric, asymmetric]}"""
+TRIALS = 2
+SEARCH = f"search: {{trials: {TRIALS}, seed: 0}}"
 DIGITS = f"""
 name: digits
 task: {{method: image_classification, model: {{arch: digits_cnn}}, data: {{method: digits}}}}
 {COMPRESS}
 target: {TARGET}
-search: {{trials: 4, seed: 0}}
+{SEARCH}
 """
 CIFAR = f"""
 name: cifar10-resnet20
@@ -44,7 +45,7 @@ task:
     classes: 10
 {COMPRESS}
 target: {TARGET}
-search: {{trials: 4, seed: 0}}
+{SEARCH}
 """
 SPECS = {"digits": DIGITS, "cifar10-resnet20": CIFAR}
 
@@ -62,9 +63,8 @@ def sweeps(bench: Bench, rows: Rows) -> None:
 
 def lacking(name: str) -> str | None:
     """What stands in the way of a sweep here."""
-    missing = [module for module in NEEDED if find_spec(module) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed"
+    if missing := absent(*NEEDED):
+        return f"{missing} not installed"
     return "QSWEEP_DATA is not set" if name != "digits" and "QSWEEP_DATA" not in os.environ else None
 
 
@@ -89,12 +89,13 @@ def run(name: str, spec: str, bench: Bench) -> tuple[str, bool]:
         records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
     trials = [record for record in records if record["kind"] == "trial"]
     complete = [record for record in trials if record["state"] == "complete"]
-    parts = [f"{len(complete)} of 4 trials complete", *map(described, records), *end]
-    return "; ".join(parts).replace("|", "/"), not end and len(complete) == 4
+    parts = [f"{len(complete)} of {TRIALS} trials complete", *map(described, records), *end]
+    return "; ".join(parts).replace("|", "/"), not end and len(complete) == TRIALS
 
 
 def described(record: dict[str, Any]) -> str:
     metrics = record["metrics"]
     if record["state"] != "complete":
-        return f"{record['name']}: {record['state']} ({(record.get('failure') or {}).get('kind', '')})"
+        failure = record.get("failure") or {}
+        return f"{record['name']}: {record['state']} ({failure.get('kind')}: {failure.get('message')})"
     return f"{record['name']}: {100 * metrics['accuracy']:.2f} %, {metrics['latency_ratio']:.2f} of fp32's latency"

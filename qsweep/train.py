@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qsweep.batches import Batches, Losses
 from qsweep.checkpoints import Progress
 from qsweep.errors import TaskFailure
+from qsweep.replay import DeviceSGD, Recorded, Step, own_stream
 from qsweep.stage import Context
 from qsweep.tasks.base import Task, Training
 from qsweep.weights import apply_masks, check_finite, masks
@@ -32,7 +33,7 @@ def fit(
     keep_zeros: bool = False,
     checkpoint: Path | None = None,
     progress: Callable[[str], None] | None = None,
-    after_step: Callable[[int], None] | None = None,
+    settle: Callable[[], None] = lambda: None,
 ) -> None:
     """Train `model` in place on the train split; leaves it on the CPU, in eval mode and contiguous layout.
 
@@ -41,9 +42,10 @@ def fit(
     prepared ones too.
 
     `keep_zeros`: weights of convolutions and linears that are zero now stay zero. `checkpoint`: a file written after
-    each epoch; if it is there already, training goes on from it, to the same bits. `after_step(step)` is called after
-    each optimizer step with the number of steps done, counted from 1. Raises NotFinite when the loss or a parameter is
-    not finite, DataError with fewer than two training samples, TaskFailure when the model does not compile.
+    each epoch; if it is there already, training goes on from it, to the same bits. `settle()` is called after each
+    optimizer step. On a GPU the steps of a graph are recorded once and replayed (`qsweep.replay`): `loss`, that of
+    the task too, and `settle` must do the same for every batch. Raises NotFinite when the loss or a parameter is not
+    finite, DataError with fewer than two training samples, TaskFailure when the model does not compile.
     """
     if training.epochs == 0:
         return _settle(model)
@@ -54,23 +56,32 @@ def fit(
     optimizer = _optimizer(model, training)
     rate = _schedule(optimizer, training, training.epochs * steps)
     state = Progress(model, optimizer, rate, batches.generators)
-    with seeded(seed, device), _deterministic(device), _runner(model, training, batches.full) as run:
+    with (
+        seeded(seed, device),
+        _deterministic(device),
+        own_stream(device),
+        _runner(model, training, batches.full) as run,
+    ):
+
+        def issued(inputs: Tensor, labels: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+                outputs = run(inputs).float()
+            value = task.loss(outputs, labels) if loss is None else loss(inputs, outputs, labels)
+            optimizer.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            apply_masks(model, kept)
+            settle()
+            return value.detach()
+
         first = state.restore(checkpoint) if checkpoint else 0
         set_mode(model, training=True)
+        step = _replayed(issued, model, optimizer, batches)
         for epoch in range(first, training.epochs):
             losses = Losses(device)
-            for step, (inputs, labels) in enumerate(batches, epoch * steps + 1):
-                with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-                    outputs = run(inputs).float()
-                value = task.loss(outputs, labels) if loss is None else loss(inputs, outputs, labels)
-                losses.add(value, len(labels), step)
-                optimizer.zero_grad()
-                value.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+            for number, (inputs, labels) in enumerate(batches, epoch * steps + 1):
+                losses.add(step(inputs, labels), len(labels), number)
                 rate.step()
-                apply_masks(model, kept)
-                if after_step is not None:
-                    after_step(step)
             mean = losses.mean()
             if checkpoint is not None:
                 state.save(checkpoint, epoch + 1)
@@ -117,8 +128,16 @@ def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    momentum = training.momentum
-    return torch.optim.SGD(groups, lr=training.learning_rate, momentum=momentum, nesterov=momentum > 0)
+    momentum, on_cpu = training.momentum, training.device == "cpu"
+    kind = torch.optim.SGD if on_cpu else DeviceSGD
+    return kind(groups, lr=training.learning_rate, momentum=momentum, nesterov=momentum > 0)
+
+
+def _replayed(issued: Step, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> Step:
+    """Graphs branch on nothing that changes from batch to batch; a module may, on the CPU where nobody sees it."""
+    if isinstance(optimizer, DeviceSGD) and isinstance(model, fx.GraphModule):
+        return Recorded(issued, batches.full, optimizer.renew)
+    return issued
 
 
 def _schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -153,6 +172,12 @@ def _runner(model: nn.Module, training: Training, full: int) -> Iterator[Callabl
         ) from error
     finally:
         torch.compiler.reset()  # what it has compiled keeps the model and its memory
+
+
+@contextmanager
+def _on(device: torch.device, seed: int) -> Iterator[None]:
+    with seeded(seed, device), _deterministic(device), own_stream(device):
+        yield
 
 
 @contextmanager

@@ -28,17 +28,20 @@ def graph_of(call: Callable[[], object], repeat: int = 1) -> torch.cuda.CUDAGrap
 
 def captured(call: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
     """`call` as one graph: takes inputs shaped as `example`, gives a buffer that the next call overwrites."""
-    given = example.clone()
-    results: list[Tensor] = []
+    return _Captured(call, example)
 
-    def once() -> None:
-        results[:] = [call(given)]
 
-    graph = graph_of(once)
+class _Captured:
+    def __init__(self, call: Callable[[Tensor], Tensor], example: Tensor) -> None:
+        self._call = call
+        """Kept with all that it owns: a graph knows nothing but addresses, and freed weights are overwritten."""
+        self._given = example.clone()
+        self._graph = graph_of(self._once)
 
-    def replay(inputs: Tensor) -> Tensor:
-        given.copy_(inputs)
-        graph.replay()
-        return results[0]
+    def _once(self) -> None:
+        self._result = self._call(self._given)
 
-    return replay
+    def __call__(self, inputs: Tensor) -> Tensor:
+        self._given.copy_(inputs)
+        self._graph.replay()
+        return self._result

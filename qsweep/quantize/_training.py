@@ -97,7 +97,7 @@ def _fit(config: Trained, graph: fx.GraphModule, context: Context, epochs: int, 
     if not any(parameter.requires_grad for parameter in graph.parameters()):
         return
 
-    def settle(step: int) -> None:
+    def settle() -> None:
         for quantizer in quantizers:
             quantizer.settle()
 
@@ -109,7 +109,7 @@ def _fit(config: Trained, graph: fx.GraphModule, context: Context, epochs: int, 
         {"epochs": epochs, "schedule": config.schedule, "precision": config.precision} | decay,
         loss=_loss(context, quantizers),
         checkpoint=checkpoint,
-        after_step=settle,
+        settle=settle,
         progress=lambda text: context.progress(f"quantization-aware training, {text}"),
     )
 

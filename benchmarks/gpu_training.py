@@ -1,0 +1,114 @@
+"""Whole trainings by qsweep's own loop, quantization-aware ones beside floating point: needs qsweep's requirements.
+
+Seconds of an epoch, from the end of one to the end of the next: batches drawn and augmented on the device, loss,
+optimizer, schedule and the epoch's checkpoint are in it, calibration and conversion are not.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gpu_asked as asked
+import torch
+from gpu_clock import Bench
+from gpu_models import build
+from gpu_rows import Rows, absent
+from torch import Generator, Tensor, nn
+
+if TYPE_CHECKING:
+    from qsweep.tasks.base import Samples, SplitName
+
+_EPOCHS, _STEPS, _BATCH, _TURNS = 3, 60, 128, 2
+
+
+class Images:
+    """A task of random images, made ready on the device."""
+
+    any_device = True
+
+    def __init__(self, model: nn.Module, side: int, count: int) -> None:
+        from qsweep.tasks.base import Samples
+
+        generator = torch.Generator().manual_seed(0)
+        few = torch.randint(256, (min(count, 256), 3, side, side), generator=generator, dtype=torch.uint8)
+        inputs = few.repeat(-(-count // len(few)), 1, 1, 1)[:count]
+        self.found, self._model = Samples(inputs, torch.randint(10, (count,), generator=generator)), model
+
+    def model(self) -> nn.Module:
+        return self._model
+
+    def samples(self, split: SplitName) -> Samples:
+        return self.found
+
+    def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
+        return inputs.float().sub_(127.5).div_(64)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, labels)
+
+    def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (outputs.argmax(1) == labels).float()
+
+
+class Epochs:
+    """When each has ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def __call__(self, text: str) -> None:
+        if "epoch" in text:
+            self.ends.append(time.perf_counter())
+
+    @property
+    def shortest(self) -> float:
+        """Of those after the first, which compiles."""
+        return min(end - begun for begun, end in zip(self.ends, self.ends[1:], strict=False))
+
+
+def trainings(bench: Bench, rows: Rows) -> None:
+    if missing := absent("pydantic", "safetensors", "scipy"):
+        return rows.fill([*asked.TRAININGS.values()], f"not measured ({missing} not installed)", None)
+    side, count = (8, 8) if bench.tiny else (224, _BATCH * _STEPS)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    task = Images(model if bench.tiny else build("ResNet-18", False)[0], side, count)
+    for (method, precision, compiled), row in asked.TRAININGS.items():
+        with rows.guard(row):
+            bench.need(90 if compiled else 25)
+            fields = {"precision": precision, "compile": compiled}
+            shortest: dict[str, list[float]] = {"float": [], method: []}
+            for _ in range(1 if bench.tiny or compiled else _TURNS):
+                for kind, found in shortest.items():
+                    found.append(epoch(kind, task, bench, fields))
+                    bench.clear()
+            wanted, plain = (min(found) for found in (shortest[method], shortest["float"]))
+            steps = 2 if bench.tiny else _STEPS
+            text = f"{wanted / plain:.2f} ({1e3 * wanted / steps:.1f} ms a step, {1e3 * plain / steps:.1f} ms)"
+            rows.add(row, text, precision == "fp32" or wanted <= 1.3 * plain)
+
+
+def epoch(kind: str, task: Images, bench: Bench, fields: dict[str, Any]) -> float:
+    """Seconds of one, of the training that `kind` names."""
+    from copy import deepcopy
+
+    from qsweep.quantize.lsq import LSQ
+    from qsweep.quantize.qat import QAT
+    from qsweep.stage import Context
+    from qsweep.store import Store
+    from qsweep.tasks.base import Training
+    from qsweep.train import fit
+
+    batch = 4 if bench.tiny else _BATCH
+    training = Training(epochs=_EPOCHS, batch_size=batch, learning_rate=1e-4, device=bench.device.type, **fields)
+    ends, model = Epochs(), deepcopy(task.model())
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "float":
+            fit(model, task, training, seed=0, progress=ends, checkpoint=Path(folder) / "epoch.pt")
+            return ends.shortest
+        method = {"LSQ": LSQ, "straight-through": QAT}[kind]
+        config = method(epochs=_EPOCHS, learning_rate=1e-4, calibration_samples=64, precision=fields["precision"])
+        config.apply(model, Context(task, Store(Path(folder)), "model", 0, task.model, training, progress=ends))
+        return ends.shortest

@@ -1,0 +1,125 @@
+"""Training steps as one CUDA graph: issuing the kernels of a small step one by one takes longer than running them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""`step(inputs, labels)`: the loss, detached; everything else that it does happens on the device."""
+
+_ISSUED = 3
+"""Steps before one is recorded: what is lazy (momentum, workspaces, compiled kernels) is made in them."""
+
+
+class Recorded:
+    """A step that is recorded once and then replayed, for batches of `size` samples; smaller ones are issued.
+
+    The last of the first steps is watched: one that looks at values on the CPU, which no graph can, is never recorded.
+    What the step does on the CPU alone happens in those steps and while it is recorded, not again. `renew` is called
+    before each replay. The loss that is returned is overwritten by the next step. All calls must be on one stream, and
+    not the default one.
+    """
+
+    def __init__(self, step: Step, size: int, renew: Callable[[], None]) -> None:
+        self._step, self._size, self._renew = step, size, renew
+        self._issued = 0
+        self._records = True
+        self._replay: Step | None = None
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        if not self._records or len(inputs) != self._size:
+            return self._step(inputs, labels)
+        if self._issued < _ISSUED:
+            self._issued += 1
+            return self._step(inputs, labels) if self._issued < _ISSUED else self._watched(inputs, labels)
+        if self._replay is None:
+            self._replay = self._recorded(inputs, labels)
+        return self._replay(inputs, labels)
+
+    def _watched(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        with looks() as found:
+            value = self._step(inputs, labels)
+        self._records = not found
+        return value
+
+    def _recorded(self, inputs: Tensor, labels: Tensor) -> Step:
+        given, graph = (inputs.clone(), labels.clone()), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                value = self._step(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an op that cannot be recorded; nothing has run
+            self._records = False
+            return self._step
+
+        def replay(inputs: Tensor, labels: Tensor) -> Tensor:
+            given[0].copy_(inputs)
+            given[1].copy_(labels)
+            self._renew()
+            graph.replay()
+            return value
+
+        return replay
+
+
+@contextmanager
+def looks() -> Iterator[list[str]]:
+    """Fills with a line for each time that the CPU waits for the device to look at values, as far as PyTorch tells."""
+    found: list[str] = []
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    found += [line for line in (str(one.message) for one in caught) if "called a synchronizing" in line]
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """A stream beside the default one, which cannot be recorded; on a CPU nothing."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+class DeviceSGD(torch.optim.SGD):
+    """SGD in one kernel, which reads learning rates from the device: a recorded step follows their schedule.
+
+    `param_groups` hold them as numbers, as ever; `renew` brings them to where a replay reads them.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
+        super().__init__(groups, fused=True, **settings)
+        self._device = next(parameter.device for group in self.param_groups for parameter in group["params"])
+        self._rates = [torch.tensor(float(group["lr"]), device=self._device) for group in self.param_groups]
+
+    def renew(self) -> None:
+        for group, rate in zip(self.param_groups, self._rates, strict=True):
+            rate.fill_(group["lr"])
+
+    def step(self, closure: Any = None) -> Any:
+        if self._device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            self.renew()
+        numbers = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        try:
+            return super().step(closure)
+        finally:
+            for group, number in zip(self.param_groups, numbers, strict=True):
+                group["lr"] = number

@@ -1,0 +1,170 @@
+"""What is recorded once and replayed, training steps and calls: with QSWEEP_GPU=1 on a GPU, which alone records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ON_GPU
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_task import Toy
+
+import qsweep.train
+from qsweep.cuda.capture import captured
+from qsweep.quantize._training import prepared, start
+from qsweep.quantize.dorefa import DoReFa
+from qsweep.quantize.lsq import LSQ
+from qsweep.quantize.pact import PACT
+from qsweep.quantize.qat import QAT
+from qsweep.quantize.trained import Trained
+from qsweep.replay import DeviceSGD, Recorded, own_stream
+from qsweep.stage import Context
+from qsweep.store import Store
+from qsweep.tasks.base import Training
+
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="only a GPU records")
+METHODS = (LSQ, QAT, PACT, DoReFa)
+
+
+class Looks(TorchDispatchMode):
+    """Collects the ops that make a number on the CPU of a tensor, or a tensor of numbers."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += [name] if (name := op.name().split("::")[1].split(".")[0]) in self.OPS else []
+        return op(*args, **(kwargs or {}))
+
+
+def context(folder: Path, task: Toy, **training: Any) -> Context:
+    settings = Training(batch_size=16, **training)
+    return Context(task, Store(folder), "model", 0, task.model, settings, progress=lambda text: None)
+
+
+@pytest.mark.parametrize("fields", [{}, {"activation_scheme": "asymmetric"}, {"weight_granularity": "tensor"}], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_no_step_looks_at_values(method: type[Trained], fields: dict[str, Any], tmp_path: Path) -> None:
+    task = Toy()
+    inputs, labels = task.transform(task.samples("train").inputs[:16]), task.samples("train").labels[:16]
+    graph = prepared(method(**fields), task.model().eval(), context(tmp_path, task)).graph
+    start(graph, 8, inputs)
+    qsweep.train.set_mode(graph, training=True)
+    settle = [module.settle for module in graph.modules() if hasattr(module, "settle")]
+    with Looks() as looks:
+        task.loss(graph(inputs), labels).backward()
+        for one in settle:
+            one()
+    assert settle
+    assert looks.found == []
+    with Looks() as looks:
+        task.loss(graph(inputs), labels).item()
+    assert looks.found == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rates_on_the_device_are_those_of_the_schedule(momentum: float) -> None:
+    found = []
+    for kind in (torch.optim.SGD, DeviceSGD):
+        values = [nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)), nn.Parameter(torch.ones(2))]
+        groups = [{"params": values[:1], "weight_decay": 0.1}, {"params": values[1:], "weight_decay": 0.0}]
+        optimizer = kind(groups, lr=0.1, momentum=momentum, nesterov=momentum > 0)
+        rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+        for _ in range(4):
+            optimizer.zero_grad()
+            sum((value**2).sum() for value in values).backward()
+            optimizer.step()
+            rate.step()
+        assert all(isinstance(group["lr"], float) for group in optimizer.state_dict()["param_groups"])
+        found.append(values)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
+def weights(method: type[Trained], folder: Path, task: Toy, **training: Any) -> dict[str, Tensor]:
+    """Of what a training on the GPU ships."""
+    found = method(epochs=2, weight_bits=4).apply(task.model().eval(), context(folder, task, device="cuda", **training))
+    return found.graph.state_dict()
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each step that was to be recorded could be."""
+    found: list[bool] = []
+    record = Recorded._recorded
+
+    def watched(self: Recorded, inputs: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        step = record(self, inputs, labels)
+        found.append(self._records)
+        return step
+
+    monkeypatch.setattr(Recorded, "_recorded", watched)
+    return found
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+def test_replayed_steps_train_to_the_same_bits(
+    method: type[Trained], precision: str, tmp_path: Path, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Toy(count=100)
+    replayed = weights(method, tmp_path / "replayed", task, precision=precision)
+    assert recorded == [True]
+    monkeypatch.setattr(qsweep.train, "_replayed", lambda issued, *_: issued)
+    issued = weights(method, tmp_path / "issued", task, precision=precision)
+    assert recorded == [True]
+    assert all(torch.equal(issued[name], replayed[name]) for name in issued)
+
+
+class Looking(Toy):
+    """Its loss waits for the device."""
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        value = super().loss(outputs, labels)
+        return value * (1.0 if value.item() > 0 else 2.0)
+
+
+@needs_gpu
+def test_a_loss_that_looks_at_values_is_issued_to_the_same_bits(tmp_path: Path, recorded: list[bool]) -> None:
+    looking = weights(LSQ, tmp_path / "looking", Looking(count=100))
+    assert recorded == []
+    plain = weights(LSQ, tmp_path / "plain", Toy(count=100))
+    assert recorded == [True]
+    assert all(torch.equal(plain[name], looking[name]) for name in plain)
+
+
+@needs_gpu
+def test_a_step_that_cannot_be_recorded_is_issued() -> None:
+    device = torch.device("cuda")
+    weight, stream = torch.ones(4, device=device), torch.cuda.Stream()
+
+    def step(inputs: Tensor, labels: Tensor) -> Tensor:
+        weight.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            stream.synchronize()
+            torch.cuda.synchronize()
+        return weight.sum()
+
+    with own_stream(device):
+        run = Recorded(step, 2, lambda: None)
+        values = [run(torch.ones(2, device=device), torch.ones(2, device=device)).item() for _ in range(6)]
+    assert values == [8.0, 12.0, 16.0, 20.0, 24.0, 28.0]
+
+
+@needs_gpu
+def test_what_a_captured_call_reads_stays_where_it_is() -> None:
+    model, inputs = nn.Linear(1000, 1000, device="cuda"), torch.randn(8, 1000, device="cuda")
+    with torch.no_grad():
+        expected = model(inputs)
+    run = captured(model, inputs)
+    del model
+    others = [torch.full((1000, 1000), torch.nan, device="cuda") for _ in range(64)]
+    assert torch.equal(run(inputs), expected)
+    assert others

@@ -78,11 +78,12 @@ def main() -> None:
     known, why = read(options.out), refusal(device)
     if why is not None:
         print(f"nothing is measured here: {why}", flush=True)
-        if not known:  # figures of a machine that has a GPU are not replaced by none
+        if not known.rows:  # figures of a machine that has a GPU are not replaced by none
             Rows(asked.rows(), options.out, HEADING, f"{date.today()}: no machine with a GPU was at hand.").write()
         return
     rows = Rows(asked.rows(), options.out, HEADING, about(device))
-    rows.keep(known if options.parts else [])
+    if options.parts:
+        rows.keep(known)
     bench = Bench(device, options.tiny, options.budget, BEGUN)
     watch(bench.left + _GRACE, rows)
     run(bench, rows, options.parts or PARTS, options.out)

@@ -28,7 +28,7 @@ class Session:
             "roofs": [asked.COPY, asked.BF16, asked.INT8, asked.MATRIX],
             "main": [asked.network(*asked.MAIN)],
             "convolutions": [asked.convolution(shape, n) for shape in asked.SHAPES for n in asked.CONVOLUTION_BATCHES],
-            "trainings": [*asked.TRAININGS.values()],
+            "trainings": asked.trainings(),
             "qat": [*asked.QAT.values()],
             "networks": [asked.network(name, batch) for name in asked.NETWORKS for batch in asked.NETWORK_BATCHES],
             "linears": [*map(asked.linear, asked.LINEAR_ROWS)],

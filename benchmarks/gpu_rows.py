@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class Rows:
     def __init__(self, rows: Iterable[Row], folder: Path, heading: str, about: str) -> None:
         self.rows = {row.row: row for row in rows}
         self.folder, self.heading, self.about = folder, heading, about
+        self.marks: dict[str, str] = {}
+        """What stands behind figures of other machines, and what they are."""
         self.lock = threading.RLock()
         """The watch ends the process between two writes, not within one."""
         self.ratios: defaultdict[tuple[bool, int], list[float]] = defaultdict(list)
@@ -42,11 +45,18 @@ class Rows:
         """The same of networks, by name and batch size."""
         self.write()
 
-    def keep(self, known: Iterable[Row]) -> None:
-        """Take over what has been measured before, where it was asked for in the same words."""
-        for row in known:
+    def keep(self, known: Earlier) -> None:
+        """Take over what has been measured before, where it was asked for in the same words; marked where it was on
+        another machine."""
+        self.marks = dict(known.marks)
+        mark = ""
+        if _machine(known.about) != _machine(self.about):
+            mark = next(sign for sign in _SIGNS if sign not in self.marks)
+            self.marks[mark] = known.about
+        for row in known.rows:
             if row.row in self.rows and self.rows[row.row].asked == row.asked:
-                self.rows[row.row] = row
+                marked = row.measured.endswith(tuple(known.marks))
+                self.rows[row.row] = row if marked else replace(row, measured=row.measured + mark)
 
     def add(self, name: str, measured: str, met: bool | None) -> None:
         with self.lock:
@@ -80,18 +90,50 @@ class Rows:
         content = [asdict(row) for row in self.rows.values()]
         path = self.folder / "gpu.md"
         notes = path.read_text().partition("\n## Notes\n")[2] if path.exists() else "\n"
-        lines = [self.heading.strip(), "", self.about, "", "| row | asked | measured | met |", "|---|---|---|---|"]
+        used = {
+            sign: about for sign, about in self.marks.items() if any(sign in row.measured for row in self.rows.values())
+        }
+        marks = [f"{sign} {about}\n" for sign, about in used.items()]
+        lines = [
+            self.heading.strip(),
+            "",
+            f"{self.about}\n",
+            *marks,
+            "| row | asked | measured | met |",
+            "|---|---|---|---|",
+        ]
         for row in self.rows.values():
             lines.append(f"| {row.row} | {row.asked} | {row.measured} | {WORDS[row.met]} |")
         _replace(self.folder / "gpu.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         _replace(path, "\n".join(lines) + "\n\n## Notes\n" + notes)
 
 
-def read(folder: Path) -> list[Row]:
-    """The rows of an earlier run that were measured."""
-    path = folder / "gpu.json"
+@dataclass(frozen=True)
+class Earlier:
+    """What a folder holds of earlier runs."""
+
+    rows: list[Row]
+    """Those that were measured."""
+    about: str
+    marks: dict[str, str]
+
+
+def read(folder: Path) -> Earlier:
+    path, text = folder / "gpu.json", folder / "gpu.md"
     rows = [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
-    return [row for row in rows if row.met is not None]
+    lines = text.read_text().splitlines() if text.exists() else []
+    about = next((line for line in lines if _ABOUT.match(line)), "")
+    marks = {line[0]: line[2:] for line in lines if line[:1] and line[0] in _SIGNS}
+    return Earlier([row for row in rows if row.met is not None], about, marks)
+
+
+def _machine(about: str) -> str:
+    """Without the date."""
+    return about.partition(", ")[2]
+
+
+_ABOUT = re.compile(r"\d{4}-\d\d-\d\d[,:] ")
+_SIGNS = "¹²³⁴⁵"
 
 
 def absent(*modules: str) -> str:

@@ -71,23 +71,25 @@ class Epochs:
 
 def trainings(bench: Bench, rows: Rows) -> None:
     if missing := absent("pydantic", "safetensors", "scipy"):
-        return rows.fill([*asked.TRAININGS.values()], f"not measured ({missing} not installed)", None)
+        return rows.fill(asked.trainings(), f"not measured ({missing} not installed)", None)
     side, count = (8, 8) if bench.tiny else (224, _BATCH * _STEPS)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     task = Images(model if bench.tiny else build("ResNet-18", False)[0], side, count)
-    for (method, precision, compiled), row in asked.TRAININGS.items():
-        with rows.guard(row):
-            bench.need(90 if compiled else 25)
-            fields = {"precision": precision, "compile": compiled}
-            shortest: dict[str, list[float]] = {"float": [], method: []}
+    for (precision, compiled), methods in asked.TRAININGS.items():
+        with rows.guard([asked.training(method, precision, compiled) for method in methods]):
+            bench.need(80 if compiled else 40)
+            shortest: dict[str, list[float]] = {kind: [] for kind in ("float", *methods)}
             for _ in range(1 if bench.tiny or compiled else _TURNS):
                 for kind, found in shortest.items():
-                    found.append(epoch(kind, task, bench, fields))
+                    found.append(epoch(kind, task, bench, {"precision": precision, "compile": compiled}))
                     bench.clear()
-            wanted, plain = (min(found) for found in (shortest[method], shortest["float"]))
             steps = 2 if bench.tiny else _STEPS
-            text = f"{wanted / plain:.2f} ({1e3 * wanted / steps:.1f} ms a step, {1e3 * plain / steps:.1f} ms)"
-            rows.add(row, text, precision == "fp32" or wanted <= 1.3 * plain)
+            plain, *others = (1e3 * min(found) / steps for found in shortest.values())
+            for method, wanted in zip(methods, others, strict=True):
+                text = f"{wanted / plain:.2f} ({wanted:.1f} ms a step, {plain:.1f} ms)"
+                rows.add(
+                    asked.training(method, precision, compiled), text, precision == "fp32" or wanted <= 1.3 * plain
+                )
 
 
 def epoch(kind: str, task: Images, bench: Bench, fields: dict[str, Any]) -> float:

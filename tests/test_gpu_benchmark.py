@@ -107,9 +107,37 @@ def test_a_part_that_no_longer_fits_or_fails_says_so_in_its_rows_and_leaves_thos
         "second": ("failed: ValueError: a / b", False),
         "third": (OUT_OF_TIME, None),
     }
-    rows.keep([Row("first", "asked otherwise", "2 ms", True), Row("third", "shown", "3 ms", True)])
-    assert [row.measured for row in rows.rows.values()][::2] == ["1 ms", "3 ms"]
-    assert [row.row for row in read(tmp_path)] == ["first", "second"]
+    assert [row.row for row in read(tmp_path).rows] == ["first", "second"]
+
+
+def test_figures_of_another_machine_are_kept_and_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu_rows import Row, Rows, read
+
+    asked = [Row(name, "shown") for name in ("first", "second", "third")]
+
+    def run(about: str, **measured: str) -> list[str]:
+        rows = Rows(asked, tmp_path, "# Heading", about) if not (tmp_path / "gpu.json").exists() else None
+        if rows is None:
+            known = read(tmp_path)
+            rows = Rows(asked, tmp_path, "# Heading", about)
+            rows.keep(known)
+        for name, text in measured.items():
+            rows.add(name, text, True)
+        return [row.measured for row in rows.rows.values()]
+
+    assert run("2026-01-01, one", first="1 ms") == ["1 ms", "not measured", "not measured"]
+    assert run("2026-01-02, one", second="2 ms") == ["1 ms", "2 ms", "not measured"]
+    assert run("2026-01-03, two", third="3 ms") == ["1 ms¹", "2 ms¹", "3 ms"]
+    assert run("2026-01-04, three", second="4 ms") == ["1 ms¹", "4 ms", "3 ms²"]
+    text = (tmp_path / "gpu.md").read_text()
+    for line in ("2026-01-04, three", "¹ 2026-01-02, one", "² 2026-01-03, two"):
+        assert f"\n{line}\n" in text
+    assert run("2026-01-05, three", first="5 ms") == ["5 ms", "4 ms", "3 ms²"]
+    assert "¹" not in (tmp_path / "gpu.md").read_text()
+    changed = Rows([Row("first", "asked otherwise")], tmp_path, "# Heading", "2026-01-05, three")
+    changed.keep(read(tmp_path))
+    assert changed.rows["first"].measured == "not measured"
 
 
 def test_the_committed_rows_are_those_that_are_asked_now() -> None:

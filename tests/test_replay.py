@@ -89,6 +89,7 @@ def test_rates_on_the_device_are_those_of_the_schedule(momentum: float) -> None:
 
 def weights(method: type[Trained], folder: Path, task: Toy, **training: Any) -> dict[str, Tensor]:
     """Of what a training on the GPU ships."""
+    torch.manual_seed(0)
     found = method(epochs=2, weight_bits=4).apply(task.model().eval(), context(folder, task, device="cuda", **training))
     return found.graph.state_dict()
 

@@ -68,8 +68,8 @@ def lacking(name: str) -> str | None:
     return "QSWEEP_DATA is not set" if name != "digits" and "QSWEEP_DATA" not in os.environ else None
 
 
-def run(name: str, spec: str, bench: Bench) -> tuple[str, bool]:
-    """What its records say, and whether all trials are complete."""
+def run(name: str, spec: str, bench: Bench) -> tuple[str, bool | None]:
+    """What its records say, and whether it ended with all trials complete; None where time ran out before."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "spec.yaml").write_text(spec)
         code = "from qsweep.cli.main import app; app()"
@@ -83,14 +83,15 @@ def run(name: str, spec: str, bench: Bench) -> tuple[str, bool]:
                 timeout=max(5.0, bench.left),
             )
             end = (done.stdout + done.stderr).strip().splitlines()[-1:] if done.returncode else []
+            ended: bool | None = not done.returncode
         except subprocess.TimeoutExpired:
-            end = ["out of time"]
+            end, ended = ["out of time"], None
         files = sorted((Path(folder) / "sweeps" / name / "trials").glob("*/record.json"))
         records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
     trials = [record for record in records if record["kind"] == "trial"]
     complete = [record for record in trials if record["state"] == "complete"]
-    parts = [f"{len(complete)} of {TRIALS} trials complete", *map(described, records), *end]
-    return "; ".join(parts).replace("|", "/"), not end and len(complete) == TRIALS
+    parts = [f"{len(complete)} of {len(trials)} trials complete", *map(described, records), *end]
+    return "; ".join(parts).replace("|", "/"), ended and len(complete) == len(trials) >= TRIALS
 
 
 def described(record: dict[str, Any]) -> str:

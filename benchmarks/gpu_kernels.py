@@ -60,7 +60,7 @@ class Convolutions:
     def equality(self, rows: Rows) -> None:
         equal, wrong = 0, []
         for shape, model in zip(self.shapes, self.models, strict=True):
-            found = differences(Chain(model, 2, self.bench.device, {}), model, self.bench.device)
+            found = differences(Chain(model, 2, self.bench.device, {}, keep=True), model, self.bench.device)
             equal += not found.wrong
             wrong += [f"{shape.name}: {text}" for text in found.wrong]
         rows.add(
@@ -71,7 +71,7 @@ class Convolutions:
 
     def linear_equality(self, rows: Rows) -> None:
         model = linears(self.bench)
-        found = differences(Chain(model, 2, self.bench.device, {}), model, self.bench.device)
+        found = differences(Chain(model, 2, self.bench.device, {}, keep=True), model, self.bench.device)
         rows.add(asked.EQUAL_LINEARS, told(found), not found.wrong)
 
     def speed(self, rows: Rows, roofs: Roofs, batch: int) -> None:

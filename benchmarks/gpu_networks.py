@@ -93,13 +93,13 @@ class Networks:
         with self.rows.guard(row):
             self.bench.need(30)
             model = self.model(name)[1]
-            chain = Chain(model, 2, self.bench.device, {})
+            chain = Chain(model, 2, self.bench.device, {}, keep=True)
             found = differences(chain, model, self.bench.device)
             if chain.integer_share == 1.0:
                 self._expected[name] = found.expected
                 self.rows.add(row, told(found), not found.wrong)
                 return
-            exact = Chain(model, 2, self.bench.device, {}, products=torch.float32)
+            exact = Chain(model, 2, self.bench.device, {}, products=torch.float32, keep=True)
             parts = [f"{chain.integer_share:.1%} of the work on integers; elements that differ"]
             for label, one in (("fp32", differences(exact, model, self.bench.device)), ("fp16, as it is run", found)):
                 share = f"{one.first:.3%} of the first tensor that does, {one.all:.1%} of all"

@@ -62,19 +62,26 @@ def samples(model: QuantizedModel, count: int = BATCH) -> Tensor:
 def assert_equal(
     model: QuantizedModel, device: str, joined: int = 0, tiles: dict[str, Tile] | None = None, batch: int = BATCH
 ) -> Chain:
-    """Every integer tensor and the output equal those of the reference; `joined`: sums inside which one has gone."""
+    """Every integer tensor and the output equal those of the reference; `joined`: sums inside which one has gone.
+
+    So does the output where values share memory, after a call with other inputs.
+    """
     inputs = samples(model, batch)
     reference = IntegerInterpreter(model.graph)
     reference.keep = True
     wanted = reference(inputs)
-    chain = Chain(model, batch, device, tiles or {})
-    found = chain(inputs.to(device)).cpu()
-    integers = chain.integers()
+    apart = Chain(model, batch, device, tiles or {}, keep=True)
+    found = apart(inputs.to(device)).cpu()
+    integers = apart.integers()
     assert len(reference.tensors) - len(integers) == joined
     assert len(integers) >= 3
     for name, values in integers.items():
         assert torch.equal(values.cpu(), reference.tensors[name]), name
     assert torch.equal(found, wanted)
+    chain = Chain(model, batch, device, tiles or {})
+    chain(-inputs.to(device))
+    assert torch.equal(chain(inputs.to(device)).cpu(), wanted)
+    assert chain.bytes <= apart.bytes
     return chain
 
 
@@ -160,7 +167,7 @@ def test_attention_in_half_precision_is_close_and_its_results_are_float32(
 
 def test_attention_reads_what_a_layer_wrote_and_nothing_around_it_is_copied(root: Path, device: str) -> None:
     model = own(Transformer, root)
-    chain = Chain(model, BATCH, device, {}, products=torch.float16)
+    chain = Chain(model, BATCH, device, {}, products=torch.float16, keep=True)
     chain(samples(model).to(device))
     (attention,) = [node for node in chain.plan.graph.graph.nodes if node.target is ATTENTION]
     binding = chain._binding
@@ -311,6 +318,27 @@ def test_sums_cost_no_step_beside_a_layer_and_concatenations_none_at_all(root: P
     chain = Chain(own(Joined, root), BATCH, device, {})
     assert sum(isinstance(step, Move) and step.node.target is aten.cat.default for step in chain.plan.steps) == 3
     assert chain.kernels == 1 + 6 + 1 + 1 + 1
+
+
+class Straight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(1 if number == 0 else 8, 8, 3, padding=1) for number in range(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.mean([2, 3])
+
+
+def test_values_share_the_memory_of_those_that_are_read_no_more(root: Path, device: str) -> None:
+    chain = assert_equal(own(Straight, root), device)
+    padded = BATCH * 10 * 10 * 16
+    assert chain.bytes - 3 * padded < padded  # two in turns and the last, which has no halo; the inputs are smaller
+    model = own(Transformer, root)
+    apart, shared = (Chain(model, BATCH, device, {}, keep=keep) for keep in (True, False))
+    assert shared.bytes < apart.bytes  # of one block
+    assert torch.equal(*(chain(samples(model).to(device)) for chain in (apart, shared)))
 
 
 @pytest.mark.parametrize("split", [1, 2])

@@ -19,6 +19,7 @@ from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import output_of, ratio, side, table
 from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
 from qsweep.cuda.plan import ATTENTION, PRODUCTS, Plan
+from qsweep.cuda.rooms import Rooms, last_reads
 from qsweep.cuda.steps import (
     Add,
     Dequantize,
@@ -32,13 +33,27 @@ from qsweep.cuda.steps import (
     Quantize,
     RowLayer,
     Step,
+    real_reads,
     writes,
+    writes_real,
 )
 from qsweep.hub.form import LINEARS, QUANTIZE, arguments, aten, constant, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
 
 Launch = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Lets go of what PyTorch has computed, so that its memory is free for what comes."""
+
+    floats: dict[fx.Node, Any]
+    nodes: list[fx.Node]
+
+    def __call__(self) -> None:
+        for node in self.nodes:
+            del self.floats[node]
 
 
 @dataclass
@@ -49,6 +64,9 @@ class Binding:
     device: torch.device
     attention: torch.dtype = torch.float32
     """Of what products of two activations read; layers that give nothing else write it themselves."""
+    keep: bool = False
+    """Whether every value has memory of its own, until the next run."""
+    rooms: Rooms = field(init=False)
     places: Places = field(init=False)
     launches: list[Launch] = field(default_factory=list)
     floats: dict[fx.Node, Any] = field(default_factory=dict)
@@ -59,10 +77,17 @@ class Binding:
     _rows: dict[fx.Node, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.places = Places(self.plan, self.device)
+        self.rooms = Rooms(self.plan, self.device, shared=not self.keep)
+        self.places = Places(self.plan, self.rooms)
         self.invalid = torch.zeros(1, dtype=torch.int32, device=self.device)
-        for step in self.plan.steps:
+        last = last_reads(self.plan, together=False)
+        computed = {step.node for step in self.plan.steps if isinstance(step, Float)}
+        for number, step in enumerate(self.plan.steps):
+            self.rooms.begin(number)
             self._bind(step)
+            there = computed.intersection([*real_reads(step), *filter(None, [writes_real(step)])])
+            done = [node for node in there if last[node, True] == number]
+            self.launches += [Forget(self.floats, done)] if done and not self.keep else []
 
     @property
     def products(self) -> list[Product]:
@@ -185,20 +210,27 @@ class Binding:
 
     def _dequantize(self, step: Dequantize) -> None:
         given, grid = self.places[step.given.node].logical, step.given.grid
-        out = torch.empty_like(given, dtype=torch.float32)
+        like = torch.empty_like(given, dtype=torch.float32, device="meta")
+        out = self._room(step.out, like.numel(), torch.float32).as_strided(like.shape, like.stride())
         self.floats[step.out] = out
         self.launches.append(partial(pointwise.dequantize, given, grid.scale, grid.zero_point, out))
 
     def _real(self, node: fx.Node) -> Tensor:
         """A buffer for the float value of `node`, images with their channels last."""
         shape = self.plan.shapes[node]
-        room = torch.empty(shape, device=self.device, dtype=self.attention if _for_products(node) else torch.float32)
+        room = self._room(node, shape.numel(), self.attention if _for_products(node) else torch.float32)
         if len(shape) == 4:
-            room = room.contiguous(memory_format=torch.channels_last)
+            room = room.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
         elif len(shape) == 3:
             room = room.view(shape[0], shape[2], shape[1]).transpose(1, 2)
+        else:
+            room = room.view(shape)
         self.floats[node] = room
         return room
+
+    def _room(self, node: fx.Node, count: int, dtype: torch.dtype) -> Tensor:
+        """(`count`,) for the real value of `node`."""
+        return self.rooms.take((node, True), count * dtype.itemsize).view(dtype)
 
     def _image(self, operand: Operand, halo: Halo) -> Value:
         """Where `operand` lies channels last and with `halo`; copied there once if it does not."""

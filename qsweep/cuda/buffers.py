@@ -6,6 +6,7 @@ loads take 16 bytes; what the channels past the last one hold does not count, as
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,8 +14,6 @@ import torch
 from torch import Tensor
 
 ALIGNED = 16
-_SLACK = 64
-"""Bytes past the end, for the channels past the last one of a part of a buffer."""
 
 
 class Halo(NamedTuple):
@@ -100,26 +99,24 @@ def up(count: int, multiple: int = ALIGNED) -> int:
     return -(-count // multiple) * multiple
 
 
-def allocate(
-    shape: torch.Size, zero_point: int, device: torch.device, *, halo: Halo = NO_HALO, channels: int = 0, image: bool
-) -> Value:
-    """A buffer full of zero points.
+Take = Callable[[int, Hashable], Tensor]
+"""`take(count, frame)`: int8 (count,) for an image whose halo is told by `frame`, or for anything (None)."""
+
+
+def allocate(shape: torch.Size, take: Take, *, halo: Halo = NO_HALO, channels: int = 0, image: bool) -> Value:
+    """A buffer in the memory that `take` gives.
 
     `image`: (N, C, H, W) or (N, C, L) with channels last; else the last dimension is. `channels`: as many as each pixel
     or row has room for, 0: those of `shape`, rounded up to 16.
     """
     if not image:
         rows, columns = shape[:-1], shape[-1]
-        room = _full(rows.numel() * (channels or up(columns)), zero_point, device)
+        room = take(rows.numel() * (channels or up(columns)), None)
         return Value(room.view(*rows, -1)[..., :columns])
     batch, count, *size = shape
     height, width = size if len(size) == 2 else (1, *size)
     wide = width + halo.left + halo.right, channels or up(count)
-    high = height + halo.top + halo.bottom
-    room = _full(batch * high * wide[0] * wide[1], zero_point, device).view(batch, high, *wide)
+    sizes = batch, height + halo.top + halo.bottom, *wide
+    room = take(torch.Size(sizes).numel(), None if halo == NO_HALO else (sizes, halo)).view(sizes)
     inside = room[:, halo.top : halo.top + height, halo.left : halo.left + width, :count].permute(0, 3, 1, 2)
     return Value(inside if len(size) == 2 else inside.squeeze(2), halo)
-
-
-def _full(count: int, zero_point: int, device: torch.device) -> Tensor:
-    return torch.full((count + _SLACK,), zero_point, dtype=torch.int8, device=device)[:count]

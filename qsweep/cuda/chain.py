@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qsweep.cuda.arithmetic import Tile
-from qsweep.cuda.bind import Binding
+from qsweep.cuda.bind import Binding, Forget
 from qsweep.cuda.capture import captured
 from qsweep.cuda.plan import plan
 from qsweep.cuda.tune import tune
@@ -23,7 +23,8 @@ class Chain:
 
     `tiles`: block shapes by the name of a layer's weight; None: those that are fastest on this GPU, measured once and
     kept on disk, and on the CPU the kernels' own choice. `products`: the type of what products of two activations read,
-    as attention has them; None: float16 on a GPU, float32 on the CPU. Raises Refused for what int8 does not hold.
+    as attention has them; None: float16 on a GPU, float32 on the CPU. `keep`: no two values share memory, so that
+    `integers` can show them. Raises Refused for what int8 does not hold.
     """
 
     def __init__(
@@ -33,12 +34,14 @@ class Chain:
         device: torch.device | str,
         tiles: Mapping[str, Tile] | None = None,
         products: torch.dtype | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.plan = plan(model, batch_size)
-        self._binding = Binding(self.plan, self.device, products or _PRODUCTS[self.device.type])
+        self._binding = Binding(self.plan, self.device, products or _PRODUCTS[self.device.type], keep)
         (self._input,) = [node for node in model.graph.graph.nodes if node.op == "placeholder"]
-        self._example = torch.zeros(batch_size, *model.example.shape[1:], device=self.device)
+        self._shape = torch.Size([batch_size, *model.example.shape[1:]])
         for product in self._binding.products:
             product.tile = (tiles or {}).get(product.name)
         self._call: Callable[[Tensor], Tensor] = self._run
@@ -46,7 +49,7 @@ class Chain:
             with torch.cuda.device(self.device), torch.no_grad():
                 if tiles is None:
                     tune(self._binding.products, self.device)
-                self._call = captured(self._run, self._example)
+                self._call = captured(self._run, torch.zeros(self._shape, device=self.device))
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -55,8 +58,8 @@ class Chain:
         Where a NaN came to be quantized, all of it is NaN: integers cannot tell which samples it touched. Raises
         Refused for inputs of any other shape.
         """
-        if inputs.shape != self._example.shape:
-            raise Refused(f"the chain of kernels takes inputs {list(self._example.shape)} (got {list(inputs.shape)})")
+        if inputs.shape != self._shape:
+            raise Refused(f"the chain of kernels takes inputs {list(self._shape)} (got {list(inputs.shape)})")
         return self._call(inputs)
 
     @property
@@ -68,10 +71,17 @@ class Chain:
     @property
     def kernels(self) -> int:
         """Launches of a call."""
-        return len(self._binding.launches)
+        return sum(not isinstance(launch, Forget) for launch in self._binding.launches)
+
+    @property
+    def bytes(self) -> int:
+        """Of the values between its kernels; those that PyTorch computes come on top."""
+        return self._binding.rooms.bytes
 
     def integers(self) -> dict[str, Tensor]:
-        """int8 tensors of the last call, by the name of their quantize op; those inside a joined sum do not exist."""
+        """int8 tensors of the last call of a chain that keeps them, by the name of their quantize op; those inside a
+        joined sum do not exist."""
+        assert self._binding.keep
         found = {}
         for node, name in self.plan.same.items():
             value = self._binding.places[name]

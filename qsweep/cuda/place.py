@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from qsweep.cuda.buffers import NO_HALO, Halo, Value, allocate
+from qsweep.cuda.buffers import NO_HALO, Halo, Take, Value, allocate
 from qsweep.cuda.plan import Plan
+from qsweep.cuda.rooms import Rooms
 from qsweep.cuda.steps import Layer, Move, Operand, Quantize, Step, reads, writes
 from qsweep.hub.form import CONVOLUTIONS, arguments, aten
 
@@ -21,7 +22,7 @@ class Places:
     """Buffers of the integer values of `plan`, made when they are first asked for."""
 
     plan: Plan
-    device: torch.device
+    rooms: Rooms
     halos: dict[fx.Node, Halo] = field(init=False)
     homes: dict[fx.Node, tuple[fx.Node, int]] = field(init=False)
     """Values that are written into a concatenation, and at which channel."""
@@ -54,7 +55,7 @@ class Places:
         order = self._transposed(node)
         if order is not None:  # so that what the transposition gives lies there in order
             moved = torch.Size([self.plan.shapes[node][dim] for dim in order])
-            room = allocate(moved, 0, self.device, channels=moved[-1], image=False)
+            room = allocate(moved, self._take(node), channels=moved[-1], image=False)
             return Value(room.logical.permute([order.index(dim) for dim in range(len(order))]))
         return self.fresh(node, image=node in self.images)
 
@@ -76,10 +77,14 @@ class Places:
 
     def fresh(self, node: fx.Node, *, image: bool) -> Value:
         """A new buffer for `node`."""
-        shape, zero_point = self.plan.shapes[node], self.operands[node].grid.zero_point
         halo = self.halos.get(node, NO_HALO) if image else NO_HALO
         channels = IMAGE_CHANNELS if image and self.narrow(node) else 0
-        return allocate(shape, zero_point, self.device, halo=halo, channels=channels, image=image)
+        return allocate(self.plan.shapes[node], self._take(node), halo=halo, channels=channels, image=image)
+
+    def _take(self, node: fx.Node) -> Take:
+        """What a padding copies into is the padding itself, wherever nothing is copied to."""
+        own, zero_point = node.target is aten.pad.default, self.operands[node].grid.zero_point
+        return lambda count, frame: self.rooms.take((node, False), count, frame=frame, fill=zero_point, own=own)
 
     def _is_image(self, node: fx.Node) -> bool:
         """Images have their channels last; sequences do where convolutions give or read them."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qsweep.hub.form import Grid
+from qsweep.hub.form import Grid, source
 from qsweep.hub.integer import Bounds
 
 
@@ -150,3 +150,21 @@ def writes(step: Step) -> Operand | None:
     if isinstance(step, Layer | Add | Pool):
         return None if step.grid is None else Operand(step.out, step.grid)
     return None if isinstance(step, RowLayer | Dequantize | Float) else step.out
+
+
+def real_reads(step: Step) -> tuple[fx.Node, ...]:
+    """The real values that `step` reads, constants too."""
+    if isinstance(step, Quantize | RowLayer):
+        return (step.given,)
+    if isinstance(step, Norm):
+        return () if step.sides else (source(step.node),)
+    return tuple(step.node.all_input_nodes) if isinstance(step, Float) else ()
+
+
+def writes_real(step: Step) -> fx.Node | None:
+    """The real value that `step` gives, if it gives one."""
+    if isinstance(step, RowLayer | Float):
+        return step.node
+    if isinstance(step, Layer | Add | Pool):
+        return step.out if step.grid is None else None
+    return step.out if isinstance(step, Dequantize) else None

@@ -85,14 +85,13 @@ class Convolutions:
             name = asked.convolution(asked.SHAPES[number], batch)
             with rows.guard(name):
                 self.bench.need(2)
-                measured, ratio = self._speed(roofs, number, count, binding)
+                measured = self._speed(roofs, number, count, binding)
                 rows.add(name, measured, "WRONG" not in measured)
-                rows.ratios[asked.SHAPES[number].wide, batch].append(ratio)
 
     def _bound(self, count: int) -> list[Binding]:
-        return [Binding(plan(model, count), self.bench.device) for model in self.models]
+        return [Binding(plan(model, count), self.bench.device, keep=True) for model in self.models]
 
-    def _speed(self, roofs: Roofs, number: int, count: int, binding: Binding) -> tuple[str, float]:
+    def _speed(self, roofs: Roofs, number: int, count: int, binding: Binding) -> str:
         shape, model = self.shapes[number], self.models[number]
         equal = self._fill(binding, model, count)
         calls: dict[str, Call] = {"int8": binding.products[0]} | baselines(shape, count, self.bench)
@@ -102,7 +101,7 @@ class Convolutions:
         floor = roofs.floor_ms(*shape.work(count))
         measured = f"{1e3 * times['int8']:.1f} µs, {ratio:.2f}x {best} ({1e3 * times[best]:.1f} µs)"
         measured += f", {floor / times['int8']:.0%} of the floor" if floor else ""
-        return measured + ("" if equal else "; WRONG"), ratio
+        return measured + ("" if equal else "; WRONG")
 
     def _fill(self, binding: Binding, model: QuantizedModel, batch: int) -> bool:
         """Launch everything once, so that buffers hold real numbers: kernels are faster on zeros. Whether the result is
@@ -260,13 +259,18 @@ def _matrix(bench: Bench, rows: Rows, side: int, operations: float) -> None:
 
 
 def summary(rows: Rows) -> None:
-    """The target over all convolutions that were measured."""
-    ratios = [ratio for (wide, batch), found in rows.ratios.items() if wide and batch >= 32 for ratio in found]
-    if ratios:
+    """The target over all wide convolutions, those measured earlier too."""
+    wide = [
+        asked.convolution(shape, n)
+        for shape in asked.SHAPES
+        for n in asked.CONVOLUTION_BATCHES
+        if shape.wide and n >= 32
+    ]
+    if ratios := [*rows.ratios(wide).values()]:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        wanted = 2 * sum(shape.wide for shape in asked.SHAPES)
-        measured = f"{mean:.2f}x over {len(ratios)} of {wanted} ({min(ratios):.2f} to {max(ratios):.2f})"
-        rows.add(asked.WIDE, measured, mean >= 1.3 and len(ratios) == wanted)
+        span = f"({min(ratios):.2f} to {max(ratios):.2f}){rows.signs(wide)}"
+        measured = f"{mean:.2f}x over {len(ratios)} of {len(wide)} {span}"
+        rows.add(asked.WIDE, measured, mean >= 1.3 and len(ratios) == len(wide))
 
 
 def example_of(tensor: Tensor, batch: int) -> Tensor:

@@ -65,8 +65,6 @@ class Case:
     def write(self, rows: Rows) -> None:
         met = self.ratio is not None and self.ratio >= 1.4 if (self.name, self.batch) == asked.MAIN else True
         rows.add(asked.network(self.name, self.batch), self.text(), met and not self.wrong)
-        if self.ratio is not None:
-            rows.networks[self.name, self.batch] = self.ratio
 
 
 class Networks:
@@ -275,13 +273,11 @@ def ways(name: str, way: str) -> list[str]:
 
 
 def floor(rows: Rows) -> None:
-    """The least ratio of all that was measured at batch 128 and more."""
-    found = {asked.network(*key): ratio for key, ratio in rows.networks.items() if key[1] >= 128}
-    found |= {
-        f"a convolution at batch {batch}": min(ratios) for (_, batch), ratios in rows.ratios.items() if batch >= 128
-    }
-    if found:
+    """The least ratio of all that was measured at batch 128 and more, earlier too."""
+    wanted = [asked.network(name, batch) for name in asked.NETWORKS for batch in asked.NETWORK_BATCHES if batch >= 128]
+    wanted += [asked.convolution(shape, n) for shape in asked.SHAPES for n in asked.CONVOLUTION_BATCHES if n >= 128]
+    if found := rows.ratios(wanted):
         least = min(found, key=found.__getitem__)
-        wanted = len(asked.NETWORKS) * sum(batch >= 128 for batch in asked.NETWORK_BATCHES) + 1
-        met = found[least] >= 0.95 and (len(found) == wanted or None)
-        rows.add(asked.FLOOR, f"{found[least]:.2f}x ({least}), of {len(found)} of {wanted} measured", met)
+        met = found[least] >= 0.95 and (len(found) == len(wanted) or None)
+        measured = f"{found[least]:.2f}x ({least}), of {len(found)} of {len(wanted)} measured{rows.signs(found)}"
+        rows.add(asked.FLOOR, measured, met)

@@ -7,7 +7,6 @@ import os
 import re
 import threading
 import traceback
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -39,10 +38,6 @@ class Rows:
         """What stands behind figures of other machines, and what they are."""
         self.lock = threading.RLock()
         """The watch ends the process between two writes, not within one."""
-        self.ratios: defaultdict[tuple[bool, int], list[float]] = defaultdict(list)
-        """Of convolutions, the best baseline's time over int8's, by whether they are wide and by batch size."""
-        self.networks: dict[tuple[str, int], float] = {}
-        """The same of networks, by name and batch size."""
         self.write()
 
     def keep(self, known: Earlier) -> None:
@@ -63,6 +58,20 @@ class Rows:
             self.rows[name] = Row(name, self.rows[name].asked, measured, met)
             print(f"{MARKS[met]} {name}: {measured} (asked: {self.rows[name].asked})", flush=True)
             self.write()
+
+    def ratio(self, name: str) -> float | None:
+        """The best baseline's time over int8's, as the row tells it."""
+        row = self.rows[name]
+        found = re.search(r"(\d+\.\d+)x ", row.measured) if row.met is not None else None
+        return float(found[1]) if found else None
+
+    def ratios(self, names: Iterable[str]) -> dict[str, float]:
+        """Of those that were measured."""
+        return {name: ratio for name in names if (ratio := self.ratio(name)) is not None}
+
+    def signs(self, names: Iterable[str]) -> str:
+        """Those of the machines, other than this one, that any of `names` was measured on."""
+        return "".join(sign for sign in self.marks if any(sign in self.rows[name].measured for name in names))
 
     def pending(self) -> list[str]:
         return [name for name, row in self.rows.items() if row.measured == NOT_MEASURED]

@@ -63,7 +63,7 @@ class Rows:
         """The best baseline's time over int8's, as the row tells it."""
         row = self.rows[name]
         found = re.search(r"(\d+\.\d+)x ", row.measured) if row.met is not None else None
-        return float(found[1]) if found else None
+        return max(float(found[1]), 0.005) if found else None  # 0.00 may be all that a row has room for
 
     def ratios(self, names: Iterable[str]) -> dict[str, float]:
         """Of those that were measured."""

@@ -20,7 +20,8 @@ _ISSUED = 3
 class Recorded:
     """A step that is recorded once and then replayed, for batches of `size` samples; smaller ones are issued.
 
-    The last of the first steps is watched: one that looks at values on the CPU, which no graph can, is never recorded.
+    The last of the first steps is watched: one that looks at values on the CPU, which no graph can, is never recorded,
+    nor is one for which memory is short.
     What the step does on the CPU alone happens in those steps and while it is recorded, not again. `renew` is called
     before each replay. The loss that is returned is overwritten by the next step. All calls must be on one stream, and
     not the default one.
@@ -49,14 +50,20 @@ class Recorded:
         return value
 
     def _recorded(self, inputs: Tensor, labels: Tensor) -> Step:
+        """The step as a graph, or as it is where that cannot be had; nothing has run."""
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         given, graph = (inputs.clone(), labels.clone()), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 value = self._step(*given)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an op that cannot be recorded; nothing has run
+        except Exception:  # an op that cannot be recorded, or no memory: a step that fails all the same says so itself
             self._records = False
+        else:  # what a graph has is its own: a smaller batch, issued, needs as much again at the most
+            self._records = torch.cuda.mem_get_info()[0] >= torch.cuda.memory_reserved() - before
+        if not self._records:
+            del graph
+            torch.cuda.empty_cache()
             return self._step
 
         def replay(inputs: Tensor, labels: Tensor) -> Tensor:

@@ -142,6 +142,17 @@ def test_a_loss_that_looks_at_values_is_issued_to_the_same_bits(tmp_path: Path, 
 
 
 @needs_gpu
+def test_where_memory_is_short_steps_are_issued_to_the_same_bits(
+    tmp_path: Path, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = weights(LSQ, tmp_path / "plain", Toy(count=100))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 10, 1 << 30))
+    short = weights(LSQ, tmp_path / "short", Toy(count=100))
+    assert recorded == [True, False]
+    assert all(torch.equal(plain[name], short[name]) for name in plain)
+
+
+@needs_gpu
 def test_a_step_that_cannot_be_recorded_is_issued() -> None:
     device = torch.device("cuda")
     weight, stream = torch.ones(4, device=device), torch.cuda.Stream()

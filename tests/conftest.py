@@ -38,6 +38,13 @@ def data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """For what is written in C: tests that want it skip where nothing compiles it."""
+    if (lacking := no_compiler()) is not None:
+        pytest.skip(lacking)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, Any, Any]:
     """Without a C++ compiler, what fails for want of one is skipped: it is not among what qsweep asks of a machine."""

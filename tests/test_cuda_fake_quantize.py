@@ -32,6 +32,7 @@ forms = st.sampled_from(["number", "tensor", "offset"])
 def kernels(request: pytest.FixtureRequest) -> Any:
     """Triton's, in its interpreter unless there is a GPU, and the CPU's."""
     if request.param == "loops":
+        request.getfixturevalue("compiler")
         return loops
     pytest.importorskip("triton")
     from qsweep.cuda import fake_quantize
@@ -208,7 +209,7 @@ def test_what_kernels_are_not_for_is_told() -> None:
     assert not fused.fits(values[:0], step, 0.0)
 
 
-def test_activations_and_weights_of_the_cpu_go_through_the_loops() -> None:
+def test_activations_and_weights_of_the_cpu_go_through_the_loops(compiler: None) -> None:
     step, many = torch.tensor(0.5), torch.randn(2, 8, 32, 32)
     assert fused.kernels_for(many, step, 0.0) is loops
     assert fused.kernels_for(many.contiguous(memory_format=torch.channels_last), step, step) is loops

@@ -80,7 +80,7 @@ def layout(inputs: Tensor) -> torch.memory_format:
 def _outputs(model: nn.Module, task: Task, inputs: Tensor) -> Tensor:
     try:
         return predict(model, task, inputs)
-    except (QsweepError, MemoryError, torch.OutOfMemoryError):
+    except (QsweepError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # the model may be the user's, and raises what it likes
         raise TaskFailure(f"the model raised {type(error).__name__}: {error}") from error

@@ -6,7 +6,7 @@ import copy
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -235,6 +235,26 @@ def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:
     os.replace(unfinished, folder / f"{name}.json")
 
 
+_OF_THE_DEVICE = (
+    "CUDA error",
+    "CUDA driver error",
+    "cuDNN error",
+    "CUDNN_STATUS",
+    "CUBLAS_STATUS",
+    "Triton Error [CUDA]",
+)
+"""What errors say that are plain RuntimeErrors, of libraries and compilers."""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error`, if it is not qsweep's own, and what has led to it, the compiler's way of telling included."""
+    found: BaseException | None = error
+    while found is not None:
+        if not isinstance(found, QsweepError):
+            yield found
+        found = found.__cause__ or getattr(found, "inner_exception", None)
+
+
 def _known(error: Exception) -> QsweepError:
     text = str(error)
     if isinstance(error, BundleError) and error.__cause__ is not None:
@@ -242,10 +262,15 @@ def _known(error: Exception) -> QsweepError:
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if full or (isinstance(error, OSError | SafetensorError | RuntimeError) and "No space left" in text):
         return DiskFull(f"no space left for the artifact ({text})")
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return OutOfMemory(text)
-    if isinstance(error, torch.AcceleratorError) or "Triton Error [CUDA]" in text:
-        return OutOfMemory(text) if "out of memory" in text else Crashed(text)
+    for cause in _causes(error):
+        text = str(cause)
+        broken = isinstance(cause, torch.AcceleratorError) or any(mark in text for mark in _OF_THE_DEVICE)
+        short = "out of memory" in text or "ALLOC_FAILED" in text
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            return OutOfMemory(text)
+        if broken:
+            return OutOfMemory(text) if short else Crashed(text)
+    text = str(error)
     if isinstance(error, QsweepError):
         return error
     return TaskFailure(f"{type(error).__name__}: {text}")

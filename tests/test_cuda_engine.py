@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from qsweep.cli.main import app
 from qsweep.cuda.device import refusal
 from qsweep.engines.cuda import Cuda
 from qsweep.engines.float import Float
-from qsweep.errors import Refused, SpecError
+from qsweep.errors import Refused, SpecError, TaskFailure
 from qsweep.executors.local import Local
 from qsweep.hub.form import QUANTIZE, QuantizedModel, nodes_of
 from qsweep.hub.integer import IntegerInterpreter
@@ -200,6 +201,10 @@ def test_a_cuda_error_ends_the_worker_and_the_next_attempt_is_a_new_one(local: L
         lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         lambda: torch.AcceleratorError("CUDA error: out of memory"),
         lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
+        lambda: RuntimeError("CUDA driver error: out of memory"),
+        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        lambda: caused(Refused("the model cannot run on the GPU"), torch.OutOfMemoryError("CUDA out of memory.")),
+        lambda: caused(TaskFailure("`task.training.compile`: must be false"), compiling(torch.OutOfMemoryError("no"))),
     ],
 )
 def test_device_memory_that_runs_out_is_a_result_of_its_own(error: Callable[[], Exception], tmp_path: Path) -> None:
@@ -209,3 +214,35 @@ def test_device_memory_that_runs_out_is_a_result_of_its_own(error: Callable[[], 
     folder = job_folder(tmp_path / "trial")
     jobs._write(folder, "build", run)
     assert json.loads((folder / "build.json").read_text())["failure"]["kind"] == "OutOfMemory"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda: RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+        lambda: RuntimeError("CUDA driver error: an illegal memory access was encountered"),
+        lambda: caused(TaskFailure("`task.py`, line 3"), torch.AcceleratorError("CUDA error: misaligned address")),
+        lambda: caused(Refused("the model cannot run on the GPU"), RuntimeError("Triton Error [CUDA]: launch failure")),
+    ],
+)
+def test_what_breaks_the_device_ends_the_worker(error: Callable[[], Exception], tmp_path: Path) -> None:
+    def run(job: jobs.Job) -> jobs.Result:
+        raise error()
+
+    folder = job_folder(tmp_path / "trial")
+    with pytest.raises(Exception, match=re.escape(str(error()))):
+        jobs._write(folder, "build", run)
+    assert not (folder / "build.json").exists()
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def compiling(cause: Exception) -> Exception:
+    """As the compiler tells of it."""
+    found = RuntimeError("backend='inductor' raised")
+    found.inner_exception = cause  # type: ignore[attr-defined]
+    return found

@@ -1,4 +1,4 @@
-"""Sums and pools that read what layers read too, in fewer bits."""
+"""What reads what layers read too: sums and pools in fewer bits, moves between grids."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import Noise, context, digits, network
+from torch import Tensor, nn
 
 from qsweep.hub.form import BINARY, COMPUTE, DEQUANTIZE, QuantizedModel, grid_of, nodes_of
+from qsweep.hub.integer import IntegerInterpreter
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import _calibrate as calibrate
 from qsweep.quantize.base import Grids
@@ -68,3 +71,33 @@ def test_ranges_are_computed_once_whoever_reads_them(tmp_path: Path, monkeypatch
     for bits in (4, 8, 3):
         PTQ(activation_bits=bits, calibration="mse", sum_grid="own").apply(network("shortcut"), context(tmp_path))
     assert len(runs) == 2
+
+
+class Moved(nn.Module):
+    """Two images that layers read, each on a grid of its own, moved together for a float op."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(1, 8, 3, padding=1)
+        self.third, self.fourth = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        self.head, self.tail = nn.Linear(576 if way == "pad" else 256, 10), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = F.max_pool2d(F.relu(self.first(x)), 2)
+        pool = F.avg_pool2d if self.way == "pooled" else F.max_pool2d
+        other = pool(F.relu(self.second(5 * x)), 2)
+        rest = self.tail(self.third(one).flatten(1)) + self.tail(self.fourth(other).flatten(1))
+        together = torch.cat([one, other], 1)
+        moved = F.pad(together, (1, 1, 1, 1), value=-2.0) if self.way == "pad" else together * 0.5
+        logits: Tensor = self.head(moved.flatten(1)) + rest
+        return logits
+
+
+@pytest.mark.parametrize("way", ["cat", "pad", "pooled"])
+def test_moves_from_several_grids_and_pads_with_other_than_zero_are_of_real_values(way: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Moved(way).eval()
+    inputs = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = PTQ(calibration_samples=40).apply(model, context(tmp_path, "moved", task=Noise(inputs=inputs)))
+    torch.testing.assert_close(IntegerInterpreter(made.graph)(inputs), simulation(made)(inputs), rtol=0, atol=0.02)

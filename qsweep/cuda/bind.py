@@ -126,7 +126,7 @@ class Binding:
             pixels = value.around(NO_HALO, IMAGE_CHANNELS)
             pointwise.quantize_images(given, grid.scale, output_of(grid), pixels, invalid=self.invalid)
             return
-        given, out = _inner_last(given, out) if out.dim() <= 4 else (given.flatten(0, -4), out.flatten(0, -4))
+        out, given = _inner_last(out, given, by=given)
         pointwise.quantize(given, grid.scale, output_of(grid), out, invalid=self.invalid)
 
     def _layer(self, step: Layer) -> Product:
@@ -157,11 +157,16 @@ class Binding:
     def _add(self, step: Add) -> None:
         out = self.places[step.out].logical if step.grid else self._real(step.out)
         left, right = (self.places[each.node].logical.expand(out.shape) for each in (step.left, step.right))
-        out, left, right = _inner_last(out, left, right)
-        sides = side(step.left, left, step.grid), side(step.right, right, step.grid)
         output = output_of(step.grid, step.bounds) if step.grid else None
         bounds = step.bounds.low, step.bounds.high
-        self.launches.append(partial(pointwise.add, *sides, output, out, bounds=bounds))
+
+        def run() -> None:
+            to, one, other = _inner_last(out, left, right)
+            pointwise.add(
+                side(step.left, one, step.grid), side(step.right, other, step.grid), output, to, bounds=bounds
+            )
+
+        self.launches.append(run)
 
     def _pool(self, step: Pool) -> None:
         out = self.places[step.out].logical if step.grid else self._real(step.out)
@@ -180,8 +185,13 @@ class Binding:
 
     def _map(self, step: Map) -> None:
         found = table(step.node, step.given.grid, step.out.grid).to(self.device)
-        given, out = _inner_last(self.places[step.given.node].logical, self.places[step.out.node].logical)
-        self.launches.append(partial(pointwise.look_up, given, found, out))
+        given, out = self.places[step.given.node].logical, self.places[step.out.node].logical
+
+        def run() -> None:
+            to, values = _inner_last(out, given, by=given)
+            pointwise.look_up(values, found, to)
+
+        self.launches.append(run)
 
     def _norm(self, step: Norm) -> None:
         sizes, width = arguments(step.node), self.plan.shapes[step.node][-1]
@@ -210,10 +220,16 @@ class Binding:
 
     def _dequantize(self, step: Dequantize) -> None:
         given, grid = self.places[step.given.node].logical, step.given.grid
-        like = torch.empty_like(given, dtype=torch.float32, device="meta")
+        like = torch.empty_like(given, device="meta")
+        like = like if like.dim() <= pointwise.DIMENSIONS else like.contiguous()
         out = self._room(step.out, like.numel(), torch.float32).as_strided(like.shape, like.stride())
         self.floats[step.out] = out
-        self.launches.append(partial(pointwise.dequantize, given, grid.scale, grid.zero_point, out))
+
+        def run() -> None:
+            to, values = _inner_last(out, given)
+            pointwise.dequantize(values, grid.scale, grid.zero_point, to)
+
+        self.launches.append(run)
 
     def _real(self, node: fx.Node) -> Tensor:
         """A buffer for the float value of `node`, images with their channels last."""
@@ -252,7 +268,7 @@ class Binding:
 
     def _float(self, node: fx.Node) -> Launch:
         """An op run by PyTorch; constants among its arguments are brought to the device once."""
-        target: Any = node.target
+        target: Any = aten.reshape.default if node.target is aten.view.default else node.target  # layouts are ours
         for given in node.all_input_nodes:
             self._constant(given)
         narrow = (node.target in PRODUCTS or node.target is ATTENTION) and self.attention != torch.float32
@@ -308,7 +324,10 @@ def _for_products(node: fx.Node) -> bool:
     return bool(node.users) and len(ends) + len(views) == len(node.users) and all(map(_for_products, views))
 
 
-def _inner_last(first: Tensor, *others: Tensor) -> list[Tensor]:
-    """All with their dimensions in the order in which those of `first` lie in memory."""
-    order = memory_order(first)
-    return [tensor.permute(order) for tensor in (first, *others)]
+def _inner_last(out: Tensor, *others: Tensor, by: Tensor | None = None) -> list[Tensor]:
+    """All with their dimensions in the order in which those of `by`, else of `out`, lie in memory; where there are more
+    than kernels take, all as rows: those of `out` lie together, others are copied where theirs do not."""
+    if out.dim() > pointwise.DIMENSIONS:
+        return [out.view(-1, out.shape[-1]), *(other.reshape(-1, out.shape[-1]) for other in others)]
+    order = memory_order(out if by is None else by)
+    return [tensor.permute(order) for tensor in (out, *others)]

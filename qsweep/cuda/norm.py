@@ -33,7 +33,7 @@ def layer_norm(
     sides = (Operand(given, 0, 1.0),) if isinstance(given, Tensor) else given
     left, right = sides[0], sides[-1]
     count, width = out.shape
-    assert width <= WIDEST_NORM
+    assert width <= WIDEST_NORM and out.stride(1) == 1
     assert all(side.values.shape == out.shape and side.values.stride(1) == 1 for side in sides)
     check_offsets(left.values, right.values, out)
     across = power_of_two(width)

@@ -9,8 +9,9 @@ from torch import fx
 
 from qsweep.cuda.buffers import NO_HALO, Halo, Take, Value, allocate
 from qsweep.cuda.plan import Plan
+from qsweep.cuda.pointwise import DIMENSIONS
 from qsweep.cuda.rooms import Rooms
-from qsweep.cuda.steps import Layer, Move, Operand, Quantize, Step, reads, writes
+from qsweep.cuda.steps import Layer, Move, Norm, Operand, Quantize, Step, reads, writes
 from qsweep.hub.form import CONVOLUTIONS, arguments, aten
 
 IMAGE_CHANNELS = 4
@@ -61,7 +62,10 @@ class Places:
 
     def _transposed(self, node: fx.Node) -> list[int] | None:
         """The order of dimensions that the only reader of `node` brings about; None where `node` is more than a step
-        between floats and a transposition, as the heads of an attention are."""
+        between floats and a transposition, as the heads of an attention are, and of more dimensions than kernels take.
+        """
+        if len(self.plan.shapes[node]) > DIMENSIONS:
+            return None
         written = any(isinstance(step, Quantize) and step.out.node is node for step in self.plan.steps)
         reader = self.readers[node][0] if len(self.readers[node]) == 1 else None
         if not written or not isinstance(reader, Move):
@@ -87,8 +91,11 @@ class Places:
         return lambda count, frame: self.rooms.take((node, False), count, frame=frame, fill=zero_point, own=own)
 
     def _is_image(self, node: fx.Node) -> bool:
-        """Images have their channels last; sequences do where convolutions give or read them."""
-        if self._transposed(node) is not None:
+        """Images have their channels last, but for what a layer norm gives; sequences do where convolutions give or
+        read them."""
+        if self._transposed(node) is not None or any(
+            isinstance(step, Norm) and step.out.node is node for step in self.plan.steps
+        ):
             return False
         if len(self.plan.shapes[node]) != 3:
             return len(self.plan.shapes[node]) == 4

@@ -25,6 +25,8 @@ from qsweep.cuda._launch import EXACT, check_offsets, grid_arguments, power_of_t
 from qsweep.cuda.arithmetic import Operand, Output
 from qsweep.errors import Refused
 
+DIMENSIONS = 4
+"""At most."""
 _PIXELS = 1024
 """Of a program: 8 of each of its threads, 16-byte loads of 16-bit and 32-bit images."""
 
@@ -149,7 +151,7 @@ def _layout(**tensors: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     check_offsets(*tensors.values())
     shape = next(iter(tensors.values())).shape
     assert all(tensor.shape == shape for tensor in tensors.values())
-    views = {name: tensor[(None,) * (4 - tensor.dim())] for name, tensor in tensors.items()}
+    views = {name: tensor[(None,) * (DIMENSIONS - tensor.dim())] for name, tensor in tensors.items()}
     if all(_rows_apart(view) for view in views.values()):
         views = {name: view.as_strided(_flat(view), (0, 0, *view.stride()[2:])) for name, view in views.items()}
     first, second, third, last = next(iter(views.values())).shape

@@ -25,10 +25,10 @@ from qsweep.hub.form import (
     POOLS,
     QUANTIZE,
     RECTIFIERS,
-    SAME_GRID,
     Grid,
     arguments,
     aten,
+    keeps_grid,
     pool_count,
     rectified,
 )
@@ -175,7 +175,7 @@ class IntegerInterpreter(fx.Interpreter):
             return _pool(node, given, args, kwargs)
         if target in POINTWISE and isinstance(given, Integers):
             return target(given.real().double(), *args[1:], **kwargs).float()
-        if target in SAME_GRID and any(isinstance(item, Integers) for item in _flat(given)):
+        if keeps_grid(node) and _on_one_grid(_flat(given)):
             return _move(target, args, kwargs)
         return target(*(_real(argument) for argument in args), **kwargs)
 
@@ -239,9 +239,14 @@ _WINDOW = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
 
 def _move(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Integers:
     """An op that only moves values, on centred integers: the zeros it pads with are then the real 0."""
-    first = next(item for item in _flat(args[0]) if isinstance(item, Integers))
+    first = _flat(args[0])[0]
     moved = target(_centred(args[0]), *args[1:], **kwargs)
     return Integers(moved + first.zero_point, first.scale, first.zero_point)
+
+
+def _on_one_grid(items: list[Any]) -> bool:
+    grids = {(item.scale.item(), item.zero_point) if isinstance(item, Integers) else None for item in items}
+    return len(grids) == 1 and None not in grids
 
 
 def _centred(value: Any) -> Any:

@@ -124,7 +124,7 @@ class UserTask:
 def _call(path: Path, what: str, function: Callable[..., Any], *arguments: object, **keywords: object) -> Any:
     try:
         return function(*arguments, **keywords)
-    except (QsweepError, MemoryError, torch.OutOfMemoryError):
+    except (QsweepError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
         line = _line(error, path)

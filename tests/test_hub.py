@@ -128,6 +128,28 @@ def test_an_adaptive_pool_of_equal_windows_is_a_plain_pool() -> None:
     torch.testing.assert_close(found.graph(INPUTS), model(INPUTS))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "dilation", "padding", "pads"),
+    [(3, 1, "same", 0), ((2, 4), (1, 3), "same", 1), ((3, 1), 2, "same", 0), (3, 1, "valid", 0), (4, 1, "same", 1)],
+)
+def test_convolutions_to_the_same_size_have_paddings_in_numbers(
+    size: Any, dilation: Any, padding: str, pads: int, groups: int
+) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, size, padding=padding, dilation=dilation, groups=groups))
+    found = export(model.eval(), INPUTS[:2])
+    assert len(nodes_of(found.graph, {aten.conv2d.default})) == 2
+    assert len(nodes_of(found.graph, {aten.pad.default})) == pads
+    assert torch.equal(found.graph(INPUTS), model(INPUTS))
+
+
+def test_convolutions_of_sequences_to_the_same_size_have_paddings_in_numbers() -> None:
+    model = nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 4, 4, padding="same"))
+    found = export(model.eval(), INPUTS[:2])
+    assert len(nodes_of(found.graph, {aten.conv1d.default})) == 1
+    assert torch.equal(found.graph(INPUTS), model(INPUTS))
+
+
 def batch_norm(norm: nn.Module) -> nn.Module:
     assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
     assert norm.running_mean is not None

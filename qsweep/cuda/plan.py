@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from qsweep.cuda.joins import with_residuals, with_tables
-from qsweep.cuda.shapes import shapes_of
+from qsweep.cuda.shapes import sizes_of
 from qsweep.cuda.steps import (
     Add,
     Dequantize,
@@ -71,34 +71,25 @@ class Plan:
     same: dict[fx.Node, fx.Node]
     """Every quantize node whose integers exist, and the node they are named by."""
 
+    work: dict[fx.Node, int]
+    """Multiply-accumulates of every op."""
+
     @property
     def macs(self) -> tuple[int, int]:
-        """Multiply-accumulates of one call on integers, and all, those between activations included."""
+        """Multiply-accumulates of one call on integers, and all."""
         layers = {step.node for step in self.steps if isinstance(step, Layer | RowLayer)}
-        on_integers = sum(map(self._macs, layers))
-        return on_integers, on_integers + sum(self._macs(step.node) for step in self.steps if isinstance(step, Float))
-
-    def _macs(self, node: fx.Node) -> int:
-        """Of a product; a batched one sums over the last dimension of its first factor, attention does so twice."""
-        out = self.shapes[node].numel() if node in self.shapes else 0
-        if node.target in COMPUTE:
-            return out * self.shapes[source(node, 1)][1:].numel()
-        if node.target in PRODUCTS:
-            return out * self.shapes[source(node, PRODUCTS[node.target])][-1]
-        if node.target is ATTENTION:
-            query, key = self.shapes[source(node)], self.shapes[source(node, 1)]
-            return query[:-1].numel() * key[-2] * query[-1] + out * key[-2]
-        return 0
+        on_integers = sum(self.work[node] for node in layers)
+        return on_integers, on_integers + sum(self.work[step.node] for step in self.steps if isinstance(step, Float))
 
 
 PRODUCTS = {
-    aten.matmul.default: 0,
-    aten.mm.default: 0,
-    aten.bmm.default: 0,
-    aten.addmm.default: 1,
-    aten.baddbmm.default: 1,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
 }
-"""Products of two activations, and which argument is the first factor."""
+"""Products of two activations."""
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -124,12 +115,13 @@ _State = Operand | _Waiting | _Rows | None
 
 def plan(model: QuantizedModel, batch_size: int) -> Plan:
     """How `model` runs on batches of `batch_size`. Raises Refused for grids that int8 does not hold."""
-    planner = _Planner(model.graph, shapes_of(model, batch_size))
+    shapes, work = sizes_of(model, batch_size)
+    planner = _Planner(model.graph, shapes)
     for node in model.graph.graph.nodes:
         planner.visit(node)
     output = model.graph.graph.output_node()
     steps = with_tables(with_residuals(planner.steps, planner.shapes))
-    return Plan(model.graph, steps, source(output), planner.shapes, _same(planner.same, steps))
+    return Plan(model.graph, steps, source(output), planner.shapes, _same(planner.same, steps), work)
 
 
 @dataclass

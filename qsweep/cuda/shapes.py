@@ -1,7 +1,8 @@
-"""The sizes of all values of a graph at one batch size, without computing any."""
+"""The sizes of all values of a graph at one batch size, and the work of its ops, without computing any."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel
+from qsweep.hub.macs import counted
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED
 
 _SAME_SIZE = {QUANTIZE, DEQUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_ROWS, *STORED}
@@ -20,9 +22,10 @@ class _Shapes(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.found: dict[fx.Node, torch.Size] = {}
+        self.macs: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        value = self._value(n)
+        value, self.macs[n] = counted(partial(self._value, n))
         if isinstance(value, Tensor):
             self.found[n] = value.shape
         return value
@@ -35,9 +38,9 @@ class _Shapes(fx.Interpreter):
 
 
 @torch.no_grad()
-def shapes_of(model: QuantizedModel, batch_size: int) -> dict[fx.Node, torch.Size]:
-    """The size of every tensor of `model`'s graph for `batch_size` samples."""
+def sizes_of(model: QuantizedModel, batch_size: int) -> tuple[dict[fx.Node, torch.Size], dict[fx.Node, int]]:
+    """The size of every tensor of `model`'s graph for `batch_size` samples, and the multiply-accumulates of its ops."""
     shapes = _Shapes(model.graph)
     with FakeTensorMode(allow_non_fake_inputs=True):
         shapes.run(torch.empty(batch_size, *model.example.shape[1:]))
-    return shapes.found
+    return shapes.found, shapes.macs

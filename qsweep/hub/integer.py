@@ -32,6 +32,7 @@ from qsweep.hub.form import (
     pool_count,
     rectified,
 )
+from qsweep.hub.macs import counted
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS, row_scale
 
 
@@ -137,12 +138,12 @@ class IntegerInterpreter(fx.Interpreter):
         self.keep = False
         self.tensors: dict[str, Tensor] = {}
         """int8 results of the last call, by node name, when `keep` is set."""
-        self.macs = self.integer_macs = 0
-        """Multiply-accumulates of the last call, and those of them on integers."""
+        self.integer_macs = 0
+        """Multiply-accumulates of the last call on integers."""
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
-        self.tensors, self.integer_macs, self.macs = {}, 0, 0
+        self.tensors, self.integer_macs = {}, 0
         return cast(Tensor, _real(self.run(inputs)))
 
     def run_node(self, n: fx.Node) -> Any:
@@ -184,24 +185,20 @@ class IntegerInterpreter(fx.Interpreter):
         bias = args[2] if len(args) > 2 else None
         if isinstance(given, Rows) and isinstance(weight, Weight) and target in LINEARS:
             sums = target(given.q, weight.q)
-            self._count(sums, weight.q, integer=True)
+            self._count(sums, weight.q)
             result = sums.float() * given.scale * weight.scale
             return result if bias is None else result + bias
         if not (isinstance(given, Integers) and isinstance(weight, Weight)):
-            result = target(*(_real(argument) for argument in args), **kwargs)
-            self._count(result, _real(weight), integer=False)
-            return result
+            return target(*(_real(argument) for argument in args), **kwargs)
         step = given.scale * weight.scale
         sums = target(given.q - given.zero_point, weight.q, None, *args[3:], **kwargs)
         if bias is not None:
             sums = sums + _channels((bias / step).round().double(), sums)
-        self._count(sums, weight.q, integer=True)
+        self._count(sums, weight.q)
         return Accumulator(sums, step)
 
-    def _count(self, result: Tensor, weight: Tensor, *, integer: bool) -> None:
-        macs = result.numel() * weight[0].numel()
-        self.macs += macs
-        self.integer_macs += macs if integer else 0
+    def _count(self, result: Tensor, weight: Tensor) -> None:
+        self.integer_macs += result.numel() * weight[0].numel()
 
 
 def quantize(values: Any, scale: float, zero_point: int, low: int, high: int) -> Integers:
@@ -270,5 +267,5 @@ def _real(value: Any) -> Any:
 def integer_macs(runner: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
     """Share of integer multiply-accumulates in one call of an IntegerInterpreter."""
     assert isinstance(runner, IntegerInterpreter)
-    runner(inputs)
-    return runner.integer_macs / max(1, runner.macs)
+    _, macs = counted(lambda: runner(inputs))
+    return runner.integer_macs / max(1, macs)

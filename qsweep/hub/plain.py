@@ -42,7 +42,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
     rewrites = _functional, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes, _with_pools
-    for rewrite in (*rewrites, _with_flat_linears, _rectified_first):
+    for rewrite in (*rewrites, _with_sized_paddings, _with_flat_linears, _rectified_first):
         rewrite(graph)
         graph.graph.eliminate_dead_code()
     _check_ops(graph)
@@ -149,6 +149,35 @@ def _with_fixed_shapes(graph: fx.GraphModule) -> None:
         shape, sizes = _shape(node), [*arguments(node).values()][1]
         if shape is not None and any(isinstance(size, fx.Node) for size in sizes):
             node.args = (node.args[0], shape)
+
+
+def _with_sized_paddings(graph: fx.GraphModule) -> None:
+    """Convolutions that are padded to the "same" size, or as "valid", as those with numbers, which kernels know; where
+    one side needs more than the other, behind a pad of zeros."""
+    call = graph.graph.call_function
+    known: dict[Any, Any] = {aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default}
+    for node in nodes_of(graph, {*known}):
+        given, weight = arguments(node), source(node, 1).meta["val"]
+        around = [
+            dilation * (size - 1)
+            for dilation, size in zip(_each(given, "dilation", weight), weight.shape[2:], strict=True)
+        ]
+        around = [0] * len(around) if given["padding"] == "valid" else around
+        with graph.graph.inserting_before(node):
+            value = source(node)
+            if any(size % 2 for size in around):
+                value = call(aten.pad.default, (value, [side for size in reversed(around) for side in (0, size % 2)]))
+                traced = source(node).meta["val"]
+                wider = [size + extra % 2 for size, extra in zip(traced.shape[2:], around, strict=True)]
+                value.meta["val"] = traced.new_empty([*traced.shape[:2], *wider])
+            rest = given["stride"], [size // 2 for size in around], given["dilation"], given["groups"]
+            _replace(node, call(known[node.target], (value, node.args[1], given["bias"], *rest)))
+
+
+def _each(given: dict[str, Any], name: str, weight: torch.Tensor) -> list[int]:
+    """For every dimension of an image; one number may stand for all."""
+    sizes = list(given[name])
+    return sizes * (weight.dim() - 2) if len(sizes) == 1 else sizes
 
 
 def _with_pools(graph: fx.GraphModule) -> None:

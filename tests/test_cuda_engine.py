@@ -21,7 +21,7 @@ from qsweep.engines.cuda import Cuda
 from qsweep.engines.float import Float
 from qsweep.errors import Refused, SpecError, TaskFailure
 from qsweep.executors.local import Local
-from qsweep.hub.form import QUANTIZE, QuantizedModel, nodes_of
+from qsweep.hub.form import QUANTIZE, QuantizedModel, aten, nodes_of
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.hub.save import load
 from qsweep.quantize.ptq import PTQ
@@ -151,6 +151,19 @@ def test_a_loaded_artifact_is_tuned_captured_and_equal_to_the_reference(
             assert torch.equal(run(inputs.cuda()).cpu(), IntegerInterpreter(model.graph)(inputs))
     (tiles,) = (tmp_path / "cache" / "qsweep").glob("tiles-*.json")
     assert len(json.loads(tiles.read_text())) == 2
+
+
+def test_float_islands_are_there_only_where_the_spec_allows_them(root: Path, tmp_path: Path) -> None:
+    model, found = made(root)
+    for name in ("integers", "islands"):
+        (tmp_path / name).mkdir()
+    Cuda(float_islands=False).lower(model, tmp_path / "integers", found.store)
+    (rectifier,) = nodes_of(model.graph, {aten.relu.default})
+    rectifier.target = aten.erf.default
+    with pytest.raises(Refused, match=r"`float_islands: false`: no integer kernel computes aten\.erf\.default$"):
+        Cuda(float_islands=False).lower(model, tmp_path / "refused", found.store)
+    Cuda().lower(model, tmp_path / "islands", found.store)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_scale_of_zero_is_refused_at_lowering(root: Path, tmp_path: Path) -> None:

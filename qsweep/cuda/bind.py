@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from qsweep.cuda.moves import copy, memory_order, move, windows
 from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import output_of, ratio, side, table
 from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
-from qsweep.cuda.plan import ATTENTION, PRODUCTS, Plan
+from qsweep.cuda.plan import ATTENTION, PRODUCTS, VIEWS, Plan
 from qsweep.cuda.rooms import Rooms, last_reads
 from qsweep.cuda.steps import (
     Add,
@@ -299,28 +298,10 @@ class Binding:
         self.floats[node] = value.detach().to(self.device)
 
 
-_VIEWS = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.unbind.int,
-    operator.getitem,
-}
-"""What leaves numbers as they are."""
-
-
 def _for_products(node: fx.Node) -> bool:
     """Whether `node` is read by products of two activations alone, seen through views."""
     ends = [user for user in node.users if user.target in PRODUCTS or user.target is ATTENTION]
-    views = [user for user in node.users if user.target in _VIEWS]
+    views = [user for user in node.users if user.target in VIEWS]
     return bool(node.users) and len(ends) + len(views) == len(node.users) and all(map(_for_products, views))
 
 

@@ -6,6 +6,7 @@ quantize says onto which grid it goes. A layer, sum or pool that a float op read
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -75,6 +76,11 @@ class Plan:
     """Multiply-accumulates of every op."""
 
     @property
+    def islands(self) -> list[str]:
+        """Ops that PyTorch computes in floating point, each once."""
+        return sorted({str(step.node.target) for step in self.steps if isinstance(step, Float)} - set(map(str, VIEWS)))
+
+    @property
     def macs(self) -> tuple[int, int]:
         """Multiply-accumulates of one call on integers, and all."""
         layers = {step.node for step in self.steps if isinstance(step, Layer | RowLayer)}
@@ -91,6 +97,22 @@ PRODUCTS = {
 }
 """Products of two activations."""
 ATTENTION = aten.scaled_dot_product_attention.default
+VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.unbind.int,
+    operator.getitem,
+}
+"""What leaves numbers as they are."""
 
 
 @dataclass(frozen=True)

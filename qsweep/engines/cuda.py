@@ -22,6 +22,9 @@ class Cuda(EngineConfig):
     device: Literal["cuda"] = "cuda"
     products: Literal["fp32", "bf16", "fp16"] = "fp16"
     """Type of what products of two activations read (attention); their sums and softmax are float32 all the same."""
+    float_islands: bool = True
+    """What has no integer kernel runs in floating point between those that have; false refuses such a model and names
+    the ops."""
 
     def available(self) -> str | None:
         from qsweep.cuda.device import refusal
@@ -35,12 +38,15 @@ class Cuda(EngineConfig):
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.cuda.numbers import check_scales
         from qsweep.cuda.plan import plan
+        from qsweep.errors import Refused
         from qsweep.hub.accumulators import check_accumulators
         from qsweep.hub.save import save
 
         check_accumulators(model)
         check_scales(model.graph)
-        plan(model, self.batch_size)  # what it cannot take it refuses here, not on the GPU
+        islands = plan(model, self.batch_size).islands  # what it cannot take it refuses here, not on the GPU
+        if islands and not self.float_islands:
+            raise Refused(f"`float_islands: false`: no integer kernel computes {', '.join(islands)}")
         save(model, folder)
 
     def load(self, folder: Path) -> Runner:

@@ -88,7 +88,11 @@ def looks() -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    found += [line for line in (str(one.message) for one in caught) if "called a synchronizing" in line]
+    for one in caught:
+        if "called a synchronizing" in str(one.message):
+            found.append(str(one.message))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 @contextmanager
@@ -99,9 +103,11 @@ def own_stream(device: torch.device) -> Iterator[None]:
         return
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 class DeviceSGD(torch.optim.SGD):
@@ -112,7 +118,8 @@ class DeviceSGD(torch.optim.SGD):
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
         super().__init__(groups, fused=True, **settings)
-        self._device = next(parameter.device for group in self.param_groups for parameter in group["params"])
+        devices = (parameter.device for group in self.param_groups for parameter in group["params"])
+        self._device = next(devices, torch.device("cpu"))
         self._rates = [torch.tensor(float(group["lr"]), device=self._device) for group in self.param_groups]
 
     def renew(self) -> None:

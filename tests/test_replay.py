@@ -124,6 +124,40 @@ def test_replayed_steps_train_to_the_same_bits(
     assert all(torch.equal(issued[name], replayed[name]) for name in issued)
 
 
+@needs_gpu
+def test_a_recorded_training_that_was_killed_goes_on_to_the_same_bits(
+    tmp_path: Path, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = weights(LSQ, tmp_path / "whole", Toy(count=100))
+    save, epochs = qsweep.train.Progress.save, list[int]()
+
+    def stop(self: qsweep.train.Progress, path: Path, done: int) -> None:
+        save(self, path, done)
+        epochs.append(done)
+        if epochs == [1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(qsweep.train.Progress, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        weights(LSQ, tmp_path / "killed", Toy(count=100))
+    killed = weights(LSQ, tmp_path / "killed", Toy(count=100))
+    assert epochs == [1, 2]
+    assert recorded == [True, True, True]
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@needs_gpu
+def test_a_compiled_step_is_recorded_and_trains_as_one_that_is_issued(
+    tmp_path: Path, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Toy(count=100)
+    replayed = weights(LSQ, tmp_path / "replayed", task, compile=True)
+    assert recorded == [True]
+    monkeypatch.setattr(qsweep.train, "_replayed", lambda issued, *_: issued)
+    issued = weights(LSQ, tmp_path / "issued", task, compile=True)
+    assert all(torch.equal(issued[name], replayed[name]) for name in issued)
+
+
 class Looking(Toy):
     """Its loss waits for the device."""
 

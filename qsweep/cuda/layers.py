@@ -65,7 +65,7 @@ def _linear(
     (rows, depth), columns = given.logical.shape, len(integers)
     if given.order is not None:
         integers = integers[:, given.order.to(integers.device)]
-    packed4 = weight_bits_of(source(layer.node, 1)) <= 4 and rows <= W4_ROWS
+    packed4 = weight_bits_of(source(layer.node, 1)) <= 4 and rows <= W4_ROWS and depth < linear.W4_DEPTH
     pack, kernel = (linear.pack_weight4, linear.linear_w4) if packed4 else (linear.pack_weight, linear.linear)
     launch = partial(
         kernel,

@@ -16,6 +16,9 @@ from qsweep.cuda.arithmetic import Requantize, Residual, Tile
 from qsweep.errors import Refused
 from qsweep.hub.ops import LEAST_SCALE
 
+W4_DEPTH = 2**17
+"""Inputs, at which weights are no longer read packed: sums are 16 times as large until they are complete."""
+
 
 def pack_weight(weight: Tensor) -> Tensor:
     """Weights int8 (N, K) as `linear` reads them: int8 (N, KP), KP = K rounded up to 16, zeros past K."""
@@ -134,11 +137,11 @@ def linear_w4(
 ) -> Tensor:
     """As `linear`, weights from `pack_weight4`, unpacked in the kernel.
 
-    Raises `Refused` for 2^17 columns of `x` and more: the kernel's sums are 16 times as large until they are complete.
+    Raises `Refused` for `W4_DEPTH` columns of `x` and more.
     """
     (count, depth), (columns, half) = x.shape, weight.shape
-    if half >= 2**16:
-        raise Refused(f"a linear with weights of 4 bits: must have fewer than 2^17 inputs (got {2 * half})")
+    if 2 * half >= W4_DEPTH:
+        raise Refused(f"a linear with weights of 4 bits: must have fewer than {W4_DEPTH} inputs (got {2 * half})")
     check_offsets(x, weight, out)
     arguments = finish_arguments(requantize, _residual(residual), _pixels(out))
     tile = tile or default_tile(count, columns, half, half)

@@ -42,7 +42,8 @@ class Task(Protocol):
         """Stored inputs (B, ...) as the model takes them, float32. With a `generator`: augmented by it."""
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Scalar to train on."""
+        """Scalar to train on, of the arguments alone: quantization-aware training on a GPU records what it does once
+        and replays that."""
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """(B,) values in [0, 1], one a sample; their mean is the accuracy."""

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qsweep.cuda import conv, depthwise, fake_quantize, linear, norm, pointwise, pool
+from qsweep.cuda import conv, depthwise, fake_quantize, linear, norm, pointwise, pool, tune
 from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile
 from qsweep.cuda.layers import lines
 
@@ -181,6 +181,10 @@ def fake(dtype: torch.dtype, *, rows: int = 1, moving: bool = False) -> Callable
 CASES: dict[str, Callable[[], object]] = {
     "conv": convolution(128, 128, Tile(128, 128, 64, 8)),
     "conv-residual": convolution(128, 128, Tile(128, 128, 128, 8), residual=True),
+    **{
+        f"conv-tuned-{'x'.join(map(str, shape))}": convolution(128, 128, Tile(*shape), residual=True)
+        for shape in tune.SHAPES
+    },
     "conv-narrow": convolution(16, 16, Tile(128, 16, 64)),
     "conv-image": stem,
     "conv-split": convolution(64, 64, Tile(64, 64, 64, split=4), residual=True),

@@ -24,7 +24,7 @@ MOST = 4
 """Block shapes that are tried for a layer, each also with its sums cut into parts where that may pay."""
 _LAUNCHES, _REPLAYS = 10, 5
 """Launches captured together, so that their cost on the CPU is not measured, and how often they are replayed."""
-_SHAPES = ((128, 128, 128, 4, 3), (128, 64, 128, 4, 4), (128, 128, 64, 4, 3), (64, 64, 128, 4, 4))
+SHAPES = ((128, 128, 128, 4, 3), (128, 64, 128, 4, 4), (128, 128, 64, 4, 3), (64, 64, 128, 4, 4))
 """Rows, columns, depth, warps, stages: of 13 shapes tried on all layers of a ResNet-50 at batch 128 (H100), the four
 that together come within 1 % of the best for each. 4 warps mean two blocks a multiprocessor: while one waits for its
 products, which Triton's integer products do at every step, the other computes."""
@@ -67,7 +67,7 @@ def candidates(product: Product, multiprocessors: int) -> list[Tile]:
     """At most four block shapes for `product`, no larger than it, and those of them that leave multiprocessors idle
     also with sums that are cut into parts, which run side by side."""
     found: list[Tile] = []
-    for rows, columns, depth, warps, stages in _FEW if _blocks(product, 128, 128) <= multiprocessors else _SHAPES:
+    for rows, columns, depth, warps, stages in _FEW if _blocks(product, 128, 128) <= multiprocessors else SHAPES:
         down, across = _block(product.rows, 16, rows), _block(product.columns, 16, columns)
         fewer = min(warps, max(1, down * across // 1024))
         tile = Tile(down, across, _block(product.depth, 32, depth), fewer, stages)

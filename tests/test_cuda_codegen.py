@@ -73,8 +73,8 @@ def test_no_product_and_sum_are_fused(kernels: list[dict[str, Any]]) -> None:
 
 
 SPILLED = {80: 24, 90: 65}
-"""Words that a thread stores, or loads again, of `LARGEST`: 128 results a thread and the sum of a residual behind a 3 x 3
-leave no registers. It is chosen for such a layer only where it is the fastest all the same."""
+"""Words that a thread stores, or loads again, of `LARGEST`: 128 results a thread and the sum of a residual behind a
+3 x 3 leave no registers. It is chosen for such a layer only where it is the fastest all the same."""
 LARGEST = "conv-tuned-128x128x128x4x3"
 
 

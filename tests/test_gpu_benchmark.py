@@ -117,11 +117,8 @@ def test_figures_of_another_machine_are_kept_and_marked(tmp_path: Path, monkeypa
     asked = [Row(name, "shown") for name in ("first", "second", "third")]
 
     def run(about: str, **measured: str) -> list[str]:
-        rows = Rows(asked, tmp_path, "# Heading", about) if not (tmp_path / "gpu.json").exists() else None
-        if rows is None:
-            known = read(tmp_path)
-            rows = Rows(asked, tmp_path, "# Heading", about)
-            rows.keep(known)
+        known, rows = read(tmp_path), Rows(asked, tmp_path, "# Heading", about)
+        rows.keep(known)
         for name, text in measured.items():
             rows.add(name, text, True)
         return [row.measured for row in rows.rows.values()]

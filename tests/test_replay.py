@@ -109,19 +109,26 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
+def assert_as_issued(
+    method: type[Trained], folder: Path, recorded: list[bool], monkeypatch: pytest.MonkeyPatch, **training: Any
+) -> None:
+    """Replayed steps give the weights that issued ones give, bit for bit."""
+    task = Toy(count=100)
+    replayed = weights(method, folder / "replayed", task, **training)
+    assert recorded == [True]
+    monkeypatch.setattr(qsweep.train, "_replayed", lambda issued, *_: issued)
+    issued = weights(method, folder / "issued", task, **training)
+    assert recorded == [True]
+    assert all(torch.equal(issued[name], replayed[name]) for name in issued)
+
+
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 def test_replayed_steps_train_to_the_same_bits(
     method: type[Trained], precision: str, tmp_path: Path, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = Toy(count=100)
-    replayed = weights(method, tmp_path / "replayed", task, precision=precision)
-    assert recorded == [True]
-    monkeypatch.setattr(qsweep.train, "_replayed", lambda issued, *_: issued)
-    issued = weights(method, tmp_path / "issued", task, precision=precision)
-    assert recorded == [True]
-    assert all(torch.equal(issued[name], replayed[name]) for name in issued)
+    assert_as_issued(method, tmp_path, recorded, monkeypatch, precision=precision)
 
 
 @needs_gpu
@@ -150,12 +157,7 @@ def test_a_recorded_training_that_was_killed_goes_on_to_the_same_bits(
 def test_a_compiled_step_is_recorded_and_trains_as_one_that_is_issued(
     tmp_path: Path, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = Toy(count=100)
-    replayed = weights(LSQ, tmp_path / "replayed", task, compile=True)
-    assert recorded == [True]
-    monkeypatch.setattr(qsweep.train, "_replayed", lambda issued, *_: issued)
-    issued = weights(LSQ, tmp_path / "issued", task, compile=True)
-    assert all(torch.equal(issued[name], replayed[name]) for name in issued)
+    assert_as_issued(LSQ, tmp_path, recorded, monkeypatch, compile=True)
 
 
 class Looking(Toy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,12 +14,12 @@ from torch import Tensor, fx
 from qsweep.cuda import linear, pointwise, pool
 from qsweep.cuda.buffers import NO_HALO, Halo, Value, channels_last
 from qsweep.cuda.layers import Product, product
-from qsweep.cuda.moves import copy, memory_order, move, windows
+from qsweep.cuda.moves import copy, inner_last, move, windows
 from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import output_of, ratio, side, table
 from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
-from qsweep.cuda.plan import ATTENTION, PRODUCTS, VIEWS, Plan
-from qsweep.cuda.rooms import Rooms, last_reads
+from qsweep.cuda.plan import PRODUCTS, VIEWS, Plan
+from qsweep.cuda.rooms import Forget, Rooms, last_reads
 from qsweep.cuda.steps import (
     Add,
     Dequantize,
@@ -32,27 +33,13 @@ from qsweep.cuda.steps import (
     Quantize,
     RowLayer,
     Step,
-    real_reads,
     writes,
-    writes_real,
 )
 from qsweep.hub.form import LINEARS, QUANTIZE, arguments, aten, constant, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
 
 Launch = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Forget:
-    """Lets go of what PyTorch has computed, so that its memory is free for what comes."""
-
-    floats: dict[fx.Node, Any]
-    nodes: list[fx.Node]
-
-    def __call__(self) -> None:
-        for node in self.nodes:
-            del self.floats[node]
 
 
 @dataclass
@@ -80,13 +67,14 @@ class Binding:
         self.places = Places(self.plan, self.rooms)
         self.invalid = torch.zeros(1, dtype=torch.int32, device=self.device)
         last = last_reads(self.plan, together=False)
-        computed = {step.node for step in self.plan.steps if isinstance(step, Float)}
+        ends: defaultdict[int, list[fx.Node]] = defaultdict(list)
+        for step in self.plan.steps:
+            if isinstance(step, Float):
+                ends[last[step.node, True]].append(step.node)
         for number, step in enumerate(self.plan.steps):
             self.rooms.begin(number)
             self._bind(step)
-            there = computed.intersection([*real_reads(step), *filter(None, [writes_real(step)])])
-            done = [node for node in there if last[node, True] == number]
-            self.launches += [Forget(self.floats, done)] if done and not self.keep else []
+            self.launches += [Forget(self.floats, ends[number])] if number in ends and not self.keep else []
 
     @property
     def products(self) -> list[Product]:
@@ -125,7 +113,7 @@ class Binding:
             pixels = value.around(NO_HALO, IMAGE_CHANNELS)
             pointwise.quantize_images(given, grid.scale, output_of(grid), pixels, invalid=self.invalid)
             return
-        out, given = _inner_last(out, given, by=given)
+        out, given = inner_last(out, given, by=given)
         pointwise.quantize(given, grid.scale, output_of(grid), out, invalid=self.invalid)
 
     def _layer(self, step: Layer) -> Product:
@@ -160,7 +148,7 @@ class Binding:
         bounds = step.bounds.low, step.bounds.high
 
         def run() -> None:
-            to, one, other = _inner_last(out, left, right)
+            to, one, other = inner_last(out, left, right)
             pointwise.add(
                 side(step.left, one, step.grid), side(step.right, other, step.grid), output, to, bounds=bounds
             )
@@ -187,7 +175,7 @@ class Binding:
         given, out = self.places[step.given.node].logical, self.places[step.out.node].logical
 
         def run() -> None:
-            to, values = _inner_last(out, given, by=given)
+            to, values = inner_last(out, given, by=given)
             pointwise.look_up(values, found, to)
 
         self.launches.append(run)
@@ -225,7 +213,7 @@ class Binding:
         self.floats[step.out] = out
 
         def run() -> None:
-            to, values = _inner_last(out, given)
+            to, values = inner_last(out, given)
             pointwise.dequantize(values, grid.scale, grid.zero_point, to)
 
         self.launches.append(run)
@@ -270,7 +258,7 @@ class Binding:
         target: Any = aten.reshape.default if node.target is aten.view.default else node.target  # layouts are ours
         for given in node.all_input_nodes:
             self._constant(given)
-        narrow = (node.target in PRODUCTS or node.target is ATTENTION) and self.attention != torch.float32
+        narrow = node.target in PRODUCTS and self.attention != torch.float32
         wide_again = narrow and any(user.target is not QUANTIZE for user in node.users)
 
         def run() -> None:
@@ -300,15 +288,6 @@ class Binding:
 
 def _for_products(node: fx.Node) -> bool:
     """Whether `node` is read by products of two activations alone, seen through views."""
-    ends = [user for user in node.users if user.target in PRODUCTS or user.target is ATTENTION]
+    ends = [user for user in node.users if user.target in PRODUCTS]
     views = [user for user in node.users if user.target in VIEWS]
     return bool(node.users) and len(ends) + len(views) == len(node.users) and all(map(_for_products, views))
-
-
-def _inner_last(out: Tensor, *others: Tensor, by: Tensor | None = None) -> list[Tensor]:
-    """All with their dimensions in the order in which those of `by`, else of `out`, lie in memory; where there are more
-    than kernels take, all as rows: those of `out` lie together, others are copied where theirs do not."""
-    if out.dim() > pointwise.DIMENSIONS:
-        return [out.view(-1, out.shape[-1]), *(other.reshape(-1, out.shape[-1]) for other in others)]
-    order = memory_order(out if by is None else by)
-    return [tensor.permute(order) for tensor in (out, *others)]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from qsweep.cuda.arithmetic import Tile
-from qsweep.cuda.bind import Binding, Forget
+from qsweep.cuda.bind import Binding
 from qsweep.cuda.capture import captured
 from qsweep.cuda.plan import plan
+from qsweep.cuda.rooms import Forget
 from qsweep.cuda.tune import tune
 from qsweep.errors import Refused
 from qsweep.hub.form import QuantizedModel

@@ -57,17 +57,26 @@ def copied(node: fx.Node, given: Tensor, out: Tensor) -> Launch:
         into = out.view(given.shape) if node.target in _RESHAPES else None
     except RuntimeError:
         into = None
-    if into is not None and given.dim() <= 4:
+    if into is not None and given.dim() <= pointwise.DIMENSIONS:
         return copy(given, into)
     return lambda: out.copy_(_applied(node, given))
 
 
 def copy(given: Tensor, out: Tensor) -> Launch:
     """Writes `given` into `out`, both int8 of one shape; the numbers beside each other in `out` come last."""
-    if out.dim() > 4:
+    if out.dim() > pointwise.DIMENSIONS:
         return partial(out.copy_, given)
-    order = memory_order(out)
-    return partial(pointwise.copy, given.permute(order), out.permute(order))
+    to, values = inner_last(out, given)
+    return partial(pointwise.copy, values, to)
+
+
+def inner_last(out: Tensor, *others: Tensor, by: Tensor | None = None) -> list[Tensor]:
+    """All with their dimensions in the order in which those of `by`, else of `out`, lie in memory; where there are more
+    than kernels take, all as rows: those of `out` lie together, others are copied where theirs do not."""
+    if out.dim() > pointwise.DIMENSIONS:
+        return [out.view(-1, out.shape[-1]), *(other.reshape(-1, out.shape[-1]) for other in others)]
+    order = memory_order(out if by is None else by)
+    return [tensor.permute(order) for tensor in (out, *others)]
 
 
 def memory_order(values: Tensor) -> list[int]:

@@ -29,12 +29,14 @@ class Places:
     """Values that are written into a concatenation, and at which channel."""
     found: dict[fx.Node, Value] = field(default_factory=dict)
     operands: dict[fx.Node, Operand] = field(init=False)
+    writers: dict[fx.Node, Step] = field(init=False)
     readers: dict[fx.Node, list[Step]] = field(init=False)
     images: set[fx.Node] = field(init=False)
 
     def __post_init__(self) -> None:
         steps = self.plan.steps
         self.operands = {value.node: value for step in steps if (value := writes(step)) is not None}
+        self.writers = {value.node: step for step in steps if (value := writes(step)) is not None}
         self.readers = {node: [] for node in self.operands}
         for step in steps:
             for node in set(reads(step)):
@@ -66,7 +68,7 @@ class Places:
         """
         if len(self.plan.shapes[node]) > DIMENSIONS:
             return None
-        written = any(isinstance(step, Quantize) and step.out.node is node for step in self.plan.steps)
+        written = isinstance(self.writers[node], Quantize)
         reader = self.readers[node][0] if len(self.readers[node]) == 1 else None
         if not written or not isinstance(reader, Move):
             return None
@@ -93,15 +95,12 @@ class Places:
     def _is_image(self, node: fx.Node) -> bool:
         """Images have their channels last, but for what a layer norm gives; sequences do where convolutions give or
         read them."""
-        if self._transposed(node) is not None or any(
-            isinstance(step, Norm) and step.out.node is node for step in self.plan.steps
-        ):
+        if self._transposed(node) is not None or isinstance(self.writers[node], Norm):
             return False
         if len(self.plan.shapes[node]) != 3:
             return len(self.plan.shapes[node]) == 4
-        layers = [step for step in self.plan.steps if isinstance(step, Layer) and self.operands[node] == writes(step)]
-        layers += [step for step in self.readers[node] if isinstance(step, Layer)]
-        return any(layer.node.target in CONVOLUTIONS for layer in layers)
+        around = [self.writers[node], *self.readers[node]]
+        return any(isinstance(step, Layer) and step.node.target in CONVOLUTIONS for step in around)
 
     def narrow(self, node: fx.Node) -> bool:
         """Whether it is an image whose pixels take 4 bytes, no part of any other value."""

@@ -88,15 +88,16 @@ class Plan:
         return on_integers, on_integers + sum(self.work[step.node] for step in self.steps if isinstance(step, Float))
 
 
+ATTENTION = aten.scaled_dot_product_attention.default
 PRODUCTS = {
     aten.matmul.default,
     aten.mm.default,
     aten.bmm.default,
     aten.addmm.default,
     aten.baddbmm.default,
+    ATTENTION,
 }
 """Products of two activations."""
-ATTENTION = aten.scaled_dot_product_attention.default
 VIEWS = {
     aten.view.default,
     aten.reshape.default,

@@ -6,11 +6,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qsweep.cuda.plan import ATTENTION, PRODUCTS, Plan
+from qsweep.cuda.plan import PRODUCTS, Plan
 from qsweep.cuda.steps import Float, Move, Step, reads, real_reads, writes, writes_real
 from qsweep.hub.form import COMPUTE, aten
 
@@ -50,7 +51,7 @@ def last_reads(plan: Plan, *, together: bool) -> dict[Key, int]:
 def _may_be_views(step: Step) -> bool:
     if isinstance(step, Move):
         return step.node.target is not aten.max_pool2d.default
-    return isinstance(step, Float) and step.node.target not in {*PRODUCTS, ATTENTION, *COMPUTE}
+    return isinstance(step, Float) and step.node.target not in PRODUCTS | COMPUTE
 
 
 def _joined(last: dict[Key, int], others: dict[Key, set[Key]]) -> dict[Key, int]:
@@ -112,3 +113,15 @@ class Rooms:
         free = self._free[frame]
         fits = [place for place, room in enumerate(free) if count <= room.numel() - _SLACK <= _WASTE * count]
         return free.pop(min(fits, key=lambda place: free[place].numel())) if fits else None
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Lets go of what PyTorch has computed, so that its memory is free for what comes."""
+
+    floats: dict[fx.Node, Any]
+    nodes: list[fx.Node]
+
+    def __call__(self) -> None:
+        for node in self.nodes:
+            del self.floats[node]

@@ -206,28 +206,31 @@ class Networks:
         name, batch = asked.MAIN
         with self.rows.guard(asked.MEMORY), torch.no_grad():
             self.bench.need(10)
-            found, makers = {}, {"int8": partial(self.chain, name, batch)}
+            found, makers = {}, {"int8": partial(self._chained, name, batch)}
             for label in ("bf16", "fp32"):
-                makers[f"{label} graph"] = partial(self._plain, name, batch, label, DTYPES[label])
+                makers[f"{label} graph"] = partial(self._graph, name, batch, DTYPES[label])
             for label, make in makers.items():
                 self.bench.clear()
                 memory = gpu.DeviceMemory()
-                kept = make()
-                found[label] = memory.bytes()
-                del kept
+                call = make()
+                found[label] = memory.bytes(call)
+                del call
             self.rows.add(asked.MEMORY, ", ".join(f"{label} {n / 2**20:.0f} MiB" for label, n in found.items()), True)
+
+    def _chained(self, name: str, batch: int) -> Call:
+        chain, given = self.chain(name, batch)
+        return lambda: chain(given)
+
+    def _graph(self, name: str, batch: int, dtype: torch.dtype) -> Call:
+        return self._captured(*self._float(name, batch, dtype))
 
     def energy(self) -> None:
         """Of int8, and of bf16 captured, on the same images."""
         name, batch = asked.MAIN
         with self.rows.guard(asked.ENERGY), torch.no_grad():
             self.bench.need(10)
-            chain, given = self.chain(name, batch)
-            runs: dict[str, Call] = {
-                "int8": lambda: chain(given),
-                "bf16 graph": self._captured(*self._float(name, batch, torch.bfloat16)),
-            }
-            found = {label: gpu.energy(call, len(given)) if self.bench.gpu else {} for label, call in runs.items()}
+            runs = {"int8": self._chained(name, batch), "bf16 graph": self._graph(name, batch, torch.bfloat16)}
+            found = {label: gpu.energy(call, batch) if self.bench.gpu else {} for label, call in runs.items()}
             if not all(found.values()):
                 self.rows.add(asked.ENERGY, "not measured (the machine does not tell: NVML is missing)", None)
                 return

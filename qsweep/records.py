@@ -63,7 +63,8 @@ class Metrics(Config):
     peak_memory_bytes: float | None = _metric("minimize")
     """Peak resident memory of the measuring process above its level before the artifact was loaded."""
     peak_device_memory_bytes: float | None = _metric("minimize")
-    """On a GPU: peak of what tensors take on it, above the level before the artifact was loaded."""
+    """On a GPU: what tensors and captured graphs take on it at the peak of a call, above the level before the artifact
+    was loaded; not what compiling and tuning take for a while."""
     energy_mj: float | None = _metric("minimize")
     """Millijoules of one sample at the target's batch size, where the machine tells its power: on NVIDIA GPUs with NVML
     (`pip install nvidia-ml-py`) the integral over half a second of back-to-back calls."""

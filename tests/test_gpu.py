@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qsweep.engines.inductor import Inductor
 from qsweep.errors import Refused
 from qsweep.hub.export import float_graph
 from qsweep.machine import fingerprint, gpu, no_gpu
-from qsweep.measure.gpu import DeviceMemory, Reading, calls_for, energy, joules, read, summary
+from qsweep.measure.gpu import DeviceMemory, Reading, calls_for, energy, joules, kept_by_graphs, read, summary
 from qsweep.measure.latency import latency
 from qsweep.records import Metrics
 from qsweep.spec import Measure
@@ -58,6 +59,30 @@ def test_the_float_engine_gives_the_models_outputs_on_a_gpu(compile: bool, captu
         torch.testing.assert_close(run(inputs.cuda()).cpu(), model.graph(inputs), rtol=2e-3, atol=2e-3)
     with pytest.raises(Refused, match="takes inputs"):
         run(inputs[:4].cuda())
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_what_a_graph_keeps_for_its_replays_counts_and_what_was_tried_before_does_not() -> None:
+    from qsweep.cuda.capture import captured
+
+    a = torch.randn(2048, 2048, device="cuda")
+    memory = DeviceMemory()
+    assert memory.bytes(lambda: (a + 1) + 2) == 2 * a.nbytes
+    assert memory.bytes(lambda: None) == 0
+    torch.cat([a] * 20)  # as a tuner does
+    run = captured(lambda x: (x + 1) + 2, a)
+    assert 3 * a.nbytes <= memory.bytes(partial(run, a)) < 4 * a.nbytes  # its input, both sums
+    del run
+    assert memory.bytes(lambda: None) == 0
+
+
+def test_memory_of_graphs_is_what_no_tensor_holds_in_their_pools() -> None:
+    sizes = [(0, 0, 100, 30), (0, 1, 100, 30), (0, 2, 50, 50), (1, 1, 8, 0)]
+    segments = [
+        {"segment_pool_id": (one, other), "total_size": total, "allocated_size": held, "blocks": []}
+        for one, other, total, held in sizes
+    ]
+    assert kept_by_graphs(segments) == 78
 
 
 def readings(*points: tuple[float, float]) -> list[Reading]:
@@ -105,9 +130,7 @@ def test_sensors_tell_nothing_where_there_is_no_gpu() -> None:
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_latency_memory_and_energy_are_measured_on_a_gpu() -> None:
     a = torch.randn(2048, 2048, device="cuda")
-    memory = DeviceMemory()
     found = latency(lambda x: x @ x, lambda x: x @ x @ x, a, Measure(latency_pairs=10, latency_seconds=0.1))
-    assert memory.bytes() >= a.nbytes
     assert 0 < found["latency_low_ms"] <= found["latency_ms"] <= found["latency_high_ms"]
     assert found["latency_ratio"] < 1
     metrics = energy(lambda: a @ a, 1)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 Call = Callable[[], object]
 
+_COMMON_POOL = (0, 0)
+"""Of all that is not captured."""
 _LEAST_MS = 1.0
 """Of one timed block of calls: events resolve about half a microsecond, and recording two takes some more."""
 _BLOCK_MS = 20.0
@@ -45,19 +47,37 @@ def timer(call: Call) -> Callable[[], float]:
 
 
 class DeviceMemory:
-    """Counts from its creation: `bytes()` is the peak of what tensors take on the device above the level at the start.
+    """Counts from its creation: `bytes(call)` is what tensors and graphs hold on the device above the level at the
+    start, at the peak of one more `call`.
 
-    The CUDA context and loaded kernels, the same for every artifact, are not in it.
+    What loading took for a while is not in it, as compilers and tuners try much; nor are the CUDA context and loaded
+    kernels, the same for every artifact.
     """
 
     def __init__(self) -> None:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self._start = torch.cuda.memory_allocated()
+        self._start = torch.cuda.memory_allocated() + _kept()
 
-    def bytes(self) -> float:
+    def bytes(self, call: Call) -> float:
         torch.cuda.synchronize()
-        return float(max(0, torch.cuda.max_memory_allocated() - self._start))
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return float(max(0, torch.cuda.max_memory_allocated() + _kept() - self._start))
+
+
+def _kept() -> int:
+    torch.cuda.empty_cache()  # what graphs kept that are gone
+    return kept_by_graphs(torch.cuda.memory_snapshot())  # type: ignore[no-untyped-call]
+
+
+def kept_by_graphs(segments: Iterable[Mapping[str, Any]]) -> int:
+    """Bytes of a snapshot's `segments` that no tensor holds and yet are taken: each replay of a graph writes there."""
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in segments
+        if tuple(segment["segment_pool_id"]) != _COMMON_POOL
+    )
 
 
 class Reading(NamedTuple):

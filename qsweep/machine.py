@@ -55,6 +55,24 @@ def no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "`device: cuda` needs a CUDA device (PyTorch finds none)"
 
 
+def no_kernels() -> str | None:
+    """Why Triton, and so `torch.compile`, cannot run kernels on the CUDA device, or None.
+
+    Triton builds what launches them with the machine's C compiler, the first time and whenever its cache is empty;
+    images of CUDA without development tools have none.
+    """
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_target()
+    except ImportError:
+        return "Triton is not installed: `pip install 'qsweep[cuda]'`"
+    except Exception as error:  # of whatever type its drivers and the compiler raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"Triton cannot start, which needs a C compiler (gcc or clang) and Python's headers: {reason[:200]}"
+    return None
+
+
 def gpu() -> str:
     """Name of the current CUDA device, its capability and memory, empty where there is none."""
     import torch

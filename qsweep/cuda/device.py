@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 import torch
 
+from qsweep.machine import no_kernels
+
 OLDEST = (8, 0)
 """Compute capability from which on there are matrix instructions for int8 that the kernels compile to."""
 
@@ -28,4 +30,4 @@ def refusal(device: torch.device | str = "cuda") -> str | None:
     if found < OLDEST:
         name = torch.cuda.get_device_name(device)
         return f"it needs compute capability 8.0 (Ampere) or newer: {name} has {found[0]}.{found[1]}"
-    return None
+    return no_kernels()

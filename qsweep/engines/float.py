@@ -29,10 +29,13 @@ class Float(EngineConfig):
     records are marked as simulated wherever they are shown."""
 
     def available(self) -> str | None:
-        from qsweep.machine import no_compiler
+        from qsweep.machine import no_compiler, no_kernels
 
-        lacking = no_compiler() if self.compile and self.device == "cpu" else None
-        return super().available() or (lacking and f"{lacking}; `compile: false` needs none")
+        reason = super().available()
+        if reason is not None or not self.compile:
+            return reason
+        lacking = no_compiler() if self.device == "cpu" else no_kernels()
+        return lacking and f"{lacking}; `compile: false` needs none"
 
     def refuses(self, config: Compression) -> str | None:
         if config.quantize is None or config.quantize.in_float or self.simulate:
@@ -55,5 +58,5 @@ class Float(EngineConfig):
 
         return runner(folder, self, compile=self.compile, integers=False)
 
-    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
-        return 0.0
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
+        return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gpu_asked as asked
 import torch
 from gpu_clock import Bench, Call
@@ -9,7 +11,9 @@ from gpu_rows import Rows
 from torch import Tensor
 
 from qsweep.cuda.arithmetic import Output, Requantize
+from qsweep.cuda.layers import Product
 from qsweep.cuda.linear import linear, linear_w4, linear_w4_float, pack_weight, pack_weight4
+from qsweep.cuda.tune import tune
 
 _COPIES = 12
 """Weights that take turns, so that each has left the cache when it is read again."""
@@ -40,10 +44,20 @@ def _measured(bench: Bench, count: int) -> tuple[dict[str, float], list[str]]:
     requantize = Requantize(zeros.int(), scale, Output(3))
     packed, packed4 = [*map(pack_weight, weights)], [*map(pack_weight4, weights)]
     out8, out4, out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(half)
+    products = [
+        Product("", f"{kernel.__name__} {count}x{side}x{side}", count, side, side, partial(kernel, x, weight[0], *rest))
+        for kernel, weight, rest in (
+            (linear, packed, (requantize, out8)),
+            (linear_w4, packed4, (requantize, out4)),
+        )
+    ]
+    if bench.gpu:
+        tune(products, bench.device)
+    tile8, tile4 = (product.tile for product in products)
     turns: dict[str, Call] = {
         "bf16": lambda: [torch.mm(half, weight.t(), out=out) for weight in halves],
-        "int8": lambda: [linear(x, weight, requantize, out8) for weight in packed],
-        "int8, weights of 4 bits": lambda: [linear_w4(x, weight, requantize, out4) for weight in packed4],
+        "int8": lambda: [linear(x, weight, requantize, out8, tile=tile8) for weight in packed],
+        "int8, weights of 4 bits": lambda: [linear_w4(x, weight, requantize, out4, tile=tile4) for weight in packed4],
         "bf16, weights of 4 bits": lambda: [linear_w4_float(half, weight, scale, zeros, out) for weight in packed4],
     }
     for call in turns.values():

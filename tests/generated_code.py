@@ -106,19 +106,32 @@ def stem() -> object:
     return conv.conv2d(x, packed, numbers(64), i8(4, 112, 112, 64), stride=(2, 1), tile=Tile(128, 64, 64))
 
 
-def static(tile: Tile, depth: int = 256, columns: int = 256, *, table: bool = False) -> object:
-    weight = linear.pack_weight(i8(columns, depth))
-    return linear.linear(i8(512, depth), weight, numbers(columns, table=table), i8(512, columns), tile=tile)
+def static(tile: Tile, *, count: int = 512, depth: int = 256, table: bool = False) -> Callable[[], object]:
+    def call() -> object:
+        x, weight, out = i8(count, depth), linear.pack_weight(i8(256, depth)), i8(count, 256)
+        return linear.linear(x, weight, numbers(256, table=table), out, tile=tile)
+
+    return call
 
 
-def dynamic() -> object:
-    weight, one = linear.pack_weight(i8(128, 256)), torch.zeros(128)
-    return linear.linear_dynamic(torch.zeros(64, 256), weight, one, one, torch.zeros(64, 128), tile=Tile(64, 64, 128))
+def rows(tile: Tile) -> Callable[[], object]:
+    def call() -> object:
+        scale, one, weight = torch.zeros(256), torch.zeros(128), linear.pack_weight(i8(128, 256))
+        return linear.linear_rows(i8(256, 256), scale, weight, one, one, torch.zeros(256, 128), tile=tile)
+
+    return call
 
 
-def four_bits() -> object:
-    weight = linear.pack_weight4(i8(128, 512))
-    return linear.linear_w4(i8(16, 512), weight, numbers(128), i8(16, 128), tile=Tile(16, 64, 128))
+def quantize_rows() -> object:
+    return linear.quantize_rows(torch.zeros(256, 250), i8(256, 256), torch.zeros(256))
+
+
+def four_bits(tile: Tile) -> Callable[[], object]:
+    def call() -> object:
+        weight = linear.pack_weight4(i8(128, 2048))
+        return linear.linear_w4(i8(16, 2048), weight, numbers(128), i8(16, 128), tile=tile)
+
+    return call
 
 
 def four_bits_float() -> object:
@@ -178,20 +191,23 @@ def fake(dtype: torch.dtype, *, rows: int = 1, moving: bool = False) -> Callable
     return call
 
 
+TUNED = {"x".join(map(str, shape)): Tile(*shape) for shape in (*tune.SHAPES, *tune.FEW)}
+NARROW = {"x".join(map(str, shape)): Tile(16, *shape[1:]) for shape in tune.NARROW}
 CASES: dict[str, Callable[[], object]] = {
     "conv": convolution(128, 128, Tile(128, 128, 64, 8)),
     "conv-residual": convolution(128, 128, Tile(128, 128, 128, 8), residual=True),
-    **{
-        f"conv-tuned-{'x'.join(map(str, shape))}": convolution(128, 128, Tile(*shape), residual=True)
-        for shape in tune.SHAPES
-    },
+    **{f"conv-tuned-{name}": convolution(128, 128, tile, residual=True) for name, tile in TUNED.items()},
+    **{f"linear-rows-tuned-{name}": rows(tile) for name, tile in TUNED.items()},
     "conv-narrow": convolution(16, 16, Tile(128, 16, 64)),
     "conv-image": stem,
     "conv-split": convolution(64, 64, Tile(64, 64, 64, split=4), residual=True),
-    "linear": lambda: static(Tile(128, 256, 128, 8)),
-    "linear-table": lambda: static(Tile(128, 128, 128, 4), table=True),
-    "linear-dynamic": dynamic,
-    "linear-w4": four_bits,
+    "linear": static(Tile(128, 256, 128, 8)),
+    "linear-table": static(Tile(128, 128, 128, 4), table=True),
+    **{f"few-rows-{name}": static(tile, count=16, depth=2048) for name, tile in NARROW.items()},
+    **{f"few-rows-w4-{name}": four_bits(tile) for name, tile in NARROW.items()},
+    "linear-rows": rows(Tile(64, 64, 128)),
+    "quantize-rows": quantize_rows,
+    "linear-w4": four_bits(Tile(16, 64, 128)),
     "linear-w4-float": four_bits_float,
     "depthwise": separable(5),
     "quantize": quantize,

@@ -22,7 +22,7 @@ from qsweep.cuda.chain import Chain
 from qsweep.cuda.layers import Product
 from qsweep.cuda.numbers import check_scales
 from qsweep.cuda.plan import ATTENTION, plan
-from qsweep.cuda.steps import Float, Layer, Map, Move, Norm, RowLayer
+from qsweep.cuda.steps import Float, Layer, Map, Move, Norm, RowLayer, Rows
 from qsweep.cuda.tune import MOST, Tiles, candidates
 from qsweep.errors import Refused
 from qsweep.hub.form import DEQUANTIZE, QUANTIZE, RECTIFIERS, QuantizedModel, aten, grid_of, nodes_of, set_constant
@@ -140,7 +140,7 @@ def test_rows_that_set_their_own_grids_are_multiplied_as_the_contract_says(bits:
     inputs[1], inputs[2] = 0.0, inputs[2] * 1e6
     assert torch.equal(chain(inputs.to(device)).cpu(), IntegerInterpreter(model.graph)(inputs))
     assert chain.integer_share == 1.0
-    assert {type(step) for step in chain.plan.steps} == {RowLayer, Float}
+    assert {type(step) for step in chain.plan.steps} == {Rows, RowLayer, Float}
 
 
 def test_tokens_of_a_transformer_set_their_own_grids(root: Path, device: str) -> None:
@@ -419,6 +419,12 @@ def test_few_block_shapes_are_tried_and_none_is_larger_than_its_layer(sizes: tup
         assert tile.rows <= max(16, 2 * sizes[0])
         assert tile.columns <= max(16, 2 * sizes[1])
         assert tile.depth <= max(32, 2 * sizes[2])
+
+
+def test_layers_of_few_rows_are_offered_narrow_blocks_for_which_no_sums_are_added_up() -> None:
+    found = candidates(product(1, 4096, 4096), 132)
+    assert any(tile.columns == 32 and tile.split == 1 for tile in found)
+    assert all(tile.rows == 16 and tile.warps == 4 for tile in found)
 
 
 def test_sums_of_small_batches_are_cut_into_parts() -> None:

@@ -353,12 +353,20 @@ def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() * (1 / scale)[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
+def quantized_rows(x: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    count, depth = x.shape
+    rows = torch.full((count, -(-depth // 16) * 16), UNTOUCHED, dtype=torch.int8, device=device)
+    scale = torch.empty((count,), device=device)
+    linear.quantize_rows(x.to(device), rows, scale)
+    return rows, scale
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_get_their_own_grids(dtype: torch.dtype, device: str) -> None:
     x = (torch.randn(6, 100, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
     x[1] = 0
     x[2] *= 0.001
-    q, scale = linear.quantize_rows(x.to(device)[:, :83])
+    q, scale = quantized_rows(x[:, :83], device)
     expected, expected_scale = rows_of(x[:, :83])
     assert torch.equal(q[:, :83].cpu(), expected)
     assert torch.equal(scale.cpu(), expected_scale)
@@ -367,7 +375,7 @@ def test_rows_get_their_own_grids(dtype: torch.dtype, device: str) -> None:
 
 def test_rows_of_tiny_huge_and_undefined_values_keep_to_themselves(device: str) -> None:
     x = torch.tensor([[1e-45, -1e-40], [2e-29, 1e-29], [3e38, -3e38], [math.nan, 1], [math.inf, 1], [1, 2]])
-    q, scale = linear.quantize_rows(x.to(device))
+    q, scale = quantized_rows(x, device)
     finite = [0, 1, 2, 5]
     expected, expected_scale = rows_of(x[finite])
     assert torch.equal(q[finite, :2].cpu(), expected)
@@ -375,7 +383,7 @@ def test_rows_of_tiny_huge_and_undefined_values_keep_to_themselves(device: str) 
     assert scale[[3, 4]].isnan().all()
     out = torch.empty((6, 16), device=device)
     one, weight = torch.ones(16, device=device), torch.ones((16, 2), dtype=torch.int8)
-    linear.linear_dynamic(x.to(device), linear.pack_weight(weight).to(device), one, None, out, tile=SMALL)
+    linear.linear_rows(q, scale, linear.pack_weight(weight).to(device), one, None, out, tile=SMALL)
     assert out[[3, 4]].isnan().all()
     assert out[finite].isfinite().all()
 
@@ -388,7 +396,7 @@ def test_a_dynamic_linear_is_exact_but_for_its_float32_end(dtype: torch.dtype, w
     scale, bias = torch.rand(21, generator=g) * 0.01, torch.randn(21, generator=g)
     out = torch.empty((19, 21), dtype=dtype, device=device)
     packed, given = linear.pack_weight(weight).to(device), bias.to(device) if with_bias else None
-    linear.linear_dynamic(x.to(device), packed, scale.to(device), given, out, tile=SMALL)
+    linear.linear_rows(*quantized_rows(x, device), packed, scale.to(device), given, out, tile=SMALL)
     q, row_scale = rows_of(x)
     expected = (q.double() @ weight.double().T).float() * row_scale[:, None] * scale
     assert torch.equal(out.cpu(), (expected + bias if with_bias else expected).to(dtype))

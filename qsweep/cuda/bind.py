@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.cuda import linear, pointwise, pool
-from qsweep.cuda.buffers import NO_HALO, Halo, Value, channels_last
-from qsweep.cuda.layers import Product, product
+from qsweep.cuda.buffers import NO_HALO, Halo, Value, channels_last, up
+from qsweep.cuda.layers import Product, product, row_product
 from qsweep.cuda.moves import copy, inner_last, move, windows
 from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import output_of, ratio, side, table
@@ -32,6 +32,7 @@ from qsweep.cuda.steps import (
     Pool,
     Quantize,
     RowLayer,
+    Rows,
     Step,
     writes,
 )
@@ -60,7 +61,9 @@ class Binding:
     invalid: Tensor = field(init=False)
     """int32 (1,): not 0 where a NaN was quantized."""
     _images: dict[fx.Node, Value] = field(default_factory=dict)
-    _rows: dict[fx.Node, Value] = field(default_factory=dict)
+    _matrices: dict[fx.Node, Value] = field(default_factory=dict)
+    _rows: dict[fx.Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Integers and scales."""
 
     def __post_init__(self) -> None:
         self.rooms = Rooms(self.plan, self.device, shared=not self.keep)
@@ -87,8 +90,11 @@ class Binding:
                 self.launches.append(partial(self._quantize, step, self.places[step.out.node]))
             case Layer():
                 self.launches.append(self._layer(step))
+            case Rows():
+                self._quantize_rows(step)
             case RowLayer():
-                self.launches.append(self._row_layer(step))
+                out = self._real(step.node)
+                self.launches.append(row_product(self.plan.graph, step, *self._rows[step.rows], out))
             case Add():
                 self._add(step)
             case Pool():
@@ -126,20 +132,15 @@ class Binding:
             other = step.residual and self._image(step.residual, NO_HALO)
         return product(self.plan.graph, step, given, other.logical if other else None, out)
 
-    def _row_layer(self, step: RowLayer) -> Launch:
-        graph, stored, out = self.plan.graph, source(step.node, 1), self._real(step.node)
-        integers, scale = constant(graph, stored), constant(graph, stored.args[1])
-        bias = constant(graph, step.node.args[2]) if len(step.node.args) > 2 else None
-        assert integers is not None and scale is not None
-        weight, scale = linear.pack_weight(integers).to(self.device), scale.detach().float().to(self.device)
-        bias = None if bias is None else bias.detach().float().to(self.device)
-        rows = out.view(-1, out.shape[-1])
-
-        def run() -> None:
-            given = self.floats[step.given]
-            linear.linear_dynamic(given.reshape(-1, given.shape[-1]), weight, scale, bias, rows, high=step.high)
-
-        return run
+    def _quantize_rows(self, step: Rows) -> None:
+        depth = self.plan.shapes[step.given][-1]
+        count = self.plan.shapes[step.given].numel() // depth
+        room = self.rooms.take((step.out, False), count * (up(depth) + torch.float32.itemsize))
+        rows, scale = room[: count * up(depth)].view(count, -1), room[count * up(depth) :].view(torch.float32)
+        self._rows[step.out] = rows, scale
+        self.launches.append(
+            lambda: linear.quantize_rows(_as_rows(self.floats[step.given]), rows, scale, high=step.high)
+        )
 
     def _add(self, step: Add) -> None:
         out = self.places[step.out].logical if step.grid else self._real(step.out)
@@ -190,7 +191,7 @@ class Binding:
         rest = (*parts, sizes["eps"], grid.scale, output_of(grid), out, self.invalid)
 
         def run() -> None:
-            layer_norm(sides or self.floats[source(step.node)].reshape(-1, width), *rest)
+            layer_norm(sides or _as_rows(self.floats[source(step.node)]), *rest)
 
         self.launches.append(run)
 
@@ -203,7 +204,7 @@ class Binding:
             rows = values
         if rows.dim() == 2 and rows.stride(1) == 1:
             return rows
-        return self._copied(operand.node, Value(values), self._rows, image=False).logical.view(-1, width)
+        return self._copied(operand.node, Value(values), self._matrices, image=False).logical.view(-1, width)
 
     def _dequantize(self, step: Dequantize) -> None:
         given, grid = self.places[step.given.node].logical, step.given.grid
@@ -245,7 +246,7 @@ class Binding:
     def _matrix(self, operand: Operand) -> Value:
         """Where the rows of `operand` lie one number beside the other; copied there once if they do not."""
         value = self.places[operand.node]
-        return value if value.rows_together else self._copied(operand.node, value, self._rows, image=False)
+        return value if value.rows_together else self._copied(operand.node, value, self._matrices, image=False)
 
     def _copied(self, node: fx.Node, value: Value, copies: dict[fx.Node, Value], *, image: bool) -> Value:
         if node not in copies:
@@ -284,6 +285,12 @@ class Binding:
         value = real_weight(self.plan.graph, node) if node.target in STORED else constant(self.plan.graph, node)
         assert value is not None
         self.floats[node] = value.detach().to(self.device)
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """(..., K) as (M, K), the numbers of a row side by side; copied where they do not lie so."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _for_products(node: fx.Node) -> bool:

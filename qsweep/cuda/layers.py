@@ -15,7 +15,7 @@ from qsweep.cuda.arithmetic import Tile
 from qsweep.cuda.buffers import Value, channels_last, up
 from qsweep.cuda.numbers import requantize, residual
 from qsweep.cuda.place import IMAGE_CHANNELS, padding_of
-from qsweep.cuda.steps import Layer
+from qsweep.cuda.steps import Layer, RowLayer
 from qsweep.hub.form import LINEARS, arguments, aten, constant, source, weight_bits_of
 
 W4_ROWS = 64
@@ -39,6 +39,8 @@ class Product:
     depth: int
     """Sums, and products in each."""
     launch: Callable[..., Any]
+    splits: bool = True
+    """Whether the kernel can split the products of a sum among programs."""
     tile: Tile | None = None
     """None: the kernel's own choice."""
 
@@ -57,6 +59,26 @@ def product(graph: fx.GraphModule, layer: Layer, given: Value, other: Tensor | N
         made = _convolution(graph, layer, integers, given, other, out)
     made.name = str(source(stored).target)
     return made
+
+
+def row_product(graph: fx.GraphModule, layer: RowLayer, rows: Tensor, row_scale: Tensor, out: Tensor) -> Product:
+    """`layer` from rows (M, KP) with scales (M,) into `out` (M, N)."""
+    node, stored = layer.node, source(layer.node, 1)
+    integers, scale = constant(graph, stored), constant(graph, stored.args[1])
+    assert integers is not None and scale is not None
+    bias = constant(graph, node.args[2]) if len(node.args) > 2 else None
+    launch = partial(
+        linear.linear_rows,
+        rows,
+        row_scale,
+        linear.pack_weight(integers).to(out.device),
+        scale.detach().float().to(out.device),
+        None if bias is None else bias.detach().float().to(out.device),
+        out,
+    )
+    (count, columns), depth = out.shape, rows.shape[1]
+    kind = f"linear_rows {count}x{columns}x{depth} {str(out.dtype).removeprefix('torch.')}"
+    return Product(str(source(stored).target), kind, count, columns, depth, launch, splits=False)
 
 
 def _linear(

@@ -45,23 +45,22 @@ def linear(
     return out
 
 
-def linear_dynamic(
-    x: Tensor,
+def linear_rows(
+    rows: Tensor,
+    row_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     out: Tensor,
     *,
-    high: int = 127,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Write x @ (weight * weight_scale).T + bias into `out`, each row of `x` on a symmetric grid of its own.
+    """Write (rows * row_scale) @ (weight * weight_scale).T + bias into `out`, and return it.
 
-    `x`: float32, bfloat16 or float16 (M, K), any row stride. `weight`: from `pack_weight`. `weight_scale`, `bias`:
-    float32 (N,). `out`: (M, N), float32, bfloat16 or float16, any row stride. The sums are exact; in float32, in this
-    order: f32(sum) * row_scale * weight_scale + bias. Rows: see `quantize_rows`.
+    `rows`, `row_scale`: from `quantize_rows`. `weight`: from `pack_weight`. `weight_scale`, `bias`: float32 (N,).
+    `out`: (M, N), float32, bfloat16 or float16, any row stride. The sums are exact; in float32, in this order:
+    f32(sum) * row_scale * weight_scale + bias.
     """
-    rows, row_scale = quantize_rows(x, high)
     (count, depth), columns = rows.shape, len(weight)
     check_offsets(rows, weight, out)
     tile = tile or default_tile(count, columns, depth, depth)
@@ -88,17 +87,18 @@ def linear_dynamic(
     return out
 
 
-def quantize_rows(x: Tensor, high: int = 127) -> tuple[Tensor, Tensor]:
-    """Integers int8 (M, KP), zeros past K, and scales float32 (M,), of float rows (M, K).
+def quantize_rows(x: Tensor, rows: Tensor, scale: Tensor, *, high: int = 127) -> None:
+    """Write float rows `x` as integers to `rows`, each on a symmetric grid of its own, zeros past K, and to `scale`.
 
-    scale = max|x| / high, q = round(x * (1 / scale)) within +-high. Rows whose scale would be under 2^-102 become all 0
-    with scale 1 (their inverse would overflow); a NaN or infinity in a row makes its scale NaN, and so its results.
+    `x`: float32, bfloat16 or float16 (M, K), any row stride. `rows`: int8 (M, KP), KP = K rounded up to 16. `scale`:
+    float32 (M,). scale = max|x| / high, q = round(x * (1 / scale)) within +-high. Rows whose scale would be under
+    2^-102 become all 0 with scale 1 (their inverse would overflow); a NaN or infinity in a row makes its scale NaN, and
+    so its results.
     """
-    count, depth = x.shape
+    (count, depth), padded = x.shape, rows.shape[1]
+    assert padded == round_up(depth, 16)
+    assert x.stride(1) == 1
     check_offsets(x)
-    padded = round_up(depth, 16)
-    rows = torch.empty((count, padded), dtype=torch.int8, device=x.device)
-    scale = torch.empty((count,), dtype=torch.float32, device=x.device)
     block = min(4096, power_of_two(padded))
     quantize_each_row[(count,)](
         x,
@@ -113,7 +113,6 @@ def quantize_rows(x: Tensor, high: int = 127) -> tuple[Tensor, Tensor]:
         BK=block,
         **EXACT,
     )
-    return rows, scale
 
 
 def pack_weight4(weight: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Places:
         self.writers = {value.node: step for step in steps if (value := writes(step)) is not None}
         self.readers = {node: [] for node in self.operands}
         for step in steps:
-            for node in set(reads(step)):
+            for node in self.operands.keys() & reads(step):
                 self.readers[node].append(step)
         self.homes = _homes(self.plan, self.operands)
         self.halos = _halos(self.plan, self.homes)

@@ -27,6 +27,7 @@ from qsweep.cuda.steps import (
     Pool,
     Quantize,
     RowLayer,
+    Rows,
     Step,
     writes,
 )
@@ -124,16 +125,8 @@ class _Waiting:
     """As its real value would be computed; a Map or a Norm with a grid that does not count."""
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows on grids of their own, which only the kernel of a linear makes."""
-
-    given: fx.Node
-    high: int
-
-
-_State = Operand | _Waiting | _Rows | None
-"""What a node's value is: integers, waiting, rows, or (None) a constant or a float value."""
+_State = Operand | _Waiting | Rows | None
+"""What a node's value is: integers, waiting, rows on grids of their own, or (None) a constant or a float value."""
 
 
 def plan(model: QuantizedModel, batch_size: int) -> Plan:
@@ -155,6 +148,8 @@ class _Planner:
     states: dict[fx.Node, _State] = field(default_factory=dict)
     real: set[fx.Node] = field(default_factory=set)
     """Nodes whose float value has a step."""
+    rows: set[fx.Node] = field(default_factory=set)
+    """Nodes whose rows have one."""
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def visit(self, node: fx.Node) -> None:
@@ -175,7 +170,7 @@ class _Planner:
             return given
         if node.target is QUANTIZE_ROWS:
             self._make_real(source(node))
-            return _Rows(source(node), cast(int, node.args[2]))
+            return Rows(node, source(node), cast(int, node.args[2]))
         if node.target is aten.layer_norm.default:
             return self._norm(node, given)
         if isinstance(given, _Waiting):
@@ -187,8 +182,11 @@ class _Planner:
     def _float(self, node: fx.Node) -> None:
         given = self.states.get(source(node)) if node.args and isinstance(node.args[0], fx.Node) else None
         stored = node.target in LINEARS and source(node, 1).target is DEQUANTIZE_WEIGHT
-        if isinstance(given, _Rows) and stored:
-            self.steps.append(RowLayer(node, given.given, given.high))
+        if isinstance(given, Rows) and stored:
+            if given.out not in self.rows:
+                self.rows.add(given.out)
+                self.steps.append(given)
+            self.steps.append(RowLayer(node, given.out))
             return
         for value in node.all_input_nodes:
             self._make_real(value)
@@ -252,7 +250,7 @@ class _Planner:
         out = Operand(node, grid)
         if isinstance(given, Operand):
             return Map(out, None, given)
-        if given is None or isinstance(given, _Rows):
+        if given is None or isinstance(given, Rows):
             self._make_real(source(node))
             return Quantize(out, source(node))
         if isinstance(given.step, Norm) and not given.step.sides:
@@ -269,7 +267,7 @@ class _Planner:
         self.real.add(node)
         if isinstance(state, Operand):
             self.steps.append(Dequantize(node, state))
-        elif isinstance(state, _Rows) or isinstance(state.step, Map | Norm):
+        elif isinstance(state, Rows) or isinstance(state.step, Map | Norm):
             self._float(node)
         else:
             self.steps.append(state.step)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.cuda.plan import PRODUCTS, Plan
-from qsweep.cuda.steps import Float, Move, Step, reads, real_reads, writes, writes_real
+from qsweep.cuda.steps import Float, Move, Rows, Step, reads, real_reads, writes, writes_real
 from qsweep.hub.form import COMPUTE, aten
 
 Key = tuple[fx.Node, bool]
@@ -36,6 +36,7 @@ def last_reads(plan: Plan, *, together: bool) -> dict[Key, int]:
         given = [*((node, False) for node in reads(step)), *((node, True) for node in real_reads(step))]
         integers, real = writes(step), writes_real(step)
         out = [] if integers is None else [(integers.node, False)]
+        out += [(step.out, False)] if isinstance(step, Rows) else []
         out += [] if real is None else [(real, True)]
         last |= dict.fromkeys([*given, *out], number)
         written.update(out)

@@ -54,13 +54,20 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class RowLayer:
-    """A linear, op `node`, on rows of `given`, a float value, each on a symmetric grid of its own up to `high`; its
-    result is real."""
+class Rows:
+    """The rows of `given`, a float value, as integers, each on a symmetric grid of its own up to `high`."""
 
-    node: fx.Node
+    out: fx.Node
     given: fx.Node
     high: int
+
+
+@dataclass(frozen=True)
+class RowLayer:
+    """A linear, op `node`, on what the step `Rows` of the node `rows` gives; its result is real."""
+
+    node: fx.Node
+    rows: fx.Node
 
 
 @dataclass(frozen=True)
@@ -129,11 +136,13 @@ class Float:
     node: fx.Node
 
 
-Step = Quantize | Layer | RowLayer | Add | Pool | Move | Map | Norm | Dequantize | Float
+Step = Quantize | Layer | Rows | RowLayer | Add | Pool | Move | Map | Norm | Dequantize | Float
 
 
 def reads(step: Step) -> tuple[fx.Node, ...]:
-    """The integer values that `step` reads."""
+    """The integer values that `step` reads, rows too."""
+    if isinstance(step, RowLayer):
+        return (step.rows,)
     if isinstance(step, Layer):
         return (step.given.node,) if step.residual is None else (step.given.node, step.residual.node)
     if isinstance(step, Add):
@@ -144,17 +153,17 @@ def reads(step: Step) -> tuple[fx.Node, ...]:
 
 
 def writes(step: Step) -> Operand | None:
-    """The integer value that `step` gives, if it gives one."""
+    """The integer value on one grid that `step` gives, if it gives one."""
     if isinstance(step, Layer) and step.then is not None:
         return step.then.out
     if isinstance(step, Layer | Add | Pool):
         return None if step.grid is None else Operand(step.out, step.grid)
-    return None if isinstance(step, RowLayer | Dequantize | Float) else step.out
+    return None if isinstance(step, Rows | RowLayer | Dequantize | Float) else step.out
 
 
 def real_reads(step: Step) -> tuple[fx.Node, ...]:
     """The real values that `step` reads, constants too."""
-    if isinstance(step, Quantize | RowLayer):
+    if isinstance(step, Quantize | Rows):
         return (step.given,)
     if isinstance(step, Norm):
         return () if step.sides else (source(step.node),)

@@ -28,8 +28,12 @@ SHAPES = ((128, 128, 128, 4, 3), (128, 64, 128, 4, 4), (128, 128, 64, 4, 3), (64
 """Rows, columns, depth, warps, stages: of 13 shapes tried on all layers of a ResNet-50 at batch 128 (H100), the four
 that together come within 1 % of the best for each. 4 warps mean two blocks a multiprocessor: while one waits for its
 products, which Triton's integer products do at every step, the other computes."""
-_FEW = ((128, 128, 128, 8, 4), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (64, 64, 128, 4, 4))
+FEW = ((128, 128, 128, 8, 4), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (64, 64, 128, 4, 4))
 """For layers with fewer large blocks than there are multiprocessors: two groups of warps in a block take turns then."""
+FEW_ROWS = 64
+NARROW = ((64, 128, 128, 4, 4), (64, 64, 128, 4, 4), (64, 32, 256, 4, 4), (64, 32, 512, 4, 3))
+"""For layers of at most so many rows, which are bound by reading their weights: narrow and deep blocks put more
+multiprocessors to it without sums that must be added up by one more kernel. Not measured yet."""
 
 
 def cache_folder() -> Path:
@@ -67,13 +71,15 @@ def candidates(product: Product, multiprocessors: int) -> list[Tile]:
     """At most four block shapes for `product`, no larger than it, and those of them that leave multiprocessors idle
     also with sums that are cut into parts, which run side by side."""
     found: list[Tile] = []
-    for rows, columns, depth, warps, stages in _FEW if _blocks(product, 128, 128) <= multiprocessors else SHAPES:
+    narrow, few = product.rows <= FEW_ROWS, _blocks(product, 128, 128) <= multiprocessors
+    of_a_warp = 128 if narrow else 1024
+    for rows, columns, depth, warps, stages in NARROW if narrow else FEW if few else SHAPES:
         down, across = _block(product.rows, 16, rows), _block(product.columns, 16, columns)
-        fewer = min(warps, max(1, down * across // 1024))
+        fewer = min(warps, max(1, down * across // of_a_warp))
         tile = Tile(down, across, _block(product.depth, 32, depth), fewer, stages)
         if tile not in found:
             found.append(tile)
-    parts = [replace(tile, split=_parts(product, tile, multiprocessors)) for tile in found]
+    parts = [replace(tile, split=_parts(product, tile, multiprocessors)) for tile in found if product.splits]
     return [*found, *(tile for tile in parts if tile.split > 1)]
 
 
@@ -98,10 +104,10 @@ def tune(products: Sequence[Product], device: torch.device, tiles: Tiles | None 
     what inputs happen to lie there. Needs a CUDA device."""
     gpu = torch.cuda.get_device_properties(device)
     tiles = tiles or Tiles(gpu.name)
-    new = {product.kind: product for product in products if product.kind not in tiles.known}
+    working = _compiled(((each, tiles.known[each.kind]) for each in products if each.kind in tiles.known), device)
+    new = {each.kind: each for each in products if (each.kind, tiles.known.get(each.kind)) not in working}
     trials = {kind: candidates(product, gpu.multi_processor_count) for kind, product in new.items()}
-    known = [(product, tiles.known[product.kind]) for product in products if product.kind in tiles.known]
-    working = _compiled([*known, *((new[kind], tile) for kind, shapes in trials.items() for tile in shapes)], device)
+    working |= _compiled(((new[kind], tile) for kind, shapes in trials.items() for tile in shapes), device)
     found = {}
     for kind, product in new.items():
         times = {tile: milliseconds(product, tile) for tile in trials[kind] if (kind, tile) in working}

@@ -51,6 +51,14 @@ def test_every_trial_is_on_the_page_and_failed_ones_say_why(html: str) -> None:
     assert "top-1 agreement must be at least 0.95 (got 0.31) <on w2>" in text
 
 
+def test_the_quickest_is_held_against_the_quickest_float_of_its_device_and_batch_size(html: str) -> None:
+    assert "ptq-w8s-a8a, 1.60 times as fast as bf16, the quickest float" in Page(html).text
+    target = {"engine": "cuda", "device": "cuda", "batch_size": 4}
+    moved = [r.model_copy(update={"config": r.config | {"target": target}}) if r.number == 1 else r for r in records()]
+    assert "2.00 times as fast as fp32, the quickest float" in Page(pareto_html(finished(moved), spec())).text
+    assert "the quickest float" not in Page(pareto_html(finished(moved)[1:], spec())).text
+
+
 def test_text_from_a_sweep_is_escaped(html: str) -> None:
     assert "<on w2>" not in html
     assert "&lt;i&gt;" in hover_text(record(0, "<i>", 0.9, 1.0, 1.0))

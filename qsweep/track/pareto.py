@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
@@ -14,6 +15,21 @@ Point = tuple[float, ...]
 def baseline(records: Iterable[Record], name: str = "fp32") -> Record | None:
     """The baseline row called `name`, if it has finished."""
     return next((r for r in records if r.kind == "baseline" and r.name == name and r.state == "complete"), None)
+
+
+def quickest_float(records: Iterable[Record], beside: Record) -> Record | None:
+    """Of the baselines in fp32, bf16 and fp16 the quickest on the device and at the batch size of `beside`: what a
+    speedup is to be held against."""
+    floats = [
+        r for r in records
+        if r.kind == "baseline" and r.state == "complete" and _place(r) == _place(beside)
+        and (r.config["compress"]["quantize"] or {"method": "cast"})["method"] == "cast"
+    ]  # fmt: skip
+    return min(floats, key=lambda r: r.metrics.latency_ratio or float("inf"), default=None)
+
+
+def _place(record: Record) -> tuple[Any, ...]:
+    return tuple(record.config["target"].get(name) for name in ("device", "batch_size", "threads"))
 
 
 def front(records: Sequence[Record], spec: Spec) -> list[Record]:

@@ -8,7 +8,7 @@ from typing import Any
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
 from qsweep.track.charts import scatter
-from qsweep.track.pareto import baseline, front
+from qsweep.track.pareto import baseline, front, quickest_float
 from qsweep.track.table import TITLES, Column, draws_text, engine_text, mixed_bits, value_of
 from qsweep.track.view import DASHBOARDS
 
@@ -74,9 +74,18 @@ def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
         title = TITLES.get(name, name.replace("_", " "))
         unit = title.rpartition(" ")[2] if " " in title else ""
         value = f"{Column(name, title).text(getattr(best.metrics, name))} {unit}".strip()
-        tiles.append({"what": f"front: best {name.partition('_')[0]}", "value": value, "which": best.name})
+        which = f"{best.name}{_speedup(records, best) if name.startswith('latency') else ''}"
+        tiles.append({"what": f"front: best {name.partition('_')[0]}", "value": value, "which": which})
     measured = sum(r.state == "complete" and r.duplicate_of is None for r in records)
     return [*tiles, {"what": "on the front", "value": str(len(members)), "which": f"of {measured} measured"}]
+
+
+def _speedup(records: Sequence[Record], best: Record) -> str:
+    """Over the quickest float, which on most machines is not fp32."""
+    other, ratio = quickest_float(records, best), best.metrics.latency_ratio
+    if other is None or not ratio or not other.metrics.latency_ratio:
+        return ""
+    return f", {other.metrics.latency_ratio / ratio:.2f} times as fast as {other.name}, the quickest float"
 
 
 def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]:

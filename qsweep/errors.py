@@ -98,6 +98,22 @@ class Crashed(TrialFailure):
     retry = True
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """`error`, if it is not qsweep's own, and what has led to it, the compiler's way of telling included."""
+    found: BaseException | None = error
+    while found is not None:
+        if not isinstance(found, QsweepError):
+            yield found
+        found = found.__cause__ or getattr(found, "inner_exception", None)
+
+
+def why(error: BaseException) -> str:
+    """Why, in one line: the type and the first words of what began it, which compilers wrap many times."""
+    *_, first = causes(error)
+    text = str(first).strip()
+    return f"{type(first).__name__}: {text.splitlines()[0][:300]}" if text else type(first).__name__
+
+
 def failure(kind: str, message: str) -> QsweepError:
     """The failure named `kind` again, from a record."""
     return {each.__name__: each for each in _all(QsweepError)}.get(kind, TrialFailure)(message)

@@ -6,7 +6,7 @@ import copy
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
-from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure
+from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, causes
 from qsweep.evaluate import check, predict
 from qsweep.hub.export import float_graph
 from qsweep.hub.save import structure
@@ -151,9 +151,11 @@ def _measure(job: Job) -> Result:
     if (peak := memory.bytes()) is not None:
         metrics["peak_memory_bytes"] = peak
     if device_memory is not None:
-        metrics["peak_device_memory_bytes"] = device_memory.bytes()
+        metrics["peak_device_memory_bytes"] = device_memory.bytes(partial(run, inputs))
     with job.clock("load"):
-        metrics["int8_mac_fraction"] = engine.integer_macs(job.artifact, run, inputs)
+        built = json.loads((job.folder / "build.json").read_text())
+        all_macs = len(inputs) * built["metrics"]["macs"]
+        metrics["int8_mac_fraction"] = engine.integer_macs(job.artifact, run, inputs) / max(1, all_macs)
         other = _baseline_runner(job)
     job.alone("accuracy")
     pin(engine.threads)
@@ -246,15 +248,6 @@ _OF_THE_DEVICE = (
 """What errors say that are plain RuntimeErrors, of libraries and compilers."""
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error`, if it is not qsweep's own, and what has led to it, the compiler's way of telling included."""
-    found: BaseException | None = error
-    while found is not None:
-        if not isinstance(found, QsweepError):
-            yield found
-        found = found.__cause__ or getattr(found, "inner_exception", None)
-
-
 def _known(error: Exception) -> QsweepError:
     text = str(error)
     if isinstance(error, BundleError) and error.__cause__ is not None:
@@ -262,7 +255,7 @@ def _known(error: Exception) -> QsweepError:
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if full or (isinstance(error, OSError | SafetensorError | RuntimeError) and "No space left" in text):
         return DiskFull(f"no space left for the artifact ({text})")
-    for cause in _causes(error):
+    for cause in causes(error):
         text = str(cause)
         broken = isinstance(cause, torch.AcceleratorError) or any(mark in text for mark in _OF_THE_DEVICE)
         short = "out of memory" in text or "ALLOC_FAILED" in text

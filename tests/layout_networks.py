@@ -106,6 +106,50 @@ class Deep(nn.Module):
         return out
 
 
+class Tokens(nn.Module):
+    """Pixels as tokens, which one sample gives as a view; several layers read the same ones."""
+
+    def __init__(self, normed: bool = True) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 12, 2, 2), nn.LayerNorm(12) if normed else nn.Identity()
+        self.query, self.key, self.value, self.head = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).flatten(2).transpose(1, 2))
+        mixed = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        logits: Tensor = self.head(mixed.mean(1))
+        return logits
+
+
+class Transposed(nn.Module):
+    """Most of its work has no integer kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.last = (
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.ConvTranspose2d(8, 8, 2, 2),
+            nn.Conv2d(8, 4, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.up(F.relu(self.first(x))))).mean((2, 3))
+
+
+class Mixed(nn.Module):
+    """Its attention is a sum that names its indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 0]
+        weights = torch.einsum("btd,bsd->bts", self.first(x), self.second(x)).softmax(-1)
+        logits: Tensor = self.last(torch.einsum("bts,bsd->btd", weights, x).mean(1))
+        return logits
+
+
 class Drawn(nn.Module):
     """Convolutions, sums, concatenations, pads, pools, cuts and moves of images, as `seed` has it; reads several."""
 

@@ -82,7 +82,29 @@ def test_gpus_without_the_matrix_instructions_are_refused_by_name(
     wanted = f"it needs compute capability 8.0 (Ampere) or newer: Tesla T4 has {capability[0]}.{capability[1]}"
     assert refusal() == wanted
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("qsweep.cuda.device.no_kernels", lambda: None)
     assert refusal() is None
+
+
+class Uncompiled:
+    """A driver of Triton that has just been asked to build what launches kernels."""
+
+    def get_current_target(self) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
+
+
+def test_a_gpu_for_which_nothing_can_be_compiled_is_refused_but_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Uncompiled())
+    for reason in (Cuda().available(), Float(device="cuda").available()):
+        assert reason is not None
+        assert "needs a C compiler (gcc or clang) and Python's headers: Failed to find C compiler." in reason
+        assert "More" not in reason
+    assert "`compile: false` needs none" in str(Float(device="cuda").available())
+    assert Float(device="cuda", compile=False).available() is None
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +154,7 @@ def test_an_artifact_read_again_gives_the_references_outputs(
     chain = Chain(load(tmp_path), 2, device, {})
     inputs = Noise(2).inputs
     assert torch.equal(chain(inputs.to(device)).cpu(), IntegerInterpreter(model.graph)(inputs))
-    assert engine.integer_macs(tmp_path, chain, inputs) == 1.0
+    assert engine.integer_macs(tmp_path, chain, inputs) == 2 * model.macs
 
 
 @pytest.mark.skipif(NO_GPU, reason="needs a CUDA device")

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
 import torch
-import torch.nn.functional as F
-from layout_networks import ConvNeXt, Deep, Drawn, Gated, NormedSequence, Summed, Viewed, Windowed
+from layout_networks import (
+    ConvNeXt,
+    Deep,
+    Drawn,
+    Gated,
+    Mixed,
+    NormedSequence,
+    Summed,
+    Tokens,
+    Transposed,
+    Viewed,
+    Windowed,
+)
 from networks import Noise, context
 from torch import Tensor, nn
 
 from qsweep.cuda.chain import Chain
+from qsweep.cuda.steps import RowLayer, Rows
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.integer import IntegerInterpreter, integer_macs
+from qsweep.hub.integer import IntegerInterpreter
 from qsweep.quantize.ptq import PTQ
 
 
-def quantized(model: nn.Module, folder: Path, seed: int = 0) -> QuantizedModel:
+def quantized(model: nn.Module, folder: Path, seed: int = 0, **fields: Any) -> QuantizedModel:
     inputs = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return PTQ(calibration_samples=20).apply(model.eval(), context(folder, "model", task=Noise(inputs=inputs)))
+    method = PTQ.model_validate({"calibration_samples": 20} | fields)
+    return method.apply(model.eval(), context(folder, "model", task=Noise(inputs=inputs)))
 
 
 def assert_equal(model: QuantizedModel, batch: int, device: str, tolerance: float = 0.0) -> None:
@@ -44,33 +58,17 @@ def test_any_layout_gives_what_the_reference_gives(
     assert_equal(quantized(kind(), tmp_path), batch, device, tolerance=0.0 if exact else 0.02)
 
 
-class Transposed(nn.Module):
-    """Most of its work has no integer kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.up, self.last = (
-            nn.Conv2d(1, 8, 3, padding=1),
-            nn.ConvTranspose2d(8, 8, 2, 2),
-            nn.Conv2d(8, 4, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.up(F.relu(self.first(x))))).mean((2, 3))
-
-
-class Mixed(nn.Module):
-    """Its attention is a sum that names its indices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, 0]
-        weights = torch.einsum("btd,bsd->bts", self.first(x), self.second(x)).softmax(-1)
-        logits: Tensor = self.last(torch.einsum("bts,bsd->btd", weights, x).mean(1))
-        return logits
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("normed", "mode"), [(False, "token"), (True, "token"), (True, "static")])
+def test_tokens_that_lie_as_an_image_does_are_read_as_rows(
+    normed: bool, mode: str, batch: int, tmp_path: Path, device: str
+) -> None:
+    torch.manual_seed(0)
+    model = quantized(Tokens(normed), tmp_path, activation_mode=mode)
+    assert_equal(model, batch, device, tolerance=0.02)
+    steps = Chain(model, batch, device, {}).plan.steps
+    made, layers = (sum(isinstance(step, kind) for step in steps) for kind in (Rows, RowLayer))
+    assert (made, layers) == ((2, 4) if mode == "token" else (0, 0))  # query, key and value read the same
 
 
 @pytest.mark.parametrize(
@@ -82,9 +80,7 @@ def test_whatever_op_multiplies_counts_against_the_share_of_integers(
 ) -> None:
     torch.manual_seed(0)
     model = quantized(kind(), tmp_path)
-    wanted = integer / (integer + real)
-    assert Chain(model, 2, device, {}).integer_share == pytest.approx(wanted)
-    assert integer_macs(IntegerInterpreter(model.graph), torch.randn(2, 1, 8, 8)) == pytest.approx(wanted)
+    assert Chain(model, 2, device, {}).plan.macs == (2 * integer, 2 * (integer + real))
 
 
 @pytest.mark.parametrize("seed", range(24))

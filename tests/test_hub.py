@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qsweep.errors import BundleError, ExportFailure, NotFinite
 from qsweep.hub.export import export
-from qsweep.hub.form import QUANTIZE, QuantizedModel, aten, nodes_of
+from qsweep.hub.form import QUANTIZE, QuantizedModel, aten, nodes_of, source
 from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.packing import pack, unpack
 from qsweep.hub.save import GRAPH, WEIGHTS, load, save
@@ -148,6 +148,32 @@ def test_convolutions_of_sequences_to_the_same_size_have_paddings_in_numbers() -
     found = export(model.eval(), INPUTS[:2])
     assert len(nodes_of(found.graph, {aten.conv1d.default})) == 1
     assert torch.equal(found.graph(INPUTS), model(INPUTS))
+
+
+def test_layers_that_read_the_same_tokens_share_what_they_read() -> None:
+    def both(x: Tensor, one: nn.Module, other: nn.Module) -> Tensor:
+        x = x[:, 0]
+        return torch.cat([one(x), other(x)], 2)
+
+    model = Function(both, nn.Linear(8, 4), nn.Linear(8, 4))
+    found = export(model.eval(), INPUTS[:2])
+    first, second = nodes_of(found.graph, {aten.linear.default})
+    assert first.args[0] is second.args[0]
+    torch.testing.assert_close(found.graph(INPUTS), model(INPUTS))
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(8, 8).tril().bool(), torch.ones(1, 8, 8).tril().bool()])
+def test_attention_without_heads_is_that_of_one_head(mask: Tensor | None) -> None:
+    def mixed(x: Tensor) -> Tensor:
+        x = x[:, 0]
+        return F.scaled_dot_product_attention(x, x.sigmoid(), x.tanh(), mask)
+
+    model = Function(mixed)
+    found = export(model.eval(), INPUTS[:2])
+    (attention,) = nodes_of(found.graph, {aten.scaled_dot_product_attention.default})
+    one_head = mask is None or mask.dim() == 2  # a mask for each sample has no place for heads
+    assert (source(attention).target is aten.unsqueeze.default) == one_head
+    torch.testing.assert_close(found.graph(INPUTS), model(INPUTS))
 
 
 def batch_norm(norm: nn.Module) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qsweep.engines._onnx_graph import add_weights, without_weights
-from qsweep.errors import BundleError, Refused
+from qsweep.errors import BundleError, Refused, why
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.save import DAMAGE, load_weights, save_weights
 
@@ -63,8 +62,8 @@ def runner(folder: Path, engine: EngineConfig) -> Runner:
     return run
 
 
-def integer_macs(folder: Path, engine: EngineConfig, inputs: Tensor) -> float:
-    """Share of integer multiply-accumulates among those that ONNX Runtime's own profile shows for one call."""
+def integer_macs(folder: Path, engine: EngineConfig, inputs: Tensor) -> int:
+    """Those of integer kernels, from ONNX Runtime's own profile of one call."""
     content = complete(folder)
     with tempfile.TemporaryDirectory() as scratch:
         session = _session(content, engine, profile=str(Path(scratch) / "profile"))
@@ -72,18 +71,17 @@ def integer_macs(folder: Path, engine: EngineConfig, inputs: Tensor) -> float:
         session.run(None, {given.name: inputs.numpy()})
         events = json.loads(Path(session.end_profiling()).read_text())
     kernels = _kernel_sizes(content)
-    macs: Counter[bool] = Counter()
+    macs = 0
     for event in events:
         operator = event.get("args", {}).get("op_name")
-        if event["name"].endswith("_kernel_time") and operator in _FLOAT | _INTEGER:
+        if event["name"].endswith("_kernel_time") and operator in _INTEGER:
             output = math.prod(next(iter(event["args"]["output_type_shape"][0].values())))
             name = event["name"].removesuffix("_kernel_time").split("_token_")[0]
             inner = kernels.get(name) or next(iter(event["args"]["input_type_shape"][0].values()))[-1]
-            macs[operator in _INTEGER] += output * inner
-    return macs[True] / max(1, macs.total())
+            macs += output * inner
+    return macs
 
 
-_FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 _INTEGER = {
     "QLinearConv",
     "ConvInteger",
@@ -102,7 +100,7 @@ def _kernel_sizes(content: onnx.ModelProto) -> dict[str, int]:
     found = {}
     for node in content.graph.node:
         shape = shapes.get(node.input[1]) if len(node.input) > 1 else None
-        if shape and node.op_type in _FLOAT:
+        if shape and node.op_type in ("Conv", "Gemm", "MatMul"):
             transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
             by_rows = transposed or "Conv" in node.op_type
             found[node.name] = math.prod(shape[1:]) if by_rows else shape[-2]
@@ -122,4 +120,4 @@ def _session(content: onnx.ModelProto, engine: EngineConfig, profile: str | None
     try:
         return onnxruntime.InferenceSession(content.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exception types share no public base
-        raise Refused(f"ONNX Runtime cannot load the model: {str(error).splitlines()[0][:300]}") from error
+        raise Refused(f"ONNX Runtime cannot load the model: {why(error)}") from error

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsweep.errors import Refused
+from qsweep.errors import Refused, why
 from qsweep.hub.form import (
     COMPUTE,
     DEQUANTIZE,
@@ -138,7 +138,7 @@ def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
                 graph, (example,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False, external_data=False
             )
     except Exception as error:  # the exporter raises many types; all mean that this engine cannot take the model
-        raise Refused(f"`torch.onnx` cannot export the model: {str(error).splitlines()[0][:300]}") from error
+        raise Refused(f"`torch.onnx` cannot export the model: {why(error)}") from error
     assert program is not None
     return program.model_proto
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.engines._torch_graph import unsigned, with_grid_input, with_image_convolutions
-from qsweep.errors import Refused
+from qsweep.errors import Refused, why
+from qsweep.hub.form import DEQUANTIZE, source
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation
 
@@ -44,7 +45,7 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool, integers: bool)
     except MemoryError:
         raise
     except Exception as error:  # the compiler raises dozens of types; all mean that it cannot take the model
-        raise Refused(f"Inductor cannot compile the model: {str(error).splitlines()[0][:300]}") from error
+        raise Refused(f"Inductor cannot compile the model: {why(error)}") from error
     return run
 
 
@@ -84,17 +85,20 @@ def compiled(graph: fx.GraphModule, *examples: Tensor) -> Any:
     return partial(call, grids)
 
 
-def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> float:
-    """Share of integer kernels, from the calls that PyTorch's profiler shows for one batch.
+def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> int:
+    """Those of integer kernels, from the calls that PyTorch's profiler shows for one batch.
 
-    Calls and the layers of the graph come in the same order, so each call's multiply-accumulates are its layer's.
+    Where not all quantized layers have become integer kernels: calls and the layers of the graph come in the same
+    order, so that each call's multiply-accumulates are its layer's.
     """
     layers = load(folder).layers()
     kernels = [name for name in _calls(run, inputs) if name in _INTEGER | _FLOAT]
-    if len(kernels) != len(layers):
-        raise Refused(f"the profile shows {len(kernels)} matrix kernels for {len(layers)} layers")
-    integer = sum(layer.macs for layer, name in zip(layers, kernels, strict=True) if name in _INTEGER)
-    return integer / max(1, sum(layer.macs for layer in layers))
+    found = [layer for layer in layers if source(layer.node).target is DEQUANTIZE]
+    if sum(name in _INTEGER for name in kernels) != len(found):
+        if len(kernels) != len(layers):
+            raise Refused(f"the profile shows {len(kernels)} matrix kernels for {len(layers)} layers")
+        found = [layer for layer, name in zip(layers, kernels, strict=True) if name in _INTEGER]
+    return len(inputs) * sum(layer.macs for layer in found)
 
 
 def _calls(run: Runner, inputs: Tensor) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from qsweep.cuda.capture import captured
 from qsweep.engines._torch import channels_last_input, channels_last_weights
-from qsweep.errors import Refused
+from qsweep.errors import Refused, why
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation
 from qsweep.machine import no_gpu
@@ -35,7 +35,7 @@ def gpu_runner(folder: Path, engine: EngineConfig, *, compile: bool, capture: bo
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # not the model's fault: the device's
         raise
     except Exception as error:  # the compiler raises dozens of types; all mean that it cannot take the model
-        raise Refused(f"the model cannot run on the GPU: {str(error).splitlines()[0][:300]}") from error
+        raise Refused(f"the model cannot run on the GPU: {why(error)}") from error
 
 
 def compiled(graph: fx.GraphModule, example: Tensor) -> Callable[[Tensor], Tensor]:

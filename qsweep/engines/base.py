@@ -82,5 +82,5 @@ class EngineConfig(Config, ABC):
         write_program(artifact, out)
 
     @abstractmethod
-    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
-        """Share of the multiply-accumulates of one call that ran on integer kernels, as the runtime tells."""
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
+        """Multiply-accumulates of a call on `inputs` that ran on integer kernels, as the runtime tells."""

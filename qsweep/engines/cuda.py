@@ -62,8 +62,8 @@ class Cuda(EngineConfig):
         products = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.products]
         return Chain(load(folder), self.batch_size, self.device, products=products)
 
-    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
         from qsweep.cuda.chain import Chain
 
         assert isinstance(runner, Chain)
-        return runner.integer_share
+        return runner.plan.macs[0]

@@ -46,7 +46,7 @@ class Inductor(EngineConfig):
 
         return runner(folder, self, compile=True, integers=True)
 
-    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
         from qsweep.engines._torch import integer_macs
 
         return integer_macs(folder, runner, inputs)

@@ -50,7 +50,7 @@ class OnnxRuntime(EngineConfig):
 
         onnx.save(complete(artifact), out / "model.onnx")
 
-    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
         from qsweep.engines._onnx import integer_macs
 
         return integer_macs(folder, self, inputs)

@@ -38,7 +38,9 @@ class Reference(EngineConfig):
 
         return IntegerInterpreter(load(folder).graph)
 
-    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> float:
-        from qsweep.hub.integer import integer_macs
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
+        from qsweep.hub.integer import IntegerInterpreter
 
-        return integer_macs(runner, inputs)
+        assert isinstance(runner, IntegerInterpreter)
+        runner(inputs)
+        return runner.integer_macs

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
+from qsweep.hub.macs import counted
 from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT, LOOK_UP, QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED
 
 aten = torch.ops.aten
@@ -131,6 +132,13 @@ class QuantizedModel:
             ShapeProp(self.graph).propagate(self.example)
         nodes = [node for node in nodes_of(self.graph, COMPUTE) if constant(self.graph, node.args[1]) is not None]
         return [self._layer(node, node.meta["tensor_meta"].shape) for node in nodes]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample, whatever op they are in: those of layers, of products of two activations,
+        of transposed convolutions."""
+        with torch.no_grad():
+            return counted(lambda: self.graph(self.example))[1] // len(self.example)
 
     def layer_bits(self) -> dict[str, int]:
         """Bits of the weights of each layer, as they are stored, by the name of the weight."""

@@ -9,7 +9,6 @@ the only op that is not exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -32,7 +31,6 @@ from qsweep.hub.form import (
     pool_count,
     rectified,
 )
-from qsweep.hub.macs import counted
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS, row_scale
 
 
@@ -262,10 +260,3 @@ def _real(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_real(item) for item in value]
     return value.real() if isinstance(value, Integers | Accumulator | Sum | Rows) else value
-
-
-def integer_macs(runner: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
-    """Share of integer multiply-accumulates in one call of an IntegerInterpreter."""
-    assert isinstance(runner, IntegerInterpreter)
-    _, macs = counted(lambda: runner(inputs))
-    return runner.integer_macs / max(1, macs)

@@ -42,7 +42,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
     rewrites = _functional, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes, _with_pools
-    for rewrite in (*rewrites, _with_sized_paddings, _with_flat_linears, _rectified_first):
+    for rewrite in (*rewrites, _with_sized_paddings, _with_heads, _with_flat_linears, _rectified_first):
         rewrite(graph)
         graph.graph.eliminate_dead_code()
     _check_ops(graph)
@@ -224,16 +224,33 @@ def _replace_adaptive(graph: fx.GraphModule, node: fx.Node, shape: list[int]) ->
         _replace(node, graph.graph.call_function(aten.avg_pool2d.default, (node.args[0], window, window)))
 
 
-def _with_flat_linears(graph: fx.GraphModule) -> None:
-    """Linears over (..., features) as linears over (N, features), which runtimes have a kernel with bias for."""
+def _with_heads(graph: fx.GraphModule) -> None:
+    """Attention over (batch, tokens, features) as that of one head, which is what exporters know."""
     call = graph.graph.call_function
+    for node in nodes_of(graph, {aten.scaled_dot_product_attention.default}):
+        given, mask = node.args[:3], arguments(node)["attn_mask"]
+        flat = all(value.meta["val"].dim() == 3 for value in given if isinstance(value, fx.Node))
+        if len(given) == 3 and flat and (mask is None or mask.meta["val"].dim() == 2):
+            with graph.graph.inserting_before(node):
+                heads = [call(aten.unsqueeze.default, (value, 1)) for value in given]
+                attended = call(aten.scaled_dot_product_attention.default, (*heads, *node.args[3:]), node.kwargs)
+                _replace(node, call(aten.squeeze.dim, (attended, 1)))
+            graph.graph.erase_node(node)  # nothing else does: it may draw what it drops
+
+
+def _with_flat_linears(graph: fx.GraphModule) -> None:
+    """Linears over (..., features) as linears over (N, features), which runtimes have a kernel with bias for; those
+    that read the same share what they read."""
+    call = graph.graph.call_function
+    flat: dict[fx.Node, fx.Node] = {}
     for node in nodes_of(graph, LINEARS):
         before, after = _shape(source(node)), _shape(node)
         if before is None or after is None or len(before) == 2:
             continue
         with graph.graph.inserting_before(node):
-            flat = call(aten.reshape.default, (node.args[0], [-1, before[-1]]))
-            linear = call(aten.linear.default, (flat, *node.args[1:]))
+            if source(node) not in flat:
+                flat[source(node)] = call(aten.reshape.default, (node.args[0], [-1, before[-1]]))
+            linear = call(aten.linear.default, (flat[source(node)], *node.args[1:]))
             _replace(node, call(aten.reshape.default, (linear, after)))
 
 

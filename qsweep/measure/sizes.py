@@ -43,7 +43,10 @@ def _contents(artifact: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def work(model: QuantizedModel) -> dict[str, float]:
-    """`macs`, `bit_operations`, `params`, `sparsity`, `size_theoretical_bytes` of one model."""
+    """`macs`, `bit_operations`, `params`, `sparsity`, `size_theoretical_bytes` of one model.
+
+    What is no layer, such as a product of two activations, counts at the bits of the model's type.
+    """
     layers = model.layers()
     bits = {layer.name: layer.weight_bits for layer in layers}
     weights = {layer.name: _real(model, layer) for layer in layers}
@@ -55,11 +58,13 @@ def work(model: QuantizedModel) -> dict[str, float]:
         for name, value in constants.items()
     )
     params = {name: value for name, value in constants.items() if name not in beside}
+    macs = model.macs
     total = sum(weight.numel() for weight in weights.values())
     zeros = sum(int((weight == 0).sum()) for weight in weights.values())
     return {
-        "macs": sum(layer.macs for layer in layers),
-        "bit_operations": sum(layer.macs * layer.weight_bits * layer.activation_bits for layer in layers),
+        "macs": macs,
+        "bit_operations": sum(layer.macs * layer.weight_bits * layer.activation_bits for layer in layers)
+        + (macs - sum(layer.macs for layer in layers)) * (8 * model.dtype.itemsize) ** 2,
         "params": sum(value.numel() for value in params.values()),
         "sparsity": zeros / total if total else 0.0,
         "size_theoretical_bytes": math.ceil((stored + len(grids) * _GRID_BITS) / 8),

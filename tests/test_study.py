@@ -65,7 +65,7 @@ def test_all_are_compared_to_fp32_which_comes_first(tmp_path: Path) -> None:
 
 
 def test_what_is_built_beside_the_reference_is_measured_after_it(tmp_path: Path) -> None:
-    records = sweep(tmp_path, small_spec(run={"workers": 2}), measure_0000="slow")
+    records = sweep(tmp_path, small_spec(run={"workers": 2}), measure_0000="after 0001")
     ended = records[0].seconds["ended"]
     assert (tmp_path / "sweeps" / "small" / "trials" / "0001" / "build.json").stat().st_mtime < ended
     assert all(record.seconds["began"] > ended for record in records.values() if record.number)

@@ -1,6 +1,6 @@
 """int8 on a GPU: equality with the reference first, then time beside floating point. One command of at most 9 minutes.
 
-    python benchmarks/gpu.py [--out FOLDER] [--budget SECONDS] [--parts NAME ...] [--device cpu --tiny]
+    python benchmarks/gpu.py [--out FOLDER] [--budget SECONDS] [--parts NAME ...] [--missing] [--device cpu --tiny]
 
 Needs PyTorch 2.11, Triton 3.6 and numpy; what else it finds (torchao, NVML, qsweep's own requirements) adds columns and
 rows. Writes `gpu.md` and `gpu.json`, complete at any moment: rows that are not measured say so. Without a GPU that is
@@ -82,11 +82,11 @@ def main() -> None:
             Rows(asked.rows(), options.out, HEADING, f"{date.today()}: no machine with a GPU was at hand.").write()
         return
     rows = Rows(asked.rows(), options.out, HEADING, about(device))
-    if options.parts:
-        rows.keep(known)
+    if options.parts or options.missing:
+        rows.keep(known, settle=options.missing)
     bench = Bench(device, options.tiny, options.budget, BEGUN)
     watch(bench.left + _GRACE, rows)
-    run(bench, rows, options.parts or PARTS, options.out)
+    run(bench, rows, options)
     rows.fill(rows.pending(), "not measured", None)
     print(f"{time.monotonic() - BEGUN:.0f} s", flush=True)
 
@@ -96,6 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE, help="folder of gpu.md and gpu.json")
     parser.add_argument("--budget", type=float, default=510.0, help="seconds, 510 unless told")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="only these; other rows stay as they are")
+    parser.add_argument("--missing", action="store_true", help="only rows that have not been measured, on any machine")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes: for a test")
     options = parser.parse_args()
@@ -131,27 +132,27 @@ def watch(seconds: float, rows: Rows) -> None:
     timer.start()
 
 
-def run(bench: Bench, rows: Rows, parts: Sequence[str], out: Path) -> None:
+def run(bench: Bench, rows: Rows, options: argparse.Namespace) -> None:
     """Each part by itself: what one raises is told, and the others run."""
     import torch
     from gpu_parts import Session
 
     torch.backends.cudnn.benchmark = True  # baselines are to be as fast as cuDNN can be
     session = Session(bench, rows)
-    parts = [part for part in PARTS if part in parts]
+    parts = [part for part in PARTS if part in (options.parts or PARTS)]
     for number, part in enumerate(parts, start=1):
         begun = time.monotonic()
         session.run(part)
         print(f"     part {part}: {time.monotonic() - begun:.0f} s, {bench.left:.0f} s left", flush=True)
         if not session.sound() and parts[number:]:
-            again(parts[number:], bench.left, out)
+            again(parts[number:], bench.left, options)
 
 
-def again(parts: Sequence[str], seconds: float, out: Path) -> None:
+def again(parts: Sequence[str], seconds: float, options: argparse.Namespace) -> None:
     """Go on in a new process: after an illegal access, a process can do nothing on the GPU any more."""
     print(f"     the GPU gives errors only: {' '.join(parts)} in a new process", flush=True)
-    command = [sys.executable, __file__, "--out", str(out), "--budget", f"{seconds:.0f}", "--parts", *parts]
-    os.execv(sys.executable, command)
+    command = [sys.executable, __file__, "--out", str(options.out), "--budget", f"{seconds:.0f}", "--parts", *parts]
+    os.execv(sys.executable, [*command, *["--missing"] * options.missing])
 
 
 if __name__ == "__main__":

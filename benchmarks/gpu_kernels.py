@@ -78,18 +78,19 @@ class Convolutions:
         """All shapes at `batch`; block shapes of all are compiled side by side first."""
         self.bench.need(8)
         count = min(batch, 2) if self.bench.tiny else batch
-        bound = self._bound(count)
+        names = [asked.convolution(shape, batch) for shape in asked.SHAPES]
+        bound = {number: self._bound(number, count) for number, name in enumerate(names) if not rows.settled(name)}
         if self.bench.gpu:
-            tune([product for binding in bound for product in binding.products], self.bench.device)
-        for number, binding in enumerate(bound):
-            name = asked.convolution(asked.SHAPES[number], batch)
+            tune([product for binding in bound.values() for product in binding.products], self.bench.device)
+        for number, binding in bound.items():
+            name = names[number]
             with rows.guard(name):
                 self.bench.need(2)
                 measured = self._speed(roofs, number, count, binding)
                 rows.add(name, measured, "WRONG" not in measured)
 
-    def _bound(self, count: int) -> list[Binding]:
-        return [Binding(plan(model, count), self.bench.device, keep=True) for model in self.models]
+    def _bound(self, number: int, count: int) -> Binding:
+        return Binding(plan(self.models[number], count), self.bench.device, keep=True)
 
     def _speed(self, roofs: Roofs, number: int, count: int, binding: Binding) -> str:
         shape, model = self.shapes[number], self.models[number]

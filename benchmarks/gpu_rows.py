@@ -17,6 +17,7 @@ from gpu_clock import OutOfTime, reason
 
 NOT_MEASURED = "not measured"
 OUT_OF_TIME = "not measured (out of time)"
+_FAILED = "failed:"
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,14 @@ class Rows:
         self.folder, self.heading, self.about = folder, heading, about
         self.marks: dict[str, str] = {}
         """What stands behind figures of other machines, and what they are."""
+        self._settled: set[str] = set()
         self.lock = threading.RLock()
         """The watch ends the process between two writes, not within one."""
         self.write()
 
-    def keep(self, known: Earlier) -> None:
+    def keep(self, known: Earlier, *, settle: bool) -> None:
         """Take over what has been measured before, where it was asked for in the same words; marked where it was on
-        another machine."""
+        another machine. `settle`: it is not to be measured again."""
         self.marks = dict(known.marks)
         mark = ""
         if _machine(known.about) != _machine(self.about):
@@ -52,6 +54,12 @@ class Rows:
             if row.row in self.rows and self.rows[row.row].asked == row.asked:
                 marked = row.measured.endswith(tuple(known.marks))
                 self.rows[row.row] = row if marked else replace(row, measured=row.measured + mark)
+                if settle and not row.measured.startswith(_FAILED):
+                    self._settled.add(row.row)
+
+    def settled(self, *names: str) -> bool:
+        """Whether none of `names` is to be measured."""
+        return self._settled.issuperset(names)
 
     def add(self, name: str, measured: str, met: bool | None) -> None:
         with self.lock:
@@ -86,7 +94,7 @@ class Rows:
             self.fill(names, OUT_OF_TIME, None)
         except Exception as error:  # one part that fails must not take the others along
             traceback.print_exc()
-            self.fill(names, f"failed: {reason(error)}", False)
+            self.fill(names, f"{_FAILED} {reason(error)}", False)
 
     def fill(self, names: Iterable[str], measured: str, met: bool | None) -> None:
         """Those of `names` that have not been measured."""

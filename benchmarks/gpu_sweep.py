@@ -53,6 +53,8 @@ SPECS = {"digits": DIGITS, "cifar10-resnet20": CIFAR}
 def sweeps(bench: Bench, rows: Rows) -> None:
     for name, spec in SPECS.items():
         row = asked.SWEEPS[name]
+        if rows.settled(row):
+            continue
         if (missing := lacking(name)) is not None:
             rows.add(row, f"not measured ({missing})", None)
             continue

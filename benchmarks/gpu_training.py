@@ -76,7 +76,10 @@ def trainings(bench: Bench, rows: Rows) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     task = Images(model if bench.tiny else build("ResNet-18", False)[0], side, count)
     for (precision, compiled), methods in asked.TRAININGS.items():
-        with rows.guard([asked.training(method, precision, compiled) for method in methods]):
+        names = [asked.training(method, precision, compiled) for method in methods]
+        if rows.settled(*names):
+            continue
+        with rows.guard(names):
             bench.need(80 if compiled else 40)
             shortest: dict[str, list[float]] = {kind: [] for kind in ("float", *methods)}
             for _ in range(1 if bench.tiny or compiled else _TURNS):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsweep.cuda.arithmetic import Output, Requantize
 from qsweep.cuda.layers import Product
-from qsweep.cuda.linear import linear, linear_w4, linear_w4_float, pack_weight, pack_weight4
+from qsweep.cuda.linear import linear, linear_w4, pack_weight, pack_weight4
 from qsweep.cuda.tune import tune
 
 _COPIES = 12
@@ -60,7 +60,6 @@ def _measured(bench: Bench, count: int) -> tuple[dict[str, float], list[str]]:
         "bf16": lambda: [torch.mm(half, weight.t(), out=out) for weight in halves],
         "int8": lambda: [linear(x, weight, requantize, out8, tile=tile8) for weight in packed],
         "int8, weights of 4 bits": lambda: [linear_w4(x, weight, requantize, out4, tile=tile4) for weight in packed4],
-        "bf16, weights of 4 bits": lambda: [linear_w4_float(half, weight, scale, zeros, out) for weight in packed4],
     }
     for call in turns.values():
         call()

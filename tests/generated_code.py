@@ -134,11 +134,6 @@ def four_bits(tile: Tile) -> Callable[[], object]:
     return call
 
 
-def four_bits_float() -> object:
-    weight, half = linear.pack_weight4(i8(128, 512)), torch.zeros(16, 512, dtype=torch.bfloat16)
-    return linear.linear_w4_float(half, weight, torch.zeros(128), None, half[:, :128].clone(), tile=Tile(16, 64, 128))
-
-
 def separable(kernel: int) -> Callable[[], object]:
     def call() -> object:
         weight = depthwise.pack_weight(i8(64, 1, kernel, kernel), 64)
@@ -208,7 +203,6 @@ CASES: dict[str, Callable[[], object]] = {
     "linear-rows": rows(Tile(64, 64, 128)),
     "quantize-rows": quantize_rows,
     "linear-w4": four_bits(Tile(16, 64, 128)),
-    "linear-w4-float": four_bits_float,
     "depthwise": separable(5),
     "quantize": quantize,
     "quantize-images": quantize_images,

@@ -333,19 +333,6 @@ def test_all_weights_of_4_bits_are_unpacked(device: str) -> None:
     assert torch.equal(out.cpu().T, weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_float_activations_meet_weights_of_4_bits(dtype: torch.dtype, with_bias: bool, device: str) -> None:
-    g = torch.Generator().manual_seed(1)
-    x, weight = integers(g, 3, 75, low=-20, high=20).to(dtype), integers(g, 21, 75, low=-8, high=7)
-    scale, bias = torch.full((21,), 0.25), torch.arange(21.0) if with_bias else None
-    out = torch.empty((3, 30), dtype=torch.float32, device=device)[:, :21]
-    given = None if bias is None else bias.to(device)
-    packed = linear.pack_weight4(weight).to(device)
-    linear.linear_w4_float(x.to(device), packed, scale.to(device), given, out, tile=SMALL)
-    assert torch.equal(out.cpu(), functional.linear(x.float(), weight.float() * 0.25, bias))
-
-
 def rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """What `quantize_rows` is to give for finite rows."""
     scale = x.float().abs().amax(1) / 127

@@ -1,4 +1,4 @@
-"""Linears whose activations come in float: rows on int8 grids of their own, and weights of 4 bits."""
+"""Linears: rows on int8 grids of their own, and weights of 4 bits."""
 
 import triton
 import triton.language as tl
@@ -54,9 +54,10 @@ def multiply_rows(
 
 @triton.jit
 def half_sums_of(
-    a, b, acc, part, K: tl.constexpr, HALF: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, INTEGERS: tl.constexpr
-):
-    """`acc` and 16 times the products with weights of 4 bits.
+    a, b, part, K: tl.constexpr, HALF: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """16 times the sums (BM, BN) of products with weights of 4 bits.
 
     The lower half of byte j is column j, the upper is column j + HALF: a block of bytes is two blocks of weights that
     meet two blocks of inputs, and nothing is interleaved. Shifted up by 4 bits the weights need no extension of their
@@ -65,6 +66,7 @@ def half_sums_of(
     k = tl.arange(0, BK)
     STEPS: tl.constexpr = (HALF + BK - 1) // BK
     EACH: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    acc = tl.zeros((BM, BN), dtype=tl.int32)
     first, last = part * EACH, STEPS
     if SPLIT > 1:
         last = tl.minimum(first + EACH, STEPS)
@@ -78,13 +80,8 @@ def half_sums_of(
             left = tl.load(a + at[None, :], mask=(inside & (at < K))[None, :], other=0)
             right = tl.load(a + (HALF + at)[None, :], mask=(inside & (HALF + at < K))[None, :], other=0)
             both = tl.load(b + at[:, None], mask=inside[:, None], other=0)
-        lower, upper = both << 4, both & -16
-        if INTEGERS:
-            acc = tl.dot(left, lower, acc, out_dtype=tl.int32)
-            acc = tl.dot(right, upper, acc, out_dtype=tl.int32)
-        else:
-            acc = tl.dot(left, lower.to(left.dtype), acc, input_precision="ieee")
-            acc = tl.dot(right, upper.to(right.dtype), acc, input_precision="ieee")
+        acc = tl.dot(left, both << 4, acc, out_dtype=tl.int32)
+        acc = tl.dot(right, both & -16, acc, out_dtype=tl.int32)
     return acc
 
 
@@ -105,7 +102,7 @@ def multiply_w4(
     column = column_block * BN + tl.arange(0, BN)
     a = x_ptr + (tl.minimum(row, M - 1) * x_n)[:, None]
     b = w_ptr + (tl.minimum(column, N - 1) * HALF)[None, :]
-    acc = half_sums_of(a, b, tl.zeros((BM, BN), dtype=tl.int32), part, K, HALF, BK, SPLIT, True) >> 4
+    acc = half_sums_of(a, b, part, K, HALF, BM, BN, BK, SPLIT) >> 4
     mask = (row < M)[:, None] & (column < N)[None, :]
     if SPLIT > 1:
         tl.store(y_ptr + (part * M + row)[:, None] * N + column[None, :], acc, mask=mask)
@@ -116,23 +113,3 @@ def multiply_w4(
             acc, column, bias_ptr, multiplier_ptr, table_ptr, y_ptr, y_places, y_zero, low, high,
             r, r_zero, r_multiplier, own_low, own_high, own_multiplier, mask, column < N, RESIDUAL, TABLE,
         )  # fmt: skip
-
-
-@triton.jit
-def multiply_w4_float(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, M, x_n, y_n,
-    N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Floats times weights of 4 bits, summed in float32."""
-    row_block, column_block = block_of(tl.program_id(0), M, (N + BN - 1) // BN, BM)
-    row = row_block * BM + tl.arange(0, BM)
-    column = column_block * BN + tl.arange(0, BN)
-    a = x_ptr + (tl.minimum(row, M - 1) * x_n)[:, None]
-    b = w_ptr + (tl.minimum(column, N - 1) * HALF)[None, :]
-    acc = half_sums_of(a, b, tl.zeros((BM, BN), dtype=tl.float32), 0, K, HALF, BK, 1, False)
-    v = acc * 0.0625 * tl.load(scale_ptr + column, mask=column < N, other=0.0)[None, :]
-    if BIAS:
-        v = v + tl.load(bias_ptr + column, mask=column < N, other=0.0)[None, :]
-    mask = (row < M)[:, None] & (column < N)[None, :]
-    tl.store(y_ptr + row[:, None] * y_n + column[None, :], v.to(y_ptr.dtype.element_ty), mask=mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 from qsweep.cuda import conv
 from qsweep.cuda._launch import EXACT, check_offsets, default_tile, finish_arguments, power_of_two, round_up
 from qsweep.cuda._parts import add_up, parts_of
-from qsweep.cuda._rows import multiply_rows, multiply_w4, multiply_w4_float, quantize_each_row
+from qsweep.cuda._rows import multiply_rows, multiply_w4, quantize_each_row
 from qsweep.cuda.arithmetic import Requantize, Residual, Tile
 from qsweep.errors import Refused
 from qsweep.hub.ops import LEAST_SCALE
@@ -164,46 +164,6 @@ def linear_w4(
     )
     if parts is not None:
         add_up(parts, arguments)
-    return out
-
-
-def linear_w4_float(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    tile: Tile | None = None,
-) -> Tensor:
-    """Write x @ (weight * weight_scale).T + bias into `out`: weights from `pack_weight4`, activations in float.
-
-    For sizes bound by reading the weights. `x`: bfloat16, float16 or float32 (M, K), any row stride; `weight_scale`,
-    `bias`: float32 (N,); `out`: (M, N) in any of these types. Products in the type of `x`, sums in float32: not exact.
-    """
-    (count, depth), (columns, half) = x.shape, weight.shape
-    check_offsets(x, weight, out)
-    tile = tile or replace(default_tile(count, columns, half, half), rows=16, columns=32, warps=4)
-    multiply_w4_float[(triton.cdiv(count, tile.rows) * triton.cdiv(columns, tile.columns),)](
-        x,
-        weight,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        out,
-        M=count,
-        x_n=x.stride(0),
-        y_n=out.stride(0),
-        N=columns,
-        K=min(depth, 2 * half),
-        HALF=half,
-        BM=tile.rows,
-        BN=tile.columns,
-        BK=tile.depth,
-        BIAS=bias is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **EXACT,
-    )
     return out
 
 

@@ -132,13 +132,18 @@ def test_what_is_not_integer_is_refused_with_what_runs_it(quantize: Any) -> None
     assert "`float` runs it on the GPU" in reason
 
 
-def test_fp32_bf16_and_fp16_stand_beside_int8_on_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_fp32_bf16_and_fp16_stand_beside_int8_on_the_same_device(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for engine in (Cuda, Float):
         monkeypatch.setattr(engine, "available", lambda self: None)  # as on a machine with a GPU
-    found = baselines(Spec.model_validate(CONTENT))
+    target = {"engine": "cuda", "batch_size": 32, "compile_baselines": compiled}
+    found = baselines(Spec.model_validate(CONTENT | {"target": target}))
     assert [config.name for config in found] == ["fp32", "bf16", "fp16", "ptq-w8s-a8a"]
     assert [config.target.engine for config in found] == ["float"] * 3 + ["cuda"]
     assert all(config.target.device == "cuda" and config.target.batch_size == 32 for config in found)
+    assert [config.target.compile for config in found[:3]] == [compiled] * 3
 
 
 @pytest.mark.parametrize("bits", [8, 4])

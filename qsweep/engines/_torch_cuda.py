@@ -35,7 +35,8 @@ def gpu_runner(folder: Path, engine: EngineConfig, *, compile: bool, capture: bo
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # not the model's fault: the device's
         raise
     except Exception as error:  # the compiler raises dozens of types; all mean that it cannot take the model
-        raise Refused(f"the model cannot run on the GPU: {why(error)}") from error
+        instead = "; without the compiler (`compile`, of `cuda` `compile_baselines`) it may" if compile else ""
+        raise Refused(f"the model cannot run on the GPU: {why(error)}{instead}") from error
 
 
 def compiled(graph: fx.GraphModule, example: Tensor) -> Callable[[Tensor], Tensor]:

@@ -64,6 +64,10 @@ class EngineConfig(Config, ABC):
         stages = [{"method": "cast", "dtype": dtype} for dtype in types] + [{"method": "ptq"}]
         return [{}, *({"compress": {"quantize": stage}} for stage in stages)]
 
+    def stand_in(self) -> dict[str, Any]:
+        """Fields of the `float` engine that runs what this one refuses."""
+        return {"device": self.device, "batch_size": self.batch_size, "threads": self.threads}
+
     @abstractmethod
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         """Write to `folder` every file that `load` needs, and nothing else; `store` keeps what models share."""

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from qsweep.engines.base import EngineConfig, Runner
 
@@ -26,6 +26,10 @@ class Cuda(EngineConfig):
     """What has no integer kernel runs in floating point between those that have; false refuses such a model and names
     the ops."""
 
+    compile_baselines: bool = True
+    """fp32, bf16 and fp16 beside it run by `torch.compile` (`max-autotune`), which takes minutes and is what a speedup
+    is to be held against; false runs them eagerly, captured as well."""
+
     def available(self) -> str | None:
         from qsweep.cuda.device import refusal
 
@@ -34,6 +38,9 @@ class Cuda(EngineConfig):
     def refuses(self, config: Compression) -> str | None:
         reason = "no stage quantizes" if config.quantize is None else config.quantize.not_integer
         return reason and f"int8 kernels cannot run it: {reason}; `float` runs it on the GPU in floating point"
+
+    def stand_in(self) -> dict[str, Any]:
+        return super().stand_in() | {"compile": self.compile_baselines}
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.cuda.numbers import check_scales

@@ -23,7 +23,7 @@ def baselines(spec: Spec) -> list[TrialConfig]:
 
 
 def _on(engine: EngineConfig, content: dict[str, Any]) -> TrialConfig | None:
-    instead = Float(device=engine.device, batch_size=engine.batch_size, threads=engine.threads)
+    instead = Float(**engine.stand_in())
     for target in (engine, instead, instead.model_copy(update={"compile": False})):
         compression = Compression.model_validate(content.get("compress", {}))
         if target.available() is None and target.refuses(compression) is None:

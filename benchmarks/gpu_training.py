@@ -9,48 +9,16 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gpu_asked as asked
-import torch
 from gpu_clock import Bench
 from gpu_models import build
 from gpu_rows import Rows, absent
-from torch import Generator, Tensor, nn
-
-if TYPE_CHECKING:
-    from qsweep.tasks.base import Samples, SplitName
+from random_images import RandomImages
+from torch import nn
 
 _EPOCHS, _STEPS, _BATCH, _TURNS = 3, 60, 128, 2
-
-
-class Images:
-    """A task of random images, made ready on the device."""
-
-    any_device = True
-
-    def __init__(self, model: nn.Module, side: int, count: int) -> None:
-        from qsweep.tasks.base import Samples
-
-        generator = torch.Generator().manual_seed(0)
-        few = torch.randint(256, (min(count, 256), 3, side, side), generator=generator, dtype=torch.uint8)
-        inputs = few.repeat(-(-count // len(few)), 1, 1, 1)[:count]
-        self.found, self._model = Samples(inputs, torch.randint(10, (count,), generator=generator)), model
-
-    def model(self) -> nn.Module:
-        return self._model
-
-    def samples(self, split: SplitName) -> Samples:
-        return self.found
-
-    def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
-        return inputs.float().sub_(127.5).div_(64)
-
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs, labels)
-
-    def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return (outputs.argmax(1) == labels).float()
 
 
 class Epochs:
@@ -74,7 +42,8 @@ def trainings(bench: Bench, rows: Rows) -> None:
         return rows.fill(asked.trainings(), f"not measured ({missing} not installed)", None)
     side, count = (8, 8) if bench.tiny else (224, _BATCH * _STEPS)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-    task = Images(model if bench.tiny else build("ResNet-18", False)[0], side, count)
+    model = model if bench.tiny else build("ResNet-18", False)[0]
+    task = RandomImages(lambda: model, count, side)
     for (precision, compiled), methods in asked.TRAININGS.items():
         names = [asked.training(method, precision, compiled) for method in methods]
         if rows.settled(*names):
@@ -95,7 +64,7 @@ def trainings(bench: Bench, rows: Rows) -> None:
                 )
 
 
-def epoch(kind: str, task: Images, bench: Bench, fields: dict[str, Any]) -> float:
+def epoch(kind: str, task: RandomImages, bench: Bench, fields: dict[str, Any]) -> float:
     """Seconds of one, of the training that `kind` names."""
     from copy import deepcopy
 

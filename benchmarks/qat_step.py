@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from random_images import RandomImages
 from torch import Tensor, nn
 
 from qsweep.models import build
@@ -28,41 +29,16 @@ from qsweep.quantize.pact import PACT
 from qsweep.quantize.qat import QAT
 from qsweep.stage import Context
 from qsweep.store import Store
-from qsweep.tasks.base import Precision, Samples, SplitName, Training
+from qsweep.tasks.base import Precision, Training
 
 METHODS = {"ste": QAT, "lsq": LSQ, "pact": PACT}
 
 
-class Images:
-    """A task of random images."""
-
-    def __init__(self, batch: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.found = Samples(
-            torch.randn(batch, 3, 32, 32, generator=generator), torch.randint(10, (batch,), generator=generator)
-        )
-
-    def model(self) -> nn.Module:
-        return build("resnet20", 10, 3)
-
-    def samples(self, split: SplitName) -> Samples:
-        return self.found
-
-    def transform(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return inputs
-
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs, labels)
-
-    def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return (outputs.argmax(1) == labels).float()
-
-
-def stepper(model: nn.Module, task: Images, precision: Precision, *, compiled: bool) -> Callable[[], None]:
+def stepper(model: nn.Module, task: RandomImages, precision: Precision, *, compiled: bool) -> Callable[[], None]:
     nn.Module.train(model, True)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     inputs, labels = task.samples("train")
-    inputs = inputs.to(memory_format=torch.channels_last)
+    inputs = task.transform(inputs).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
     run: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
 
@@ -77,11 +53,11 @@ def stepper(model: nn.Module, task: Images, precision: Precision, *, compiled: b
     return step
 
 
-def quantized(method: str, task: Images, folder: Path) -> nn.Module:
+def quantized(method: str, task: RandomImages, folder: Path) -> nn.Module:
     context = Context(task, Store(folder), "model", 0, task.model, Training(), progress=lambda text: None)
     config = METHODS[method](weight_bits=4, activation_bits=4, edge_bits=8)
     live = prepared(config, task.model(), context)
-    start(live.graph, 4, task.samples("train").inputs)
+    start(live.graph, 4, task.transform(task.samples("train").inputs))
     return live.graph
 
 
@@ -113,7 +89,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    task = Images(options.batch)
+    task = RandomImages(lambda: build("resnet20", 10, 3), options.batch, 32)
     for mode in options.modes:
         for precision in options.precisions:
             with tempfile.TemporaryDirectory() as folder:

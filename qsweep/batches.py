@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,8 @@ from qsweep.tasks.base import Task, Training
 
 _LOOK = 50
 """Steps between two looks at the loss on a GPU: each waits for all that the device has still to do."""
+_AHEAD = 4
+"""Steps that may be issued to a GPU before it has done them."""
 
 
 class Batches:
@@ -86,11 +89,14 @@ class Losses:
     def __init__(self, device: torch.device, look: int | None = None) -> None:
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.samples, self.look = 0, look or (1 if device.type == "cpu" else _LOOK)
+        self._ahead: deque[torch.cuda.Event] = deque()
 
     def add(self, value: Tensor, samples: int, step: int) -> None:
         """`value`: mean over `samples`, in step `step`, counted from 1. Raises NotFinite, up to `look` steps late."""
         self.total += value.detach().double() * samples
         self.samples += samples
+        if self.total.is_cuda:
+            self._keep_pace()
         if step % self.look == 0:
             self._check(f"in step {step}" if self.look == 1 else f"by step {step}")
 
@@ -98,6 +104,15 @@ class Losses:
         """Raises NotFinite where one of them was not."""
         self._check("by the end of the epoch")
         return self.total.item() / self.samples
+
+    def _keep_pace(self) -> None:
+        """Wait for a step some way back: a process that is paused stops issuing, and what is issued runs on beside who
+        wants the device alone."""
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._ahead.append(event)
+        if len(self._ahead) > _AHEAD:
+            self._ahead.popleft().synchronize()
 
     def _check(self, when: str) -> None:
         if not torch.isfinite(self.total):

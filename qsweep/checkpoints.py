@@ -51,7 +51,7 @@ class Progress:
             "rate": self.rate.state_dict(),
             "generators": [generator.get_state() for generator in self.generators],
             "random": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
         }
         unfinished = path.with_suffix(".unfinished")
         torch.save(state, unfinished)

@@ -140,7 +140,8 @@ def _measure(job: Job) -> Result:
     job.progress("load")
     if (reason := engine.available()) is not None:
         raise Refused(reason)
-    if engine.device == "cuda":  # kernels are chosen by timing them, on the one GPU that all workers share
+    devices = {engine.device} if job.baseline is None else {engine.device, _config_of(job.baseline).target.device}
+    if "cuda" in devices:  # kernels are chosen by timing them, on the one GPU that all workers share
         job.alone("load")
     inputs = inputs.to(engine.device)
     memory, device_memory = PeakMemory(), gpu.DeviceMemory() if inputs.is_cuda else None
@@ -198,9 +199,8 @@ def _drop(job: Job, accuracy: float) -> float:
 def _baseline_runner(job: Job) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if job.baseline is None or job.baseline == job.folder:
         return None
-    config = TrialConfig.model_validate(json.loads((job.baseline / "job.json").read_text())["config"])
     own = job.config.target
-    engine = config.target.model_copy(update={"batch_size": own.batch_size, "threads": own.threads})
+    engine = _config_of(job.baseline).target.model_copy(update={"batch_size": own.batch_size, "threads": own.threads})
     run = engine.load(job.baseline / "artifact")
     if engine.device == own.device:
         return run
@@ -213,6 +213,10 @@ def _baseline_runner(job: Job) -> Callable[[torch.Tensor], torch.Tensor] | None:
         return found
 
     return call
+
+
+def _config_of(folder: Path) -> TrialConfig:
+    return TrialConfig.model_validate(json.loads((folder / "job.json").read_text())["config"])
 
 
 def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:
@@ -248,6 +252,13 @@ _OF_THE_DEVICE = (
 """What errors say that are plain RuntimeErrors, of libraries and compilers."""
 
 
+def _device_is_full() -> bool:
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    free, total = torch.cuda.mem_get_info()
+    return free < total / 10
+
+
 def _known(error: Exception) -> QsweepError:
     text = str(error)
     if isinstance(error, BundleError) and error.__cause__ is not None:
@@ -257,9 +268,13 @@ def _known(error: Exception) -> QsweepError:
         return DiskFull(f"no space left for the artifact ({text})")
     for cause in causes(error):
         text = str(cause)
+        if "no kernel image is available" in text:
+            return Refused(f"PyTorch {torch.__version__} has no kernels for this GPU")
         broken = isinstance(cause, torch.AcceleratorError) or any(mark in text for mark in _OF_THE_DEVICE)
         short = "out of memory" in text or "ALLOC_FAILED" in text
         if isinstance(cause, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            return OutOfMemory(text)
+        if "unable to find an engine" in text and _device_is_full():  # as cuDNN tells it, and of what it does not know
             return OutOfMemory(text)
         if broken:
             return OutOfMemory(text) if short else Crashed(text)

@@ -66,10 +66,12 @@ class Recorded:
             torch.cuda.empty_cache()
             return self._step
 
+        renew = self._renew  # not `self`, which holds this: a circle would keep the graph's memory for a while
+
         def replay(inputs: Tensor, labels: Tensor) -> Tensor:
             given[0].copy_(inputs)
             given[1].copy_(labels)
-            self._renew()
+            renew()
             graph.replay()
             return value
 
@@ -120,6 +122,9 @@ class DeviceSGD(torch.optim.SGD):
         super().__init__(groups, fused=True, **settings)
         devices = (parameter.device for group in self.param_groups for parameter in group["params"])
         self._device = next(devices, torch.device("cpu"))
+        for group in self.param_groups:  # made here, so that one whose first gradient comes late has it, too
+            for parameter in group["params"] if group["momentum"] else ():
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self._rates = [torch.tensor(float(group["lr"]), device=self._device) for group in self.param_groups]
 
     def renew(self) -> None:

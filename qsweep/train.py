@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from qsweep.batches import Batches, Losses
 from qsweep.checkpoints import Progress
+from qsweep.devices import on_device
 from qsweep.errors import TaskFailure
 from qsweep.replay import DeviceSGD, Recorded, Step, own_stream
 from qsweep.stage import Context
@@ -51,7 +52,8 @@ def fit(
         return _settle(model)
     batches = Batches(task, training, seed)
     device, steps = batches.device, len(batches)
-    model.to(device, memory_format=batches.layout)  # type: ignore[call-overload]
+    _move(model, device)
+    model.to(memory_format=batches.layout)  # type: ignore[call-overload]
     kept = masks(model) if keep_zeros else {}
     optimizer = _optimizer(model, training)
     rate = _schedule(optimizer, training, training.epochs * steps)
@@ -89,6 +91,9 @@ def fit(
                 progress(f"epoch {epoch + 1}/{training.epochs}, loss {mean:.4f}")
     optimizer.zero_grad()
     _settle(model)
+    if device.type == "cuda":  # another worker, or the next stage of this training, may want what a recorded step held
+        del step, run
+        torch.cuda.empty_cache()
     check_finite(model)
 
 
@@ -115,9 +120,17 @@ def fine_tune(
     fit(model, context.task, training, seed=context.seed, **given | options)
 
 
+def _move(model: nn.Module, device: torch.device) -> None:
+    if isinstance(model, fx.GraphModule):
+        on_device(model, device)
+    else:
+        model.to(device)
+
+
 def _settle(model: nn.Module) -> None:
     """Eval mode and contiguous layout: a later stage picks its kernels, and so its last bits, by the strides."""
-    set_mode(model.cpu(), training=False)
+    _move(model, torch.device("cpu"))
+    set_mode(model, training=False)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
@@ -172,12 +185,6 @@ def _runner(model: nn.Module, training: Training, full: int) -> Iterator[Callabl
         ) from error
     finally:
         torch.compiler.reset()  # what it has compiled keeps the model and its memory
-
-
-@contextmanager
-def _on(device: torch.device, seed: int) -> Iterator[None]:
-    with seeded(seed, device), _deterministic(device), own_stream(device):
-        yield
 
 
 @contextmanager

@@ -106,6 +106,48 @@ class Deep(nn.Module):
         return out
 
 
+class Spectrogram(nn.Module):
+    """Pools of images without channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(8, 12, 3, padding=1), nn.Linear(24 + 1 + 6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x[:, 0])
+        parts = F.avg_pool2d(x, 2), F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (3, 2))
+        logits: Tensor = self.head(torch.cat([part.flatten(1) for part in parts], 1))
+        return logits
+
+
+class NormedParts(nn.Module):
+    """Layer norms whose results are parts of a concatenation of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = nn.Conv2d(1, 8, 3, padding=1), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.last, self.head = nn.Conv2d(8, 4, 1), nn.Linear(256, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = self.last(torch.cat([self.one(x[:, :4]), self.other(x[:, 4:])], 1))
+        logits: Tensor = self.head(x.flatten(1))
+        return logits
+
+
+class Series(nn.Module):
+    """Rows of one number each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.wide, self.head = nn.LayerNorm(1), nn.Linear(1, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 0, :1].transpose(1, 2)
+        logits: Tensor = self.head((self.wide(x) + self.wide(self.norm(x))).relu().mean(1))
+        return logits
+
+
 class Tokens(nn.Module):
     """Pixels as tokens, which one sample gives as a view; several layers read the same ones."""
 

@@ -276,6 +276,32 @@ def test_what_breaks_the_device_ends_the_worker(error: Callable[[], Exception], 
     assert not (folder / "build.json").exists()
 
 
+def test_a_gpu_that_pytorch_has_no_kernels_for_is_refused(tmp_path: Path) -> None:
+    def run(job: jobs.Job) -> jobs.Result:
+        raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
+
+    folder = job_folder(tmp_path / "trial")
+    jobs._write(folder, "measure", run)
+    failure = json.loads((folder / "measure.json").read_text())["failure"]
+    assert failure["kind"] == "Refused"
+    assert "has no kernels for this GPU" in failure["message"]
+
+
+@pytest.mark.parametrize(("free", "kind"), [(1, "OutOfMemory"), (50, "TaskFailure")])
+def test_cudnn_that_finds_no_engine_may_have_run_out_of_memory(
+    free: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free, 80))
+
+    def run(job: jobs.Job) -> jobs.Result:
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    folder = job_folder(tmp_path / "trial")
+    jobs._write(folder, "build", run)
+    assert json.loads((folder / "build.json").read_text())["failure"]["kind"] == kind
+
+
 def caused(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error

@@ -245,6 +245,11 @@ def test_what_a_compiled_step_lets_pass_is_what_an_eager_one_does(
     assert torch.equal(plain._inside(ratio, bottom, 7, margins).to(dtype), eager)
 
 
+def test_on_a_gpu_for_which_nothing_can_be_compiled_plain_ops_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsweep.quantize._fused.no_kernels", lambda: "no compiler")
+    assert fused._of.__wrapped__("cuda") is None
+
+
 def test_without_a_compiler_plain_ops_do_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     values, step = torch.randn(2**15), torch.tensor(0.3)
     expected = plain.straight_through(values, step, -4.0, 7)

@@ -16,7 +16,10 @@ from layout_networks import (
     Drawn,
     Gated,
     Mixed,
+    NormedParts,
     NormedSequence,
+    Series,
+    Spectrogram,
     Summed,
     Tokens,
     Transposed,
@@ -48,14 +51,23 @@ def assert_equal(model: QuantizedModel, batch: int, device: str, tolerance: floa
         torch.testing.assert_close(found, reference(inputs), rtol=0, atol=tolerance)
 
 
+KINDS = [ConvNeXt, Deep, Gated, NormedParts, NormedSequence, Series, Spectrogram, Summed, Viewed, Windowed]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("kind", [ConvNeXt, Deep, Gated, NormedSequence, Summed, Viewed, Windowed])
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_layout_gives_what_the_reference_gives(
     kind: type[nn.Module], batch: int, tmp_path: Path, device: str
 ) -> None:
     torch.manual_seed(0)
-    exact = kind in (Viewed, Summed)
+    exact = kind in (Spectrogram, Summed, Viewed)
     assert_equal(quantized(kind(), tmp_path), batch, device, tolerance=0.0 if exact else 0.02)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_of_one_number_set_their_own_grids(batch: int, tmp_path: Path, device: str) -> None:
+    torch.manual_seed(0)
+    assert_equal(quantized(Series(), tmp_path, activation_mode="token"), batch, device, tolerance=0.02)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

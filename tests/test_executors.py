@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -45,6 +46,22 @@ def test_a_job_that_leaves_its_result_is_done(local: Local, tmp_path: Path) -> N
     assert ended(local, local.start(tmp_path, f"{JOBS}:good", "good")) == "done"
     assert holder(tmp_path) is None
     assert "said to stdout" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("given", [None, "0", "1"])
+def test_workers_may_ask_cuda_though_their_server_must_not(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    executor = Local((), tmp_path / "server.log")
+    try:
+        assert ended(executor, executor.start(tmp_path, f"{JOBS}:environment", "environment")) == "done"
+    finally:
+        executor.shutdown()
+    assert json.loads((tmp_path / "environment.json").read_text()).get(name) == given
 
 
 @pytest.mark.parametrize(

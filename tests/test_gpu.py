@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from qsweep.engines.inductor import Inductor
 from qsweep.errors import Refused
 from qsweep.hub.export import float_graph
 from qsweep.machine import fingerprint, gpu, no_gpu
-from qsweep.measure.gpu import DeviceMemory, Reading, calls_for, energy, joules, kept_by_graphs, read, summary
+from qsweep.measure.gpu import DeviceMemory, Reading, _sensors, calls_for, energy, joules, kept_by_graphs, read, summary
 from qsweep.measure.latency import latency
 from qsweep.records import Metrics
 from qsweep.spec import Measure
@@ -125,6 +127,36 @@ def test_sensors_tell_nothing_where_there_is_no_gpu() -> None:
     assert energy(lambda: None, 1) == {}
     assert gpu() == ""
     assert fingerprint("cuda").startswith(fingerprint())
+
+
+class Sensors:
+    """NVML of two cards, that of PyTorch the second."""
+
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU, NVMLError = 1, 0, OSError
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> int:
+        return ["GPU-first", "GPU-second"].index(name)
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        return [10_000, 300_000][handle]
+
+    def nvmlDeviceGetClockInfo(self, handle: int, kind: int) -> int:
+        return [210, 1980][handle]
+
+    def nvmlDeviceGetTemperature(self, handle: int, kind: int) -> int:
+        return [30, 60][handle]
+
+
+def test_sensors_are_those_of_the_card_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Sensors())
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda: SimpleNamespace(uuid="second"))
+    monkeypatch.setattr("qsweep.measure.gpu._sensors", _sensors.__wrapped__)
+    found = read()
+    assert found is not None
+    assert found[1:] == (300.0, 1980.0, 60.0)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")

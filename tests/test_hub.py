@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, Noise, context, network
 from torch import Tensor, nn
 
+from qsweep.devices import on_device
 from qsweep.errors import BundleError, ExportFailure, NotFinite
 from qsweep.hub.export import export
 from qsweep.hub.form import QUANTIZE, QuantizedModel, aten, nodes_of, source
@@ -174,6 +175,30 @@ def test_attention_without_heads_is_that_of_one_head(mask: Tensor | None) -> Non
     one_head = mask is None or mask.dim() == 2  # a mask for each sample has no place for heads
     assert (source(attention).target is aten.unsqueeze.default) == one_head
     torch.testing.assert_close(found.graph(INPUTS), model(INPUTS))
+
+
+class Makes(nn.Module):
+    """Makes what it needs: positions, a token, a mask, constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.layer, self.offset = nn.Embedding(8, 8), nn.Linear(8, 8), torch.full((8,), 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 0] + self.places(torch.arange(8, device=x.device)) + self.offset + torch.tensor([2.0])
+        x = torch.cat([torch.zeros(x.shape[0], 1, 8), x], 1)
+        mixed: Tensor = torch.ones(9, 9, device=x.device).tril() @ self.layer(x)
+        return mixed * torch.linspace(0, 1, 8)
+
+
+def test_a_graph_computes_where_it_is_brought_with_all_that_it_makes() -> None:
+    model = Makes().eval()
+    graph = export(model, INPUTS[:2]).graph
+    assert {name for name, _ in graph.named_buffers()} == {"offset", "lifted_tensor_0"}
+    torch.testing.assert_close(graph(INPUTS), model(INPUTS))
+    elsewhere = torch.device("meta")  # as strict as a GPU about what lies where, wherever tests run
+    assert on_device(graph, elsewhere)(INPUTS.to(elsewhere)).device == elsewhere
+    assert {node.kwargs["device"] for node in graph.graph.nodes if "device" in node.kwargs} == {elsewhere}
 
 
 def batch_norm(norm: nn.Module) -> nn.Module:

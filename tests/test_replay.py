@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,52 @@ def test_rates_on_the_device_are_those_of_the_schedule(momentum: float) -> None:
         assert all(isinstance(group["lr"], float) for group in optimizer.state_dict()["param_groups"])
         found.append(values)
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
+def test_a_gradient_that_comes_late_has_a_momentum_too() -> None:
+    found = []
+    for kind in (torch.optim.SGD, DeviceSGD):
+        values = [nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)), nn.Parameter(torch.ones(2))]
+        optimizer = kind([{"params": values}], lr=0.1, momentum=0.9, nesterov=True)
+        for step in range(4):
+            optimizer.zero_grad()
+            sum((value**2).sum() for value in (values if step > 1 else values[:1])).backward()
+            optimizer.step()
+        found.append(values)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
+class Graph:
+    """Of a device that is not here."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_recording_that_is_let_go_of_frees_its_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Graph]] = []
+
+    def graph() -> Graph:
+        new = Graph()
+        made.append(weakref.ref(new))
+        return new
+
+    fakes = {"CUDAGraph": graph, "graph": lambda *_, **__: nullcontext(), "empty_cache": lambda: None}
+    fakes |= {"memory_reserved": lambda: 0, "mem_get_info": lambda: (1, 1), "current_stream": lambda: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", fake)
+    recorded = Recorded(lambda inputs, labels: inputs.sum(), 2, lambda: None)
+    monkeypatch.setattr(recorded, "_watched", recorded._step)
+    for _ in range(5):
+        recorded(torch.ones(2), torch.ones(2))
+    assert made[0]() is not None
+    gc.disable()
+    try:
+        monkeypatch.undo()
+        del recorded
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 def weights(method: type[Trained], folder: Path, task: Toy, **training: Any) -> dict[str, Tensor]:

@@ -292,6 +292,16 @@ def test_a_training_that_was_killed_goes_on_from_its_checkpoint_to_the_same_bits
     assert len(all_) - 6 <= len(after) < len(all_)
 
 
+def test_a_training_on_the_cpu_asks_nothing_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old(*_: object) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # as NVML says of a driver that PyTorch cannot use
+    monkeypatch.setattr("torch.cuda._lazy_init", too_old)
+    trained(Toy(), checkpoint=tmp_path / "epoch.pt")
+    assert (tmp_path / "epoch.pt").exists()
+
+
 def test_a_damaged_checkpoint_counts_as_none(tmp_path: Path) -> None:
     for content in (b"", b"not a checkpoint"):
         (tmp_path / "epoch.pt").write_bytes(content)

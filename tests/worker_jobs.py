@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,10 @@ from pathlib import Path
 def good(folder: Path) -> None:
     print("said to stdout")
     (folder / "good.json").write_text("{}")
+
+
+def environment(folder: Path) -> None:
+    (folder / "environment.json").write_text(json.dumps(dict(os.environ)))
 
 
 def raises(folder: Path) -> None:

@@ -290,7 +290,7 @@ class Binding:
 def _as_rows(values: Tensor) -> Tensor:
     """(..., K) as (M, K), the numbers of a row side by side; copied where they do not lie so."""
     rows = values.reshape(-1, values.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _for_products(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 
 import torch
@@ -47,6 +48,7 @@ class Chain:
             product.tile = (tiles or {}).get(product.name)
         self._call: Callable[[Tensor], Tensor] = self._run
         if self.device.type == "cuda":
+            gc.collect()  # a chain is a circle: one that nothing needs any more would keep its memory
             with torch.cuda.device(self.device), torch.no_grad():
                 if tiles is None:
                     tune(self._binding.products, self.device)

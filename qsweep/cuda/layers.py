@@ -97,7 +97,7 @@ def _linear(
         out,
         residual=None if other is None else residual(layer, other),
     )
-    kind = f"{kernel.__name__} {rows}x{columns}x{depth}{_ending(layer)}"
+    kind = f"{kernel.__name__} {rows}x{columns}x{depth}{_loads(given.logical)}{_ending(layer)}"
     return Product("", kind, rows, columns, depth, launch)
 
 
@@ -129,7 +129,7 @@ def _convolution(
     )
     sizes = f"{'x'.join(map(str, x.shape))} to {'x'.join(map(str, pixels.shape))}"
     numbers = f"k{'x'.join(map(str, window))} s{_pair(stride)} d{_pair(dilation)} g{groups}"
-    kind = f"{kernel.__name__.rpartition('.')[2]} {sizes} {numbers}"
+    kind = f"{kernel.__name__.rpartition('.')[2]} {sizes} {numbers}{_loads(x)}"
     depth = integers[0].numel() // integers.shape[1] * (channels // groups or 1)
     return Product("", kind + _ending(layer), pixels.shape[:3].numel(), len(integers), depth, launch)
 
@@ -151,6 +151,12 @@ def lines(x: Tensor, weight: Tensor, stride: int, width: int) -> tuple[Tensor, T
 
 def _pair(sizes: list[int]) -> tuple[int, int]:
     return (sizes[0], sizes[-1])
+
+
+def _loads(x: Tensor) -> str:
+    """Parts of a buffer may lie so that a kernel for 16 bytes at a time cannot read them."""
+    steps = [x.data_ptr(), *(stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)]
+    return " unaligned" if any(step % 16 for step in steps) else ""
 
 
 def _ending(layer: Layer) -> str:

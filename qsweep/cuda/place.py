@@ -166,7 +166,10 @@ def _homes(plan: Plan, operands: dict[fx.Node, Operand]) -> dict[fx.Node, tuple[
 
 
 def _writes_anywhere(step: Step) -> bool:
-    """Whether the step's kernel can be told where to write; other moves are views of what they are given."""
+    """Whether the step's kernel can be told where to write: norms write rows; other moves are views of what they are
+    given."""
+    if isinstance(step, Norm):
+        return False
     return not isinstance(step, Move) or step.node.target in (aten.cat.default, aten.max_pool2d.default)
 
 

@@ -202,7 +202,7 @@ class _Planner:
             if isinstance(right, Operand):
                 return _Waiting(Add(node, None, UNBOUNDED, given, right))
             return None
-        if node.target in POOLS:
+        if node.target in POOLS and len(self.shapes[source(node)]) == 4:
             count = pool_count(node, *self.shapes[source(node)][-2:])
             return _Waiting(Pool(node, None, UNBOUNDED, node, given, count)) if count else None
         if node.target in POINTWISE | RECTIFIERS and node.all_input_nodes == [source(node)]:

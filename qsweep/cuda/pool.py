@@ -61,6 +61,7 @@ def global_avg_pool(x: Tensor, zero_point: int, multiplier: float, output: Outpu
     assert out.dtype == (torch.float32 if output is None else torch.int8)
     check_offsets(x, out)
     count, height, width, channels = x.shape
+    assert out.shape == (count, channels)
     across = min(64, power_of_two(channels))
     average_all[count, triton.cdiv(channels, across)](
         x,

@@ -123,23 +123,27 @@ def tune(products: Sequence[Product], device: torch.device, tiles: Tiles | None 
 def _compiled(trials: Iterable[tuple[Product, Tile]], device: torch.device) -> set[tuple[str, Tile]]:
     """Launch each once, on as many threads as there are cores: the compiler works outside of Python's lock.
 
-    Returns those that the GPU can run: some ask for more shared memory than it has.
+    Returns those that the GPU can run for all of a kind: some ask for more shared memory than it has.
     """
     index = torch.cuda.current_device() if device.index is None else device.index  # of this thread, not of others
 
-    def launch(trial: tuple[Product, Tile]) -> tuple[str, Tile] | None:
+    def launch(trial: tuple[Product, Tile]) -> bool:
         product, tile = trial
         torch.cuda.set_device(index)
         try:
             product.launch(tile=tile)
         except triton.runtime.errors.OutOfResources:
-            return None
-        return product.kind, tile
+            return False
+        return True
 
+    trials = list(trials)
     with ThreadPoolExecutor(cores()) as pool:
-        working = {one for one in pool.map(launch, trials) if one is not None}
+        done = list(pool.map(launch, trials))
     torch.cuda.synchronize(device)
-    return working
+    found: dict[tuple[str, Tile], bool] = {}
+    for (product, tile), worked in zip(trials, done, strict=True):
+        found[product.kind, tile] = found.get((product.kind, tile), True) and worked
+    return {one for one, worked in found.items() if worked}
 
 
 def milliseconds(product: Product, tile: Tile) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.cuda.capture import captured
+from qsweep.devices import on_device
 from qsweep.engines._torch import channels_last_input, channels_last_weights
 from qsweep.errors import Refused, why
 from qsweep.hub.save import load
@@ -27,13 +28,17 @@ def gpu_runner(folder: Path, engine: EngineConfig, *, compile: bool, capture: bo
         raise Refused(reason)
     torch.backends.cudnn.benchmark = True  # a baseline is to be as fast as cuDNN can be
     model = load(folder)
-    graph = channels_last_weights(simulation(model).to("cuda"))
+    graph = channels_last_weights(on_device(simulation(model), "cuda"))
     example = channels_last_input(torch.zeros(engine.batch_size, *model.example.shape[1:], device="cuda"))
     try:
         call = compiled(graph, example) if compile else graph
         return fixed(captured(call, example) if capture else call, example)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # not the model's fault: the device's
+    except torch.OutOfMemoryError:
         raise
+    except torch.AcceleratorError as error:
+        if "captur" not in str(error):  # not the model's fault: the device's
+            raise
+        raise Refused(f"a call of the model cannot be captured; `capture: false` launches it: {why(error)}") from None
     except Exception as error:  # the compiler raises dozens of types; all mean that it cannot take the model
         instead = "; without the compiler (`compile`, of `cuda` `compile_baselines`) it may" if compile else ""
         raise Refused(f"the model cannot run on the GPU: {why(error)}{instead}") from error

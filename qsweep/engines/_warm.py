@@ -40,7 +40,9 @@ def _network() -> fx.GraphModule:
 
 def _warm_up() -> None:
     _isa.checks.join()
-    if torch.cuda.is_available():  # the compiler asks for the GPU's properties, and no fork could use it afterwards
+    # With a GPU the compiler asks for its properties, and no fork could use it afterwards. To ask CUDA itself whether
+    # there is one would do the same: NVML is asked, which does not always know (-1).
+    if torch.version.cuda is not None and torch.cuda._device_count_nvml() != 0:
         return
     tqdm.monitor_interval = 0  # the compiler's progress bars would start a thread
     threads = torch.get_num_threads()

@@ -161,6 +161,7 @@ def work(folder: str, job: str, name: str) -> None:
     """The life of a worker."""
     path = Path(folder)
     os.setsid()
+    server.forked()
     gc.freeze()  # the server's imports are never garbage: Inductor compiles a tenth faster without looking at them
     _log_to(path / "log.txt")
     with (path / LOCK).open("a") as lock:

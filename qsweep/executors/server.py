@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLE = "QSWEEP_SERVER"
+_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_own: list[str] = []
+"""In the server: variables that are not for its workers."""
 log: Path | None = None
 """In the server: where it writes what it has to say."""
 
@@ -50,7 +53,15 @@ def _leave_terminal(log: str) -> None:
     # Importing Inductor would start a pool of compilers: children of the server, shared by nobody.
     os.environ.setdefault("TORCH_WARM_POOL", "0")
     # Asking CUDA whether there is a device would leave it unusable in all workers, which are forked after it.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if _NVML not in os.environ:
+        os.environ[_NVML] = "1"
+        _own.append(_NVML)
+
+
+def forked() -> None:
+    """In a worker, where CUDA may be asked: NVML knows nothing of drivers that are too old for PyTorch."""
+    for name in _own:
+        del os.environ[name]
 
 
 if VARIABLE in os.environ:

@@ -11,7 +11,18 @@ from torch import fx
 
 from qsweep.errors import ExportFailure
 from qsweep.hub.fixed import with_fixed_weights
-from qsweep.hub.form import LINEARS, NAMESPACES, POINTWISE, RECTIFIERS, arguments, aten, nodes_of, source
+from qsweep.hub.form import (
+    LINEARS,
+    NAMESPACES,
+    POINTWISE,
+    RECTIFIERS,
+    arguments,
+    aten,
+    attributes,
+    nodes_of,
+    set_constant,
+    source,
+)
 
 _WHOLE = 2**63 - 1
 """`slice` up to this index takes everything."""
@@ -46,6 +57,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
         rewrite(graph)
         graph.graph.eliminate_dead_code()
     _check_ops(graph)
+    _keep_constants(graph)
     graph.recompile()
     return graph
 
@@ -68,6 +80,14 @@ def _check_ops(graph: fx.GraphModule) -> None:
             raise ExportFailure(f"`{source(node).target}`: gives several tensors; the hub form has ops that give one")
         if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in NAMESPACES:
             raise ExportFailure(f"`{node.target}`: must be an op of PyTorch's `aten` to be stored in the hub form")
+
+
+def _keep_constants(graph: fx.GraphModule) -> None:
+    """Tensors that the model made or held as plain attributes as buffers, which go where the graph goes."""
+    known = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}
+    for name, value in list(attributes(graph)):
+        if name not in known:
+            set_constant(graph, name, value)
 
 
 def _functional(graph: fx.GraphModule) -> None:

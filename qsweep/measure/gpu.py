@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -92,15 +93,26 @@ class Reading(NamedTuple):
 def read() -> Reading | None:
     """Of the current device, now; None where NVML is missing or does not tell."""
     try:
-        import pynvml
+        import pynvml as nvml
     except ImportError:
         return None
     try:
-        watts = torch.cuda.power_draw() / 1000
-        found = (watts, float(torch.cuda.clock_rate()), float(torch.cuda.temperature()))
-    except (RuntimeError, pynvml.NVMLError):
+        sensors = _sensors()
+        watts = nvml.nvmlDeviceGetPowerUsage(sensors) / 1000
+        clock = nvml.nvmlDeviceGetClockInfo(sensors, nvml.NVML_CLOCK_SM)
+        celsius = nvml.nvmlDeviceGetTemperature(sensors, nvml.NVML_TEMPERATURE_GPU)
+    except (RuntimeError, AssertionError, nvml.NVMLError):  # PyTorch asserts that it was built with CUDA
         return None
-    return Reading(time.perf_counter(), *found)
+    return Reading(time.perf_counter(), watts, float(clock), float(celsius))
+
+
+@cache
+def _sensors() -> Any:
+    """Of the current device, which NVML counts in another order than CUDA: by its name for life."""
+    import pynvml as nvml
+
+    nvml.nvmlInit()
+    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
 
 
 def joules(readings: list[Reading]) -> float:

@@ -7,13 +7,13 @@ write and read what came of it.
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qsweep.machine import no_kernels
 from qsweep.quantize import _loops
 
 Level = float | Tensor
@@ -85,7 +85,7 @@ def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
 def _of(device: str) -> Kernels | None:
     if device == "cpu":
         return _loops
-    if device != "cuda" or find_spec("triton") is None:
+    if device != "cuda" or no_kernels() is not None:
         return None
     from qsweep.cuda import fake_quantize
 

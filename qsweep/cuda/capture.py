@@ -7,18 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qsweep.replay import own_stream
+
 _WARM_UP_CALLS = 3
 """Before a capture: what is lazy (workspaces, compilation, cuDNN's choice of algorithms) must have happened."""
 
 
 def graph_of(call: Callable[[], object], repeat: int = 1) -> torch.cuda.CUDAGraph:
     """`repeat` calls as one graph, not replayed yet; the call must always use the same memory."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
+    with torch.no_grad(), own_stream(torch.device("cuda", torch.cuda.current_device())):
         for _ in range(_WARM_UP_CALLS):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         for _ in range(repeat):

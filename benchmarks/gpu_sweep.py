@@ -17,41 +17,13 @@ from gpu_rows import Rows, absent
 ROOT = Path(__file__).parents[1]
 NEEDED = ("pydantic", "optuna", "mlflow", "safetensors", "yaml", "typer", "zstandard")
 
-TARGET = "{engine: cuda, batch_size: 128}"
-COMPRESS = """compress:
-  quantize:
-    method: ptq
-    weight_bits: {choice: [4, 8]}
-    activation_scheme: {choice: [symmetric, asymmetric]}"""
+SPECS = {"digits": "gpu-digits.yaml", "cifar10-resnet20": "gpu-cifar10.yaml"}
 TRIALS = 2
-SEARCH = f"search: {{trials: {TRIALS}, seed: 0}}"
-DIGITS = f"""
-name: digits
-task: {{method: image_classification, model: {{arch: digits_cnn}}, data: {{method: digits}}}}
-{COMPRESS}
-target: {TARGET}
-{SEARCH}
-"""
-CIFAR = f"""
-name: cifar10-resnet20
-task:
-  method: image_classification
-  model: {{arch: resnet20, checkpoint: $QSWEEP_DATA/checkpoints/resnet20_cifar10_jpeg.safetensors}}
-  data:
-    method: parquet
-    train: $QSWEEP_DATA/cifar10/train.parquet
-    validation: {{file: $QSWEEP_DATA/cifar10/test_dev.parquet, rows: [0, 2500]}}
-    test: {{file: $QSWEEP_DATA/cifar10/test_dev.parquet, rows: [2500, 5000]}}
-    classes: 10
-{COMPRESS}
-target: {TARGET}
-{SEARCH}
-"""
-SPECS = {"digits": DIGITS, "cifar10-resnet20": CIFAR}
+"""Of each spec."""
 
 
 def sweeps(bench: Bench, rows: Rows) -> None:
-    for name, spec in SPECS.items():
+    for name, file in SPECS.items():
         row = asked.SWEEPS[name]
         if rows.settled(row):
             continue
@@ -60,7 +32,7 @@ def sweeps(bench: Bench, rows: Rows) -> None:
             continue
         with rows.guard(row):
             bench.need(60)
-            rows.add(row, *run(name, spec, bench))
+            rows.add(row, *run((ROOT / "experiments" / file).read_text(), bench))
 
 
 def lacking(name: str) -> str | None:
@@ -70,7 +42,7 @@ def lacking(name: str) -> str | None:
     return "QSWEEP_DATA is not set" if name != "digits" and "QSWEEP_DATA" not in os.environ else None
 
 
-def run(name: str, spec: str, bench: Bench) -> tuple[str, bool | None]:
+def run(spec: str, bench: Bench) -> tuple[str, bool | None]:
     """What its records say, and whether it ended with all trials complete; None where time ran out before."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "spec.yaml").write_text(spec)
@@ -88,7 +60,7 @@ def run(name: str, spec: str, bench: Bench) -> tuple[str, bool | None]:
             ended: bool | None = not done.returncode
         except subprocess.TimeoutExpired:
             end, ended = ["out of time"], None
-        files = sorted((Path(folder) / "sweeps" / name / "trials").glob("*/record.json"))
+        files = sorted(Path(folder).glob("sweeps/*/trials/*/record.json"))
         records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
     trials = [record for record in records if record["kind"] == "trial"]
     complete = [record for record in trials if record["state"] == "complete"]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qsweep.engines._onnx_graph import add_weights, without_weights
 from qsweep.errors import BundleError, Refused, why
-from qsweep.hub.form import QuantizedModel
+from qsweep.hub.fixed import with_computed_layers
+from qsweep.hub.form import QuantizedModel, arguments, aten, nodes_of
 from qsweep.hub.save import DAMAGE, load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def lower(model: QuantizedModel, folder: Path, store: Store) -> None:
     """Write `model.onnx`, `weights.safetensors` and `packed.json` (which weights are packed, and how)."""
     import onnx
 
+    if any(
+        arguments(node)["divisor_override"] is not None for node in nodes_of(model.graph, {aten.avg_pool2d.default})
+    ):
+        raise Refused("ONNX has no average pools with `divisor_override`")
+    model = with_computed_layers(model)
     onnx.save(without_weights(model, store), folder / MODEL)
     (folder / PACKED).write_text(json.dumps(save_weights(model, folder)))
 

@@ -98,9 +98,6 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
     readers = Counter(name for node in content.graph.node for name in node.input)
     nodes = []
     for node in content.graph.node:
-        if node.op_type == "ReduceMean" and _over_the_image(node, constants):
-            node.op_type = "GlobalAveragePool"
-            del node.attribute[:], node.input[1:]
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in constants:
             mark = round(float(numpy_helper.to_array(constants[node.input[1]])))
             node.input[1], node.input[2] = f"grid{mark}.scale", f"grid{mark}.zero_point"
@@ -142,24 +139,17 @@ def _bounded(
     source = producers.get(node.input[0])
     if source is not None and source.op_type in ("Relu", "Clip") and readers[node.input[0]] == 1:
         constants = {tensor.name: tensor for tensor in content.graph.initializer}
-        bounds = [float(numpy_helper.to_array(constants[name])) for name in source.input[1:]] or [0.0]
+        given = [float(numpy_helper.to_array(constants[name])) if name else None for name in source.input[1:]] or [0.0]
+        bounds = [None if end is None else zero_point + round(end / scale) for end in (*given, None)][:2]
         node.input[0] = source.input[0]
-        low = max(low, zero_point + round(bounds[0] / scale))
-        high = min(high, zero_point + round(bounds[1] / scale)) if len(bounds) > 1 else high
+        low = low if bounds[0] is None else max(low, bounds[0])
+        high = high if bounds[1] is None else min(high, bounds[1])
     low, high = low - lowest, high - lowest
     if (low, high) == (0, 255):
         return []
     result, node.output[0] = node.output[0], f"{node.output[0]}_unbounded"
     ends = [add(content, f"{result}.{name}", np.uint8(end)) for name, end in (("low", low), ("high", high))]
     return [helper.make_node("Clip", [node.output[0], *ends], [result], name=f"{node.name}_bounds")]
-
-
-def _over_the_image(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
-    from onnx import helper, numpy_helper
-
-    keep = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}.get("keepdims", 1)
-    axes = numpy_helper.to_array(constants[node.input[1]]) if len(node.input) > 1 else np.array([])
-    return bool(keep) and sorted(axes.tolist()) in ([2, 3], [-2, -1])
 
 
 def _drop_unused(content: onnx.ModelProto) -> None:

@@ -45,10 +45,12 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
     def compute(folder: Path) -> None:
         marked, weights = _marked(model)
         content = _export(marked, model.example)
+        _keep_changed(content, marked, _of_layers(model))
+        _with_global_pools(content)
         _spell_out(content, weights)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 4, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 5, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
@@ -94,6 +96,45 @@ def _marked(model: QuantizedModel) -> tuple[torch.fx.GraphModule, set[str]]:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph, weights
+
+
+def _keep_changed(content: onnx.ModelProto, graph: torch.fx.GraphModule, own: set[str]) -> None:
+    """Constants that the exporter has changed under their names, as it folds a norm into a transposed convolution, get
+    names of their own, in place: those of the model are not put there. Raises Refused where it has computed with what
+    every model has its own of, which is random here."""
+    from onnx import numpy_helper
+
+    constants = dict(attributes(graph))
+    read = {name for node in content.graph.node for name in node.input}
+    if lost := sorted(own.intersection(constants) - read):
+        raise Refused(f"`torch.onnx` computes with `{lost[0]}` beforehand, which differs from model to model")
+    changed = {}
+    for tensor in content.graph.initializer:
+        value = constants.get(tensor.name)
+        if value is not None and not np.array_equal(numpy_helper.to_array(tensor), value.detach().numpy()):
+            changed[tensor.name] = tensor.name = f"{tensor.name}.folded"
+    for node in content.graph.node:
+        node.input[:] = [changed.get(name, name) for name in node.input]
+
+
+def _with_global_pools(content: onnx.ModelProto) -> None:
+    """Means over images as the pool that has an integer kernel, in place."""
+    known = (*content.graph.input, *content.graph.value_info, *content.graph.output)
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
+    constants = {tensor.name: tensor for tensor in content.graph.initializer}
+    for node in content.graph.node:
+        image = ranks.get(node.output[0]) == 4
+        if node.op_type == "ReduceMean" and image and _over_the_image(node, constants):
+            node.op_type = "GlobalAveragePool"
+            del node.attribute[:], node.input[1:]
+
+
+def _over_the_image(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
+    from onnx import helper, numpy_helper
+
+    keep = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}.get("keepdims", 1)
+    axes = numpy_helper.to_array(constants[node.input[1]]) if len(node.input) > 1 else np.array([])
+    return bool(keep) and sorted(axes.tolist()) in ([2, 3], [-2, -1])
 
 
 def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from qsweep.engines._torch_graph import unsigned, with_grid_input, with_image_convolutions
 from qsweep.errors import Refused, why
-from qsweep.hub.form import DEQUANTIZE, source
+from qsweep.hub.form import DEQUANTIZE, TRANSPOSED, nodes_of, source
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation
 
@@ -81,8 +81,40 @@ def compiled(graph: fx.GraphModule, *examples: Tensor) -> Any:
         for text, module in _OWN_WARNINGS:
             warnings.filterwarnings("ignore", text, module=module)
         grids = with_grid_input(graph)
-        call = inductor.compile(graph, [grids, *examples])
+        with _whole_products(), _sound_folding(graph):
+            call = inductor.compile(graph, [grids, *examples])
     return partial(call, grids)
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Without Inductor's products of one row, or of few numbers, as sums of its own: these are no integer kernels."""
+    from torch._inductor import decomposition
+
+    ops: Any = torch.ops.aten
+    kept = {op: decomposition.decompositions.pop(op) for op in (ops.mm.default, ops.addmm.default)}
+    decomposition.fast_random_decomps.cache_clear()
+    try:
+        yield
+    finally:
+        decomposition.decompositions.update(kept)
+        decomposition.fast_random_decomps.cache_clear()
+
+
+@contextmanager
+def _sound_folding(graph: fx.GraphModule) -> Iterator[None]:
+    """Without Inductor's factors folded into the weights of layers, where some are of transposed convolutions: it takes
+    their input channels for their outputs, and says nothing."""
+    from torch._inductor.fx_passes import freezing_patterns
+    from torch._inductor.pattern_matcher import PatternMatcherPass
+
+    kept = freezing_patterns.binary_folding_pass
+    if nodes_of(graph, TRANSPOSED):
+        freezing_patterns.binary_folding_pass = PatternMatcherPass()
+    try:
+        yield
+    finally:
+        freezing_patterns.binary_folding_pass = kept
 
 
 def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> int:

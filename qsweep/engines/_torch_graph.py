@@ -95,7 +95,7 @@ def with_grid_input(graph: fx.GraphModule) -> torch.Tensor:
                 result = _chain(graph, result, (aten.to.dtype, node.args[5]))
             node.replace_all_uses_with(result)
         elif node.target is DEQUANTIZE:
-            readers = [user for user in node.users if user.target not in _KERNELS]
+            readers = [user for user in node.users if not _has_kernel(user)]
             if not readers:
                 continue
             with graph.graph.inserting_before(node):
@@ -113,7 +113,12 @@ def _fuses(node: fx.Node) -> bool:
     """Whether a quantize after `node` becomes part of its kernel, or of one before it."""
     if node.target in RECTIFIERS:
         node = source(node)
-    return node.target in _KERNELS
+    return _has_kernel(node)
+
+
+def _has_kernel(node: fx.Node) -> bool:
+    """Inductor's pattern of a max pool takes `ceil_mode` for something else, and loses it."""
+    return node.target in _KERNELS and not (node.target is aten.max_pool2d.default and arguments(node)["ceil_mode"])
 
 
 def _chain(graph: fx.GraphModule, value: fx.Node, *steps: tuple[Any, ...]) -> fx.Node:

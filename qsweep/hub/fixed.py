@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import fx
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
 
-from qsweep.hub.form import COMPUTE, aten, nodes_of, set_constant
+import torch
+from torch import Tensor, fx
+
+from qsweep.hub.form import COMPUTE, QuantizedModel, aten, nodes_of, set_constant
 
 _READERS = COMPUTE | {aten.batch_norm.default}
 
@@ -21,17 +25,46 @@ def with_fixed_weights(graph: fx.GraphModule) -> None:
     computed = [node for node in graph.graph.nodes if node in wanted and node.op != "get_attr"]
     if not computed:
         return
-    interpreter = fx.Interpreter(graph, garbage_collect_values=False)
-    with torch.no_grad():
-        for node in fixed:
-            interpreter.env[node] = interpreter.run_node(node)
+    values = _values(graph, fixed)
     for node in computed:
         name = f"{_first(node).target}_{node.name}"
-        set_constant(graph, name, interpreter.env[node].clone(), trainable=True)
-        with graph.graph.inserting_before(node):
-            new = graph.graph.get_attr(name)
+        new = _as_constant(graph, node, name, values[node], trainable=True)
         new.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(new)
+
+
+def with_computed_layers(model: QuantizedModel) -> QuantizedModel:
+    """Layers that no input goes into, such as those of a table of positions, as the constants that they give."""
+    graph = copy.deepcopy(model.graph)
+    fixed = fixed_nodes(graph)
+    layers: set[fx.Node] = set()
+    for node in fixed:
+        if node.target in COMPUTE or layers.intersection(node.all_input_nodes):
+            layers.add(node)
+    if not layers:
+        return model
+    values = _values(graph, fixed)
+    for node in [node for node in fixed if node in layers and not layers.issuperset(node.users)]:
+        _as_constant(graph, node, f"{node.name}_computed", values[node])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return replace(model, graph=graph)
+
+
+def _values(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> dict[fx.Node, Tensor]:
+    interpreter = fx.Interpreter(graph, garbage_collect_values=False)
+    with torch.no_grad():
+        for node in nodes:
+            interpreter.env[node] = interpreter.run_node(node)
+    return interpreter.env
+
+
+def _as_constant(graph: fx.GraphModule, node: fx.Node, name: str, value: Tensor, *, trainable: bool = False) -> fx.Node:
+    """The constant `name` for all that read `node`."""
+    set_constant(graph, name, value.clone(), trainable=trainable)
+    with graph.graph.inserting_before(node):
+        new = graph.graph.get_attr(name)
+    node.replace_all_uses_with(new)
+    return new
 
 
 def fixed_nodes(graph: fx.GraphModule) -> dict[fx.Node, None]:

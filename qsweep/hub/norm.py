@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import COMPUTE, arguments, aten, constant, nodes_of, set_constant, source
+from qsweep.hub.form import COMPUTE, TRANSPOSED, arguments, aten, constant, nodes_of, set_constant, source
 
 
 def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
-    """Fold every batch norm that follows a convolution or linear, in place; computed in float64.
+    """Fold every batch norm that follows a convolution, transposed or not, or a linear, in place; computed in float64.
 
+    (PyTorch's exporter to ONNX and its compiler fold those of transposed convolutions wrongly or under old names.)
     w' = w * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta (Jacob et al. 2018, section 3.2).
     """
     for norm in nodes_of(graph, {aten.batch_norm.default}):
         compute = source(norm)
-        if joins(norm):
+        if joins(norm, COMPUTE | TRANSPOSED):
             weight, bias = folded(graph, compute, norm)
             replace_weight(graph, compute, weight, bias)
             norm.replace_all_uses_with(compute)
@@ -37,15 +41,19 @@ def folded(graph: fx.GraphModule, compute: fx.Node, norm: fx.Node) -> tuple[Tens
     shift = ((bias.double() if bias is not None else 0) - mean.double()) * factor
     if beta is not None:
         shift = shift + beta.double()
+    if compute.target in TRANSPOSED:  # weights (C, OC / groups, ...)
+        apart = weight.double().reshape(arguments(compute)["groups"], -1, *weight.shape[1:])
+        by_group = factor.reshape(len(apart), 1, -1, *[1] * (weight.dim() - 2))
+        return (apart * by_group).flatten(0, 1).float(), shift.float()
     scaled = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
     return scaled.float(), shift.float()
 
 
-def joins(norm: fx.Node) -> bool:
+def joins(norm: fx.Node, layers: Collection[Any] = COMPUTE) -> bool:
     """Whether the batch norm `norm` can be folded into the layer before it: the weight of the layer is fixed, so are
     the statistics of the norm, and the norm alone reads the result."""
     compute = source(norm)
-    if compute.target not in COMPUTE or len(compute.users) > 1:
+    if compute.target not in layers or len(compute.users) > 1:
         return False
     weight = source(compute, 1)
     weight = source(weight) if weight.op == "call_module" else weight  # observed

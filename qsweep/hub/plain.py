@@ -26,21 +26,15 @@ from qsweep.hub.form import (
 
 _WHOLE = 2**63 - 1
 """`slice` up to this index takes everything."""
-_VIEWS = {
-    aten.view.default,
+_SOMETIMES_VIEWS = {
     aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    aten.chunk.default,
     aten.contiguous.default,
+    aten.type_as.default,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    operator.getitem,
 }
-"""Ops whose result may share memory with their input."""
+"""Ops whose schema does not tell that what they give may be what they are given."""
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 
 
@@ -52,8 +46,9 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    rewrites = _functional, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes, _with_pools
-    for rewrite in (*rewrites, _with_sized_paddings, _with_heads, _with_flat_linears, _rectified_first):
+    rewrites = _functional, _with_reshapes, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes
+    layers = _with_pools, _with_plain_borders, _with_sized_paddings, _with_heads, _with_flat_linears, _rectified_first
+    for rewrite in (*rewrites, *layers):
         rewrite(graph)
         graph.graph.eliminate_dead_code()
     _check_ops(graph)
@@ -106,6 +101,15 @@ def _functional(graph: fx.GraphModule) -> None:
             user.replace_input_with(given, node)
 
 
+def _with_reshapes(graph: fx.GraphModule) -> None:
+    """Views as reshapes: runtimes lay images out with their channels last, which a view may not allow."""
+    for node in nodes_of(graph, {aten.view.default, aten.view_as.default, aten.reshape_as.default}):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        elif (shape := _shape(node)) is not None:
+            node.target, node.args = aten.reshape.default, (node.args[0], shape)
+
+
 def _later(graph: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
     return set(takewhile(lambda other: other is not node, reversed(graph.graph.nodes)))
 
@@ -115,11 +119,18 @@ def _aliases(value: fx.Node) -> set[fx.Node]:
     found, reached = {value}, [value]
     while reached:
         node = reached.pop()
-        near = {user for user in node.users if user.target in _VIEWS}
-        near |= set(node.all_input_nodes[:1]) if node.target in _VIEWS else set()
+        near = {user for user in node.users if _may_be_view(user)}
+        near |= set(node.all_input_nodes[:1]) if _may_be_view(node) else set()
         reached += near - found
         found |= near
     return found
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    if node.target in _SOMETIMES_VIEWS or not isinstance(node.target, torch._ops.OpOverload):
+        return node.target in _SOMETIMES_VIEWS
+    given = [result.alias_info for result in node.target._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in given)
 
 
 def _without_idle(graph: fx.GraphModule) -> None:
@@ -165,7 +176,7 @@ def _part(graph: fx.GraphModule, split: fx.Node, index: int) -> fx.Node | None:
 
 def _with_fixed_shapes(graph: fx.GraphModule) -> None:
     """Shapes that count samples at run time as shapes with one -1, which reads no tensor."""
-    for node in nodes_of(graph, {aten.view.default, aten.reshape.default}):
+    for node in nodes_of(graph, {aten.reshape.default}):
         shape, sizes = _shape(node), [*arguments(node).values()][1]
         if shape is not None and any(isinstance(size, fx.Node) for size in sizes):
             node.args = (node.args[0], shape)
@@ -242,6 +253,22 @@ def _replace_adaptive(graph: fx.GraphModule, node: fx.Node, shape: list[int]) ->
     window = [size // wanted for size, wanted in zip(shape[-2:], sizes, strict=True)]
     with graph.graph.inserting_before(node):
         _replace(node, graph.graph.call_function(aten.avg_pool2d.default, (node.args[0], window, window)))
+
+
+def _with_plain_borders(graph: fx.GraphModule) -> None:
+    """Average pools of `ceil_mode` that count the padding, behind a pad of zeros instead: runtimes do not agree on what
+    windows past the padding count."""
+    call = graph.graph.call_function
+    for node in nodes_of(graph, {aten.avg_pool2d.default}):
+        given = arguments(node)
+        if not (given["ceil_mode"] and given["count_include_pad"] and given["divisor_override"] is None):
+            continue
+        with graph.graph.inserting_before(node):
+            value, padding = source(node), (list(given["padding"]) * 2)[:2]
+            if any(padding):
+                value = call(aten.pad.default, (value, [padding[1], padding[1], padding[0], padding[0]]))
+            window = given["kernel_size"], given["stride"]
+            _replace(node, call(aten.avg_pool2d.default, (value, *window, [0, 0], True, False)))
 
 
 def _with_heads(graph: fx.GraphModule) -> None:

@@ -36,10 +36,11 @@ HEADING = """# int8 on a GPU
 
 Networks: milliseconds of a call, inputs copied to the captured graph; batch norms folded and channels last everywhere;
 the ratio is that of the fastest baseline to int8, and all baselines stand beside it. `graph`: eager, captured in a CUDA
-graph; `compiled`: `torch.compile`, captured; `max-autotune`: `torch.compile(mode="max-autotune")`; both in bf16, the
-main network first, the others as far as time goes. Convolutions: with bias and ReLU, launches alone, inputs that may
-lie in the cache; the floor is the larger of moving int8 bytes at the measured bandwidth and computing at twice the
-measured bf16 rate. Small networks at small batch are bound by launching kernels."""
+graph; `cudnn fused`: the same with bias, sum and ReLU in the convolutions' kernels; `compiled`: `torch.compile`;
+`max-autotune`: its mode of that name; both captured and in bf16, the main network first, the others as far as time
+goes. Convolutions: with bias and ReLU, launches alone, inputs that may lie in the cache; the floor is the larger of
+moving int8 bytes at the measured bandwidth and computing at twice the measured bf16 rate. Small networks at small batch
+are bound by launching kernels."""
 _GRACE = 12.0
 """Seconds past the budget after which the process ends, whatever it is in the middle of."""
 
@@ -81,9 +82,8 @@ def main() -> None:
         if not known.rows:  # figures of a machine that has a GPU are not replaced by none
             Rows(asked.rows(), options.out, HEADING, f"{date.today()}: no machine with a GPU was at hand.").write()
         return
-    rows = Rows(asked.rows(), options.out, HEADING, about(device))
-    if options.parts or options.missing:
-        rows.keep(known, settle=options.missing)
+    kept = known if options.parts or options.missing else None
+    rows = Rows(asked.rows(), options.out, HEADING, about(device), kept, settle=options.missing)
     bench = Bench(device, options.tiny, options.budget, BEGUN)
     watch(bench.left + _GRACE, rows)
     run(bench, rows, options)

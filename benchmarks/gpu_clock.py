@@ -14,7 +14,7 @@ from qsweep.measure.gpu import calls_for, milliseconds
 
 Call = Callable[[], object]
 _ROUNDS = 9
-_BLOCK_MS = 2.0
+_BLOCK_MS = 10.0
 _MOST_TOGETHER = 200
 
 
@@ -49,9 +49,9 @@ class Bench:
         """Milliseconds of one call of each, by name: medians, the calls taking turns. All must be warm."""
         count = {name: self._together(call) for name, call in calls.items()}
         found: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(1 if self.tiny else _ROUNDS):
-            for name, call in calls.items():
-                found[name].append(self._block(call, count[name]))
+        for turn in range(1 if self.tiny else _ROUNDS):
+            for name in list(calls)[:: -1 if turn % 2 else 1]:
+                found[name].append(self._block(calls[name], count[name]))
         return {name: statistics.median(times) for name, times in found.items()}
 
     def _together(self, call: Call) -> int:

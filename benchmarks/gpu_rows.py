@@ -17,7 +17,7 @@ from gpu_clock import OutOfTime, reason
 
 NOT_MEASURED = "not measured"
 OUT_OF_TIME = "not measured (out of time)"
-_FAILED = "failed:"
+_FAILED, _WRONG = "failed:", "WRONG"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,17 @@ class Row:
 class Rows:
     """Kept in the order of the tables, whatever the order of measuring; on disk as `gpu.json` and `gpu.md`."""
 
-    def __init__(self, rows: Iterable[Row], folder: Path, heading: str, about: str) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        folder: Path,
+        heading: str,
+        about: str,
+        known: Earlier | None = None,
+        *,
+        settle: bool = False,
+    ) -> None:
+        """`known`: what has been measured before and stays until it is measured again, or, with `settle`, for good."""
         self.rows = {row.row: row for row in rows}
         self.folder, self.heading, self.about = folder, heading, about
         self.marks: dict[str, str] = {}
@@ -40,15 +50,17 @@ class Rows:
         self._settled: set[str] = set()
         self.lock = threading.RLock()
         """The watch ends the process between two writes, not within one."""
+        if known is not None:
+            self._keep(known, settle=settle)
         self.write()
 
-    def keep(self, known: Earlier, *, settle: bool) -> None:
+    def _keep(self, known: Earlier, *, settle: bool) -> None:
         """Take over what has been measured before, where it was asked for in the same words; marked where it was on
         another machine. `settle`: it is not to be measured again."""
         self.marks = dict(known.marks)
         mark = ""
         if _machine(known.about) != _machine(self.about):
-            mark = next(sign for sign in _SIGNS if sign not in self.marks)
+            mark = next((sign for sign in _SIGNS if sign not in self.marks), _SIGNS[-1])
             self.marks[mark] = known.about
         for row in known.rows:
             if row.row in self.rows and self.rows[row.row].asked == row.asked:
@@ -70,7 +82,8 @@ class Rows:
     def ratio(self, name: str) -> float | None:
         """The best baseline's time over int8's, as the row tells it."""
         row = self.rows[name]
-        found = re.search(r"(\d+\.\d+)x ", row.measured) if row.met is not None else None
+        sound = row.met is not None and _WRONG not in row.measured
+        found = re.search(r"(\d+\.\d+)x ", row.measured) if sound else None
         return max(float(found[1]), 0.005) if found else None  # 0.00 may be all that a row has room for
 
     def ratios(self, names: Iterable[str]) -> dict[str, float]:
@@ -150,7 +163,7 @@ def _machine(about: str) -> str:
 
 
 _ABOUT = re.compile(r"\d{4}-\d\d-\d\d[,:] ")
-_SIGNS = "¹²³⁴⁵"
+_SIGNS = "¹²³⁴⁵⁶⁷⁸⁹"
 
 
 def absent(*modules: str) -> str:

@@ -49,7 +49,7 @@ def trainings(bench: Bench, rows: Rows) -> None:
         if rows.settled(*names):
             continue
         with rows.guard(names):
-            bench.need(80 if compiled else 40)
+            bench.need(130 if compiled else 40)
             shortest: dict[str, list[float]] = {kind: [] for kind in ("float", *methods)}
             for _ in range(1 if bench.tiny or compiled else _TURNS):
                 for kind, found in shortest.items():
@@ -83,6 +83,6 @@ def epoch(kind: str, task: RandomImages, bench: Bench, fields: dict[str, Any]) -
             fit(model, task, training, seed=0, progress=ends, checkpoint=Path(folder) / "epoch.pt")
             return ends.shortest
         method = {"LSQ": LSQ, "straight-through": QAT}[kind]
-        config = method(epochs=_EPOCHS, learning_rate=1e-4, calibration_samples=64, precision=fields["precision"])
+        config = method(epochs=_EPOCHS, learning_rate=1e-4, calibration_samples=8, precision=fields["precision"])
         config.apply(model, Context(task, Store(Path(folder)), "model", 0, task.model, training, progress=ends))
         return ends.shortest

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -120,6 +122,35 @@ def test_a_part_that_no_longer_fits_or_fails_says_so_in_its_rows_and_leaves_thos
     assert [row.row for row in read(tmp_path).rows] == ["first", "second"]
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of PyTorch's exporter
+@pytest.mark.parametrize("name", ["ResNet-50", "ResNet-18"])
+def test_fused_baselines_compute_what_the_network_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_fused
+    from gpu_models import build, folded
+
+    def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, *window: Any) -> Tensor:
+        return F.conv2d(x, weight, bias, *window).relu()
+
+    def conv_add_relu(x: Tensor, weight: Tensor, other: Tensor, bias: Tensor, *window: Any) -> Tensor:
+        return (F.conv2d(x, weight, bias, *window) + other).relu()
+
+    monkeypatch.setattr(gpu_fused, "conv_relu", conv_relu)  # cuDNN's are a GPU's
+    monkeypatch.setattr(gpu_fused, "conv_add_relu", conv_add_relu)
+    model, side = build(name, tiny=True)
+    graph = folded(model, 3, side, side).graph
+    joined = gpu_fused.fused(graph)
+    inputs = torch.randn(3, 3, side, side)
+    torch.testing.assert_close(joined(inputs), graph(inputs))
+    blocks = 2
+    convolutions = sum("conv2d" in str(node.target) for node in graph.graph.nodes)
+    counts = [sum(node.target is kernel for node in joined.graph.nodes) for kernel in (conv_relu, conv_add_relu)]
+    left = sum("conv2d" in str(node.target) for node in joined.graph.nodes)
+    assert counts[1] == blocks
+    assert sum(counts) + left == convolutions
+    assert not any("relu" in str(node.target) and "aten" in str(node.target) for node in joined.graph.nodes)
+
+
 def test_figures_of_another_machine_are_kept_and_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from gpu_rows import Row, Rows, read
@@ -127,8 +158,7 @@ def test_figures_of_another_machine_are_kept_and_marked(tmp_path: Path, monkeypa
     asked = [Row(name, "shown") for name in ("first", "second", "third")]
 
     def run(about: str, **measured: str) -> list[str]:
-        known, rows = read(tmp_path), Rows(asked, tmp_path, "# Heading", about)
-        rows.keep(known, settle=False)
+        rows = Rows(asked, tmp_path, "# Heading", about, read(tmp_path))
         for name, text in measured.items():
             rows.add(name, text, True)
         return [row.measured for row in rows.rows.values()]
@@ -142,8 +172,9 @@ def test_figures_of_another_machine_are_kept_and_marked(tmp_path: Path, monkeypa
         assert f"\n{line}\n" in text
     assert run("2026-01-05, three", first="5 ms") == ["5 ms", "4 ms", "3 ms²"]
     assert "¹" not in (tmp_path / "gpu.md").read_text()
-    changed = Rows([Row("first", "asked otherwise")], tmp_path, "# Heading", "2026-01-05, three")
-    changed.keep(read(tmp_path), settle=True)
+    changed = Rows(
+        [Row("first", "asked otherwise")], tmp_path, "# Heading", "2026-01-05, three", read(tmp_path), settle=True
+    )
     assert changed.rows["first"].measured == "not measured"
 
 

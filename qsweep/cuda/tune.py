@@ -123,7 +123,7 @@ def tune(products: Sequence[Product], device: torch.device, tiles: Tiles | None 
 def _compiled(trials: Iterable[tuple[Product, Tile]], device: torch.device) -> set[tuple[str, Tile]]:
     """Launch each once, on as many threads as there are cores: the compiler works outside of Python's lock.
 
-    Returns those that the GPU can run for all of a kind: some ask for more shared memory than it has.
+    Returns those that the GPU can run for all of a kind.
     """
     index = torch.cuda.current_device() if device.index is None else device.index  # of this thread, not of others
 
@@ -132,7 +132,7 @@ def _compiled(trials: Iterable[tuple[Product, Tile]], device: torch.device) -> s
         torch.cuda.set_device(index)
         try:
             product.launch(tile=tile)
-        except triton.runtime.errors.OutOfResources:
+        except triton.TritonError:  # more shared memory than there is, or what this version cannot compile
             return False
         return True
 

@@ -133,8 +133,6 @@ class Differences:
     """The same of all tensors."""
     far: float
     """Share of all elements that are more than one level apart."""
-    expected: Tensor
-    """The reference's output."""
 
 
 def differences(chain: Chain, model: QuantizedModel, device: torch.device) -> Differences:
@@ -153,7 +151,7 @@ def differences(chain: Chain, model: QuantizedModel, device: torch.device) -> Di
     levels = torch.cat([found.flatten() for found in apart.values()])
     first = next(filter(None, shares.values()), 0.0)
     far, all_ = ((levels > least).float().mean().item() for least in (1, 0))
-    return Differences(wrong, len(apart), first, all_, far, expected)
+    return Differences(wrong, len(apart), first, all_, far)
 
 
 def baselines(shape: Shape, batch: int, bench: Bench) -> dict[str, Call]:

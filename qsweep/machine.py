@@ -12,6 +12,9 @@ FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_in
 """Processor features that int8 and bf16 kernels use."""
 
 
+NO_TRITON = "Triton is not installed: `pip install 'qsweep[cuda]'`"
+
+
 def cpu() -> str:
     """Name of the processor."""
     return _line("model name") or platform.processor() or platform.machine()
@@ -66,7 +69,7 @@ def no_kernels() -> str | None:
 
         triton.runtime.driver.active.get_current_target()
     except ImportError:
-        return "Triton is not installed: `pip install 'qsweep[cuda]'`"
+        return NO_TRITON
     except Exception as error:  # of whatever type its drivers and the compiler raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return f"Triton cannot start, which needs a C compiler (gcc or clang) and Python's headers: {reason[:200]}"

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
-from qsweep.machine import no_kernels
+from qsweep.machine import NO_TRITON, no_kernels
 
 OLDEST = (8, 0)
 """Compute capability from which on there are matrix instructions for int8 that the kernels compile to."""
@@ -18,7 +18,7 @@ def refusal(device: torch.device | str = "cuda") -> str | None:
     (`TRITON_INTERPRET=1`)."""
     device = torch.device(device)
     if find_spec("triton") is None:
-        return "Triton is not installed: `pip install 'qsweep[cuda]'`"
+        return NO_TRITON
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else "its kernels need a CUDA device (got `cpu`)"

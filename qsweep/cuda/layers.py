@@ -18,8 +18,8 @@ from qsweep.cuda.place import IMAGE_CHANNELS, padding_of
 from qsweep.cuda.steps import Layer, RowLayer
 from qsweep.hub.form import LINEARS, arguments, aten, constant, source, weight_bits_of
 
-W4_ROWS = 64
-"""Linears of at most so many rows are bound by reading their weights: of 4 bits they are read packed.
+FEW_ROWS = 64
+"""Products of at most so many rows are bound by reading their weights: linears read those of 4 bits packed.
 
 A GPU that does 1500 T operations a second on 4.3 TB/s has 350 operations a byte to spend; a row costs 2 for each byte
 of weights. Up to 64 rows most of the time is the weights' even where bandwidth is not fully reached.
@@ -87,7 +87,7 @@ def _linear(
     (rows, depth), columns = given.logical.shape, len(integers)
     if given.order is not None:
         integers = integers[:, given.order.to(integers.device)]
-    packed4 = weight_bits_of(source(layer.node, 1)) <= 4 and rows <= W4_ROWS and depth < linear.W4_DEPTH
+    packed4 = weight_bits_of(source(layer.node, 1)) <= 4 and rows <= FEW_ROWS and depth < linear.W4_DEPTH
     pack, kernel = (linear.pack_weight4, linear.linear_w4) if packed4 else (linear.pack_weight, linear.linear)
     launch = partial(
         kernel,

@@ -17,7 +17,7 @@ import triton
 
 from qsweep.cuda.arithmetic import Tile
 from qsweep.cuda.capture import graph_of
-from qsweep.cuda.layers import Product
+from qsweep.cuda.layers import FEW_ROWS, Product
 from qsweep.machine import cores
 
 MOST = 4
@@ -30,9 +30,8 @@ that together come within 1 % of the best for each. 4 warps mean two blocks a mu
 products, which Triton's integer products do at every step, the other computes."""
 FEW = ((128, 128, 128, 8, 4), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (64, 64, 128, 4, 4))
 """For layers with fewer large blocks than there are multiprocessors: two groups of warps in a block take turns then."""
-FEW_ROWS = 64
 NARROW = ((64, 128, 128, 4, 4), (64, 64, 128, 4, 4), (64, 32, 256, 4, 4), (64, 32, 512, 4, 3))
-"""For layers of at most so many rows, which are bound by reading their weights: narrow and deep blocks put more
+"""For layers of at most `FEW_ROWS`, which are bound by reading their weights: narrow and deep blocks put more
 multiprocessors to it without sums that must be added up by one more kernel. Not measured yet."""
 
 

@@ -34,20 +34,24 @@ def with_fixed_weights(graph: fx.GraphModule) -> None:
 
 def with_computed_layers(model: QuantizedModel) -> QuantizedModel:
     """Layers that no input goes into, such as those of a table of positions, as the constants that they give."""
-    graph = copy.deepcopy(model.graph)
-    fixed = fixed_nodes(graph)
-    layers: set[fx.Node] = set()
-    for node in fixed:
-        if node.target in COMPUTE or layers.intersection(node.all_input_nodes):
-            layers.add(node)
-    if not layers:
+    if not _computed_layers(model.graph):
         return model
-    values = _values(graph, fixed)
-    for node in [node for node in fixed if node in layers and not layers.issuperset(node.users)]:
+    graph = copy.deepcopy(model.graph)
+    layers, values = _computed_layers(graph), _values(graph, fixed_nodes(graph))
+    for node in [node for node in layers if not layers.keys() >= node.users.keys()]:
         _as_constant(graph, node, f"{node.name}_computed", values[node])
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return replace(model, graph=graph)
+
+
+def _computed_layers(graph: fx.GraphModule) -> dict[fx.Node, None]:
+    """Layers that depend on constants alone, and what depends on these, in order of execution."""
+    found: dict[fx.Node, None] = {}
+    for node in fixed_nodes(graph):
+        if node.target in COMPUTE or any(given in found for given in node.all_input_nodes):
+            found[node] = None
+    return found
 
 
 def _values(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> dict[fx.Node, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -23,18 +22,10 @@ from qsweep.hub.form import (
     set_constant,
     source,
 )
+from qsweep.hub.functional import functional
 
 _WHOLE = 2**63 - 1
 """`slice` up to this index takes everything."""
-_SOMETIMES_VIEWS = {
-    aten.reshape.default,
-    aten.contiguous.default,
-    aten.type_as.default,
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    operator.getitem,
-}
-"""Ops whose schema does not tell that what they give may be what they are given."""
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 
 
@@ -46,7 +37,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    rewrites = _functional, _with_reshapes, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes
+    rewrites = functional, _with_reshapes, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes
     layers = _with_pools, _with_plain_borders, _with_sized_paddings, _with_heads, _with_flat_linears, _rectified_first
     for rewrite in (*rewrites, *layers):
         rewrite(graph)
@@ -85,22 +76,6 @@ def _keep_constants(graph: fx.GraphModule) -> None:
             set_constant(graph, name, value)
 
 
-def _functional(graph: fx.GraphModule) -> None:
-    """`relu_` as `relu`, and so on; who read the tensor that was written reads the result."""
-    for node in list(graph.graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        schema = node.target._schema
-        packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
-        given = source(node)
-        later = _later(graph, node)
-        if packet is None or any(user in later for alias in _aliases(given) - {given} for user in alias.users):
-            raise ExportFailure(f"the model writes into a tensor that is read elsewhere (`{node.target}`)")
-        node.target = getattr(packet, schema.overload_name or "default")
-        for user in [user for user in given.users if user in later]:
-            user.replace_input_with(given, node)
-
-
 def _with_reshapes(graph: fx.GraphModule) -> None:
     """Views as reshapes: runtimes lay images out with their channels last, which a view may not allow."""
     for node in nodes_of(graph, {aten.view.default, aten.view_as.default, aten.reshape_as.default}):
@@ -108,29 +83,6 @@ def _with_reshapes(graph: fx.GraphModule) -> None:
             node.target = aten.reshape.default
         elif (shape := _shape(node)) is not None:
             node.target, node.args = aten.reshape.default, (node.args[0], shape)
-
-
-def _later(graph: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
-    return set(takewhile(lambda other: other is not node, reversed(graph.graph.nodes)))
-
-
-def _aliases(value: fx.Node) -> set[fx.Node]:
-    """What may share memory with `value`, itself included."""
-    found, reached = {value}, [value]
-    while reached:
-        node = reached.pop()
-        near = {user for user in node.users if _may_be_view(user)}
-        near |= set(node.all_input_nodes[:1]) if _may_be_view(node) else set()
-        reached += near - found
-        found |= near
-    return found
-
-
-def _may_be_view(node: fx.Node) -> bool:
-    if node.target in _SOMETIMES_VIEWS or not isinstance(node.target, torch._ops.OpOverload):
-        return node.target in _SOMETIMES_VIEWS
-    given = [result.alias_info for result in node.target._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in given)
 
 
 def _without_idle(graph: fx.GraphModule) -> None:

@@ -37,10 +37,9 @@ HEADING = """# int8 on a GPU
 Networks: milliseconds of a call, inputs copied to the captured graph; batch norms folded and channels last everywhere;
 the ratio is that of the fastest baseline to int8, and all baselines stand beside it. `graph`: eager, captured in a CUDA
 graph; `cudnn fused`: the same with bias, sum and ReLU in the convolutions' kernels; `compiled`: `torch.compile`;
-`max-autotune`: its mode of that name; both captured and in bf16, the main network first, the others as far as time
-goes. Convolutions: with bias and ReLU, launches alone, inputs that may lie in the cache; the floor is the larger of
-moving int8 bytes at the measured bandwidth and computing at twice the measured bf16 rate. Small networks at small batch
-are bound by launching kernels."""
+`max-autotune`: its mode of that name, as far as time goes; both captured. Convolutions: with bias and ReLU, launches
+alone, inputs that may lie in the cache; the floor is the larger of moving int8 bytes at the measured bandwidth and
+computing at twice the measured bf16 rate. Small networks at small batch are bound by launching kernels."""
 _GRACE = 12.0
 """Seconds past the budget after which the process ends, whatever it is in the middle of."""
 
@@ -50,14 +49,14 @@ PARTS = (
     "roofs",
     "main",
     "convolutions",
-    "trainings",
     "qat",
+    "trainings",
     "networks",
     "linears",
     "energy",
+    "sweeps",
     "tuned",
     "compiled",
-    "sweeps",
     "autotune",
 )
 """In the order of what they tell."""
@@ -140,12 +139,19 @@ def run(bench: Bench, rows: Rows, options: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True  # baselines are to be as fast as cuDNN can be
     session = Session(bench, rows)
     parts = [part for part in PARTS if part in (options.parts or PARTS)]
-    for number, part in enumerate(parts, start=1):
-        begun = time.monotonic()
-        session.run(part)
-        print(f"     part {part}: {time.monotonic() - begun:.0f} s, {bench.left:.0f} s left", flush=True)
-        if not session.sound() and parts[number:]:
-            again(parts[number:], bench.left, options)
+    session.prepare(parts)
+    try:
+        for number, part in enumerate(parts, start=1):
+            if part != "equality":
+                session.settle()
+            begun = time.monotonic()
+            session.run(part)
+            print(f"     part {part}: {time.monotonic() - begun:.0f} s, {bench.left:.0f} s left", flush=True)
+            if not session.sound() and parts[number:]:
+                session.stop()
+                again(parts[number:], bench.left, options)
+    finally:
+        session.stop()
 
 
 def again(parts: Sequence[str], seconds: float, options: argparse.Namespace) -> None:

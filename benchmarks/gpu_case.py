@@ -36,9 +36,8 @@ class Case:
             parts = [f"{self.ratio:.2f}x {self.best}: {parts[0]}"]
         parts += [", ".join(f"{label} {ms:.3f}" for label, ms in self.times.items())]
         parts += [f"{label} {why}" for label, why in self.failed.items()]
-        tried = list(dict.fromkeys(self.skipped))
         parts += ["WRONG"] if self.wrong else []
-        parts += [f"not tried (out of time): {', '.join(tried)}"] if tried else []
+        parts += [f"not tried (out of time): {', '.join(self.skipped)}"] if self.skipped else []
         return "; ".join(part for part in parts if part)
 
     def write(self, rows: Rows) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import gpu_asked as asked
 import torch
 from gpu_asked import Shape
 from gpu_clock import Bench, Call, reason
-from gpu_models import folded, quantized
+from gpu_models import HALVES, folded, quantized
 from gpu_rows import Rows
 from torch import Tensor, nn
 
@@ -155,28 +155,36 @@ def differences(chain: Chain, model: QuantizedModel, device: torch.device) -> Di
 
 
 def baselines(shape: Shape, batch: int, bench: Bench) -> dict[str, Call]:
-    """The convolution with bias and ReLU in bf16 and fp16: PyTorch's ops, and cuDNN's fused one."""
-    calls: dict[str, Call] = {}
-    for dtype in (torch.bfloat16, torch.float16):
-        conv = module(shape)[:2].to(bench.device, dtype).to(memory_format=torch.channels_last)
-        x = torch.randn(batch, shape.given, shape.side, shape.side, device=bench.device).to(dtype)
-        x = x.to(memory_format=torch.channels_last)
-        name = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-        found: dict[str, Call] = {f"{name} conv, relu": lambda conv=conv, x=x: conv(x)}
-        if bench.gpu:
-            found[f"{name} cudnn fused"] = lambda conv=conv[0], x=x: torch.cudnn_convolution_relu(
-                x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-            )
-        for label, call in found.items():
-            try:
-                with torch.no_grad():
-                    call()
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
-                raise
-            except RuntimeError:  # not every shape has a fused kernel
-                continue
-            calls[label] = call
-    return calls
+    """The convolution with bias and ReLU in bf16 and fp16: PyTorch's ops, channels last and for depthwise ones, which
+    cuDNN is slow at so, channels first, too; and cuDNN's fused one."""
+    found: dict[str, Call] = {}
+    formats = {"": torch.channels_last} | ({", channels first": torch.contiguous_format} if shape.groups > 1 else {})
+    for label, dtype in HALVES.items():
+        for layout, memory in formats.items():
+            conv = module(shape)[:2].to(bench.device, dtype).to(memory_format=memory)
+            x = torch.randn(batch, shape.given, shape.side, shape.side, device=bench.device).to(dtype)
+            x = x.contiguous(memory_format=memory)
+            found[f"{label} conv, relu{layout}"] = partial(conv, x)
+            if bench.gpu and not layout:
+                found[f"{label} cudnn fused"] = partial(_cudnn, x, conv[0])
+    return {label: call for label, call in found.items() if _runs(call)}
+
+
+def _cudnn(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    window = conv.stride, conv.padding, conv.dilation, conv.groups
+    return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *window)
+
+
+@torch.no_grad()
+def _runs(call: Call) -> bool:
+    """Whether it does: not every shape has a fused kernel."""
+    try:
+        call()
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass

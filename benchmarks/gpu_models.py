@@ -18,6 +18,8 @@ from qsweep.hub.insert import Place, insert_observers
 from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.weights import Channels
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def convolution(given: int, out: int, size: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(given, out, size, stride, padding=size // 2, bias=False)

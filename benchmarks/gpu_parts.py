@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import gpu_asked as asked
 import torch
 from gpu_clock import Bench
+from gpu_prepare import Case, Preparation
 from gpu_rows import Rows
 
 if TYPE_CHECKING:
     from gpu_kernels import Convolutions, Roofs
     from gpu_networks import Networks
+
+_PREPARE = 0.3
+"""Share of the budget after which compiling beside each other ends."""
 
 
 class Session:
@@ -21,6 +26,25 @@ class Session:
     def __init__(self, bench: Bench, rows: Rows) -> None:
         self.bench, self.rows = bench, rows
         self.batches = (128, 1) if bench.tiny else asked.NETWORK_BATCHES
+        self.prepared: Preparation | None = None
+
+    def prepare(self, parts: Sequence[str]) -> None:
+        """Begin to compile the networks that `parts` will time, but for what is settled."""
+        cases: list[Case] = [(*asked.MAIN, False), (*asked.MAIN, True)] if "main" in parts else []
+        if "networks" in parts and not self.bench.tiny:
+            cases += [(name, batch, False) for name, batch in self._others()]
+        cases = [case for case in cases if not self.rows.settled(asked.network(*case[:2]))]
+        if cases:
+            self.prepared = Preparation(cases, self.bench.device.type, tiny=self.bench.tiny)
+
+    def settle(self) -> None:
+        """Nothing but this process works from now on."""
+        if self.prepared is not None:
+            self.prepared.wait(_PREPARE * self.bench.budget - (self.bench.budget - self.bench.left))
+
+    def stop(self) -> None:
+        if self.prepared is not None:
+            self.prepared.stop()
 
     def run(self, part: str) -> None:
         names = {
@@ -69,7 +93,7 @@ class Session:
     def networks_(self) -> Networks:
         from gpu_networks import Networks
 
-        return Networks(self.bench, self.rows)
+        return Networks(self.bench, self.rows, self.prepared)
 
     def equality(self) -> None:
         checks = (
@@ -92,10 +116,10 @@ class Session:
 
     def main(self) -> None:
         self.networks_.quick(*asked.MAIN)
-        self.networks_.compiled(*asked.MAIN, "compiled")
+        self._compiled([asked.MAIN], tuned=False)
 
     def tuned(self) -> None:
-        self.networks_.compiled(*asked.MAIN, "max-autotune")
+        self._compiled([asked.MAIN], tuned=True)
 
     def convolutions(self) -> None:
         from gpu_kernels import summary
@@ -121,10 +145,8 @@ class Session:
     def networks(self) -> None:
         from gpu_networks import floor
 
-        for batch in self.batches:
-            for name in asked.NETWORKS:
-                if (name, batch) != asked.MAIN:
-                    self.networks_.quick(name, batch)
+        for name, batch in self._others():
+            self.networks_.quick(name, batch)
         floor(self.rows)
 
     def linears(self) -> None:
@@ -138,18 +160,21 @@ class Session:
                 measure()
 
     def compiled(self) -> None:
-        self._compiled("compiled")
+        self._compiled(self._others(), tuned=False)
 
     def autotune(self) -> None:
-        self._compiled("max-autotune")
+        self._compiled(self._others(), tuned=True)
 
-    def _compiled(self, way: str) -> None:
-        from gpu_networks import floor, ways
+    def _others(self) -> list[tuple[str, int]]:
+        return [(name, batch) for batch in self.batches for name in asked.NETWORKS if (name, batch) != asked.MAIN]
 
-        for batch in self.batches:
-            for name in asked.NETWORKS:
-                for other in ways(name, way) if (name, batch) != asked.MAIN else ():
-                    self.networks_.compiled(name, batch, other)
+    def _compiled(self, cases: list[tuple[str, int]], *, tuned: bool) -> None:
+        from gpu_baselines import compiled
+        from gpu_networks import floor
+
+        for name, batch in cases:
+            for way in compiled(name, batch, tuned=tuned):
+                self.networks_.compiled(name, batch, way)
         floor(self.rows)
 
     def sweeps(self) -> None:

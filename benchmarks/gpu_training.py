@@ -51,7 +51,7 @@ def trainings(bench: Bench, rows: Rows) -> None:
         with rows.guard(names):
             bench.need(130 if compiled else 40)
             shortest: dict[str, list[float]] = {kind: [] for kind in ("float", *methods)}
-            for _ in range(1 if bench.tiny or compiled else _TURNS):
+            for _ in range(_TURNS if precision == "bf16" and not compiled and not bench.tiny else 1):
                 for kind, found in shortest.items():
                     found.append(epoch(kind, task, bench, {"precision": precision, "compile": compiled}))
                     bench.clear()

@@ -63,6 +63,8 @@ def test_all_parts_run_in_a_bare_installation_and_integers_equal_the_reference(t
     assert all(re.search(r"batch (1|8|32|256|512)$", name) for name in left_out)
     assert not left_out & {"ResNet-50, batch 1", "ViT-S, batch 128"}
     assert "pydantic" in rows["digits sweep, `engine: cuda`"]["measured"]
+    assert "prepared: ResNet-50, batch 128, fp16 compiled: " in printed
+    assert "not tried" not in "".join(row["measured"] for row in rows.values())
     text = (tmp_path / "gpu.md").read_text()
     assert text.count("\n| ") == len(rows) + 1
     assert "Tiny sizes, interpreted: no figures." in text

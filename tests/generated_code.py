@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from qsweep.cuda import conv, depthwise, fake_quantize, linear, norm, pointwise, pool, tune
-from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile
+from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile, Total
 from qsweep.cuda.layers import lines
 
 DISASSEMBLER = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
@@ -167,9 +167,9 @@ def largest() -> object:
 
 
 def normalize() -> object:
-    side, one = Operand(i8(64, 384), 1, 0.5), torch.ones(384)
-    invalid = torch.zeros(1, dtype=torch.int32)
-    return norm.layer_norm((side, side), one, one, 1e-5, 0.1, Output(1), i8(64, 384), invalid)
+    side, one, out = Operand(i8(64, 384), 1, 0.5), torch.ones(384), i8(64, 384)
+    invalid, total = torch.zeros(1, dtype=torch.int32), Total(0.7, 0.3, Output(1), i8(64, 384))
+    return norm.layer_norm((side, side), one, one, 1e-5, 0.1, Output(1), out, invalid, total=total)
 
 
 def fake(dtype: torch.dtype, *, rows: int = 1, moving: bool = False) -> Callable[[], object]:

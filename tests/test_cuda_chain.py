@@ -129,7 +129,9 @@ def test_a_transformer_multiplies_on_integers_and_the_rest_is_float_and_told(roo
     assert chain.integer_share == pytest.approx(layers / (layers + attention))
     floats = {step.node.target for step in chain.plan.steps if isinstance(step, Float)}
     assert aten.scaled_dot_product_attention.default in floats
-    assert sum(isinstance(step, Norm) for step in chain.plan.steps) == 2  # the third is read in floating point
+    norms = [step for step in chain.plan.steps if isinstance(step, Norm)]
+    assert len(norms) == 2  # the third is read in floating point
+    assert sum(step.total is not None for step in norms) == 1
     assert aten.gelu.default not in floats
 
 
@@ -175,44 +177,6 @@ def test_attention_reads_what_a_layer_wrote_and_nothing_around_it_is_copied(root
     launched = [getattr(launch, "func", None) for launch in binding.launches]
     assert pointwise.copy not in launched
     assert not any("copied" in getattr(launch, "__qualname__", "") for launch in binding.launches)
-
-
-@pytest.mark.parametrize("sides", [0, 1, 2])
-@pytest.mark.parametrize("width", [16, 24, 200])
-def test_a_layer_norm_is_within_one_level_of_floating_point(sides: int, width: int, device: str) -> None:
-    from qsweep.cuda.arithmetic import Operand, Output
-    from qsweep.cuda.norm import layer_norm
-
-    generator = torch.Generator().manual_seed(width)
-    rows = [torch.randint(-128, 128, (21, width + 8), generator=generator).to(torch.int8) for _ in range(3)]
-    weight, bias = torch.randn(2, width, generator=generator)
-    real = 3 * torch.randn(21, width, generator=generator) + 50
-    given: Any = real.to(device)
-    if sides:
-        integers = [row[:, :width] for row in rows[:sides]]
-        given = tuple(Operand(row.to(device), 7, 0.03) for row in integers)
-        real = sum(((row.float() - 7) * 0.03 for row in integers), torch.zeros(21, width))
-    out, invalid = rows[2].to(device), torch.zeros(1, dtype=torch.int32, device=device)
-    parts = weight.to(device), bias.to(device)
-    layer_norm(given, *parts, 1e-5, 0.04, Output(-5, -100, 127), out[:, :width], invalid)
-    wanted = torch.nn.functional.layer_norm(real, (width,), weight, bias)
-    wanted = ((wanted / 0.04).round() - 5).clamp(-100, 127)
-    difference = (out[:, :width].cpu() - wanted).abs()
-    assert difference.max() <= 1
-    assert (difference > 0).float().mean() < 2e-3
-    assert torch.equal(out[:, width:].cpu(), rows[2][:, width:])
-    assert not invalid.any()
-
-
-def test_a_nan_in_a_layer_norm_is_noticed(device: str) -> None:
-    from qsweep.cuda.arithmetic import Output
-    from qsweep.cuda.norm import layer_norm
-
-    rows, one = torch.ones(3, 16, device=device), torch.ones(16, device=device)
-    rows[1, 4] = math.nan
-    invalid = torch.zeros(1, dtype=torch.int32, device=device)
-    layer_norm(rows, one, one, 1e-5, 0.04, Output(0), torch.zeros(3, 16, dtype=torch.int8, device=device), invalid)
-    assert invalid.item() == 1
 
 
 def test_a_layer_that_is_not_quantized_counts_as_float(root: Path, device: str) -> None:

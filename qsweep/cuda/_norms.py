@@ -1,4 +1,4 @@
-"""Layer norm of rows that fit one block each, from integers or floats, onto a grid."""
+"""Layer norm of rows that fit one block each, from integers or floats, onto a grid; and a sum before it onto one."""
 
 import triton
 import triton.language as tl
@@ -7,26 +7,34 @@ from qsweep.cuda._finish import write
 
 
 @triton.jit
-def load_side(x_ptr, zero_point, scale, places, mask):
+def load_side(x_ptr, zero_point, places, mask):
+    """In units of the scale."""
     x = tl.load(x_ptr + places, mask=mask, other=0)
     if x_ptr.dtype.element_ty == tl.int8:
-        return (x.to(tl.int32) - zero_point).to(tl.float32) * scale
+        return (x.to(tl.int32) - zero_point).to(tl.float32)
     return x.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["left_zero", "right_zero", "y_zero"])
+@triton.jit(do_not_specialize=["left_zero", "right_zero", "y_zero", "t_zero"])
 def normalize_rows(
-    left_ptr, right_ptr, weight_ptr, bias_ptr, y_ptr, invalid_ptr,
+    left_ptr, right_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, invalid_ptr,
     left_zero, left_scale, right_zero, right_scale, inverse, y_zero, low, high, epsilon, share,
-    R, D, l_row, r_row, y_row, BOTH: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    left_multiplier, right_multiplier, t_zero, t_low, t_high,
+    R, D, l_row, r_row, y_row, t_row,
+    BOTH: tl.constexpr, TOTAL: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """`share` is 1 / D; integers past the ends of a row are masked out of both means."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     column = tl.arange(0, BD)
     mask = (row < R)[:, None] & (column < D)[None, :]
-    x = load_side(left_ptr, left_zero, left_scale, row[:, None] * l_row + column[None, :], mask)
+    left = load_side(left_ptr, left_zero, row[:, None] * l_row + column[None, :], mask)
+    x = left * left_scale
     if BOTH:
-        x = x + load_side(right_ptr, right_zero, right_scale, row[:, None] * r_row + column[None, :], mask)
+        right = load_side(right_ptr, right_zero, row[:, None] * r_row + column[None, :], mask)
+        x = x + right * right_scale
+        if TOTAL:
+            total = left * left_multiplier + right * right_multiplier
+            write(total_ptr, row[:, None] * t_row + column[None, :], total, t_zero, t_low, t_high, mask)
     mean = tl.sum(tl.where(mask, x, 0.0), axis=1) * share
     centred = tl.where(mask, x - mean[:, None], 0.0)
     spread = tl.sqrt_rn(tl.sum(centred * centred, axis=1) * share + epsilon)  # the fast root flushes denormals

@@ -84,3 +84,15 @@ class Tile:
     stages: int = 3
     split: int = 1
     """Parts that the sum is cut into and that run side by side; exact, as the parts are integers."""
+
+
+@dataclass(frozen=True)
+class Total:
+    """Where the sum of two sides goes, too: as `qsweep.cuda.pointwise.add` writes it."""
+
+    left: float
+    """What an integer of that side counts on the sum's grid."""
+    right: float
+    output: Output
+    out: Tensor
+    """int8 (M, K)."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.cuda import linear, pointwise, pool
-from qsweep.cuda.buffers import NO_HALO, Halo, Value, channels_last, up
+from qsweep.cuda.buffers import NO_HALO, Halo, Value, as_rows, channels_last, up
 from qsweep.cuda.layers import Product, product, row_product
 from qsweep.cuda.moves import copy, inner_last, move, windows
 from qsweep.cuda.norm import layer_norm
-from qsweep.cuda.numbers import output_of, ratio, side, table
+from qsweep.cuda.numbers import output_of, ratio, side, table, total_of
 from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
 from qsweep.cuda.plan import PRODUCTS, VIEWS, Plan
 from qsweep.cuda.rooms import Forget, Rooms, last_reads
@@ -124,7 +124,7 @@ class Binding:
 
     def _layer(self, step: Layer) -> Product:
         written = writes(step)
-        out = self.places[written.node].logical if written else self._real(step.out)
+        out = self.places[written[0].node].logical if written else self._real(step.out)
         if step.node.target in LINEARS:
             given, other = self._matrix(step.given), step.residual and self._matrix(step.residual)
         else:
@@ -139,7 +139,7 @@ class Binding:
         rows, scale = room[: count * up(depth)].view(count, -1), room[count * up(depth) :].view(torch.float32)
         self._rows[step.out] = rows, scale
         self.launches.append(
-            lambda: linear.quantize_rows(_as_rows(self.floats[step.given]), rows, scale, high=step.high)
+            lambda: linear.quantize_rows(as_rows(self.floats[step.given]), rows, scale, high=step.high)
         )
 
     def _add(self, step: Add) -> None:
@@ -189,9 +189,11 @@ class Binding:
         sides = tuple(side(operand, self._row_view(operand, width), None) for operand in step.sides)
         grid, out = step.out.grid, self.places[step.out.node].logical.view(-1, width)
         rest = (*parts, sizes["eps"], grid.scale, output_of(grid), out, self.invalid)
+        add = step.total
+        total = total_of(add, self.places[add.out].logical.view(-1, width)) if add is not None else None
 
         def run() -> None:
-            layer_norm(sides or _as_rows(self.floats[source(step.node)]), *rest)
+            layer_norm(sides or as_rows(self.floats[source(step.node)]), *rest, total=total)
 
         self.launches.append(run)
 
@@ -285,12 +287,6 @@ class Binding:
         value = real_weight(self.plan.graph, node) if node.target in STORED else constant(self.plan.graph, node)
         assert value is not None
         self.floats[node] = value.detach().to(self.device)
-
-
-def _as_rows(values: Tensor) -> Tensor:
-    """(..., K) as (M, K), the numbers of a row side by side; copied where they do not lie so."""
-    rows = values.reshape(-1, values.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _for_products(node: fx.Node) -> bool:

@@ -120,3 +120,9 @@ def allocate(shape: torch.Size, take: Take, *, halo: Halo = NO_HALO, channels: i
     room = take(torch.Size(sizes).numel(), None if halo == NO_HALO else (sizes, halo)).view(sizes)
     inside = room[:, halo.top : halo.top + height, halo.left : halo.left + width, :count].permute(0, 3, 1, 2)
     return Value(inside if len(size) == 2 else inside.squeeze(2), halo)
+
+
+def as_rows(values: Tensor) -> Tensor:
+    """(..., K) as (M, K), the numbers of a row side by side; copied where they do not lie so."""
+    rows = values.reshape(-1, values.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)

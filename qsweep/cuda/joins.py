@@ -1,4 +1,5 @@
-"""Steps of a plan that become one kernel: sums and functions joined to the layer that gives what they read."""
+"""Steps of a plan that become one kernel: sums and functions joined to the layer that gives what they read, and sums to
+the norm of the same."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from qsweep.cuda.steps import Add, Inner, Layer, Map, Operand, Step, reads, writes
+from qsweep.cuda.steps import Add, Inner, Layer, Map, Norm, Operand, Step, reads, writes
 
 
 def with_residuals(steps: list[Step], shapes: Mapping[fx.Node, torch.Size]) -> list[Step]:
     """Sums joined to the layer that gives one of their two sides, where nothing else reads that side and none is
     repeated."""
     readers = _readers(steps)
-    places = {value.node: place for place, step in enumerate(steps) if (value := writes(step)) is not None}
+    places = {value.node: place for place, step in enumerate(steps) for value in writes(step)}
     found: list[Step | None] = list(steps)
     for place, step in enumerate(steps):
         if not isinstance(step, Add) or step.grid is None:
@@ -48,6 +49,17 @@ def with_tables(steps: list[Step]) -> list[Step]:
         elif not (isinstance(step, Map) and taken.get(step.given.node) is step):
             found.append(step)
     return found
+
+
+def with_totals(steps: list[Step]) -> list[Step]:
+    """Sums joined to the first layer norm of the same two values, in the place of whichever came first."""
+    sums = {(step.left, step.right): step for step in steps if isinstance(step, Add) and step.grid is not None}
+    norms: dict[Add, Norm] = {}
+    for step in steps:
+        if isinstance(step, Norm) and len(step.sides) == 2 and step.sides in sums:
+            norms.setdefault(sums[step.sides], step)
+    joined: dict[Step, Step] = {step: replace(norm, total=add) for add, norm in norms.items() for step in (add, norm)}
+    return list(dict.fromkeys(joined.get(step, step) for step in steps))
 
 
 def _readers(steps: list[Step]) -> dict[fx.Node, int]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qsweep.cuda._launch import EXACT, check_offsets, grid_arguments, power_of_two
 from qsweep.cuda._norms import normalize_rows
-from qsweep.cuda.arithmetic import Operand, Output
+from qsweep.cuda.arithmetic import Operand, Output, Total
 from qsweep.cuda.plan import WIDEST_NORM
 from qsweep.cuda.pointwise import inverse_of
 
@@ -23,19 +23,23 @@ def layer_norm(
     output: Output,
     out: Tensor,
     invalid: Tensor,
+    *,
+    total: Total | None = None,
 ) -> Tensor:
     """Write the layer norm of rows (M, K) into `out`, int8 (M, K), onto the grid of `scale` and `output`; return it.
 
     `given`: float rows, or one or two tensors of integers whose values (multipliers are their scales) are added first.
-    Any row strides; K at most `WIDEST_NORM`. `weight`, `bias`: float32 (K,). A NaN sets `invalid` as in
-    `qsweep.cuda.pointwise.quantize`.
+    Any row strides; K at most `WIDEST_NORM`. `weight`, `bias`: float32 (K,). `total`: of two tensors alone. A NaN sets
+    `invalid` as in `qsweep.cuda.pointwise.quantize`.
     """
     sides = (Operand(given, 0, 1.0),) if isinstance(given, Tensor) else given
     left, right = sides[0], sides[-1]
     count, width = out.shape
     assert width <= WIDEST_NORM and out.stride(1) == 1
     assert all(side.values.shape == out.shape and side.values.stride(1) == 1 for side in sides)
-    check_offsets(left.values, right.values, out)
+    written = total or Total(0.0, 0.0, output, out)
+    assert written.out.shape == out.shape and written.out.stride(1) == 1
+    check_offsets(left.values, right.values, out, written.out)
     across = power_of_two(width)
     down = max(1, _BLOCK // across)
     normalize_rows[(triton.cdiv(count, down),)](
@@ -44,6 +48,7 @@ def layer_norm(
         weight,
         bias,
         out,
+        written.out,
         invalid,
         left.zero_point,
         left.multiplier,
@@ -53,12 +58,17 @@ def layer_norm(
         **grid_arguments(output),
         epsilon=epsilon,
         share=1.0 / width,
+        left_multiplier=written.left,
+        right_multiplier=written.right,
+        **{f"t_{name.removeprefix('y_')}": value for name, value in grid_arguments(written.output).items()},
         R=count,
         D=width,
         l_row=left.values.stride(0),
         r_row=right.values.stride(0),
         y_row=out.stride(0),
+        t_row=written.out.stride(0),
         BOTH=len(sides) == 2,
+        TOTAL=total is not None,
         BR=down,
         BD=across,
         **EXACT,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.cuda.arithmetic import Operand as Side
-from qsweep.cuda.arithmetic import Output, Requantize, Residual
-from qsweep.cuda.steps import Layer, Operand
+from qsweep.cuda.arithmetic import Output, Requantize, Residual, Total
+from qsweep.cuda.steps import Add, Layer, Operand
 from qsweep.errors import Refused
 from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, constant, grid_of, nodes_of, source
 from qsweep.hub.integer import UNBOUNDED, Bounds
@@ -36,6 +36,13 @@ def side(operand: Operand, values: Tensor, grid: Grid | None) -> Side:
     """One side of a sum that goes onto `grid`, or stays real."""
     scale = operand.grid.scale
     return Side(values, operand.grid.zero_point, ratio(scale, grid.scale) if grid else float(f32(scale)))
+
+
+def total_of(add: Add, out: Tensor) -> Total:
+    """A sum onto its grid, written into `out` by the layer norm of the same sum."""
+    assert add.grid is not None
+    left, right = (ratio(each.grid.scale, add.grid.scale) for each in (add.left, add.right))
+    return Total(left, right, output_of(add.grid, add.bounds), out)
 
 
 def requantize(graph: fx.GraphModule, layer: Layer, device: torch.device) -> Requantize:

@@ -35,8 +35,8 @@ class Places:
 
     def __post_init__(self) -> None:
         steps = self.plan.steps
-        self.operands = {value.node: value for step in steps if (value := writes(step)) is not None}
-        self.writers = {value.node: step for step in steps if (value := writes(step)) is not None}
+        self.operands = {value.node: value for step in steps for value in writes(step)}
+        self.writers = {value.node: step for step in steps for value in writes(step)}
         self.readers = {node: [] for node in self.operands}
         for step in steps:
             for node in self.operands.keys() & reads(step):
@@ -152,7 +152,7 @@ def _halos(plan: Plan, homes: dict[fx.Node, tuple[fx.Node, int]]) -> dict[fx.Nod
 
 def _homes(plan: Plan, operands: dict[fx.Node, Operand]) -> dict[fx.Node, tuple[fx.Node, int]]:
     """Parts of concatenations along channels, later and so larger ones first: a part has one home."""
-    written = {value.node for step in plan.steps if (value := writes(step)) is not None and _writes_anywhere(step)}
+    written = {value.node for step in plan.steps if _writes_anywhere(step) for value in writes(step)}
     homes: dict[fx.Node, tuple[fx.Node, int]] = {}
     for step in reversed(plan.steps):
         if not isinstance(step, Move) or not joins_channels(step.node, len(plan.shapes[step.out.node])):

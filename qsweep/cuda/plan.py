@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from qsweep.cuda.joins import with_residuals, with_tables
+from qsweep.cuda.joins import with_residuals, with_tables, with_totals
 from qsweep.cuda.shapes import sizes_of
 from qsweep.cuda.steps import (
     Add,
@@ -136,7 +136,7 @@ def plan(model: QuantizedModel, batch_size: int) -> Plan:
     for node in model.graph.graph.nodes:
         planner.visit(node)
     output = model.graph.graph.output_node()
-    steps = with_tables(with_residuals(planner.steps, planner.shapes))
+    steps = with_totals(with_tables(with_residuals(planner.steps, planner.shapes)))
     return Plan(model.graph, steps, source(output), planner.shapes, _same(planner.same, steps), work)
 
 
@@ -280,5 +280,5 @@ def _parts(node: fx.Node) -> list[fx.Node]:
 
 
 def _same(same: dict[fx.Node, fx.Node], steps: list[Step]) -> dict[fx.Node, fx.Node]:
-    there = {value.node for step in steps if (value := writes(step)) is not None}
+    there = {value.node for step in steps for value in writes(step)}
     return {node: name for node, name in same.items() if name in there}

@@ -34,8 +34,7 @@ def last_reads(plan: Plan, *, together: bool) -> dict[Key, int]:
     others: defaultdict[Key, set[Key]] = defaultdict(set)
     for number, step in enumerate(plan.steps):
         given = [*((node, False) for node in reads(step)), *((node, True) for node in real_reads(step))]
-        integers, real = writes(step), writes_real(step)
-        out = [] if integers is None else [(integers.node, False)]
+        real, out = writes_real(step), [(value.node, False) for value in writes(step)]
         out += [(step.out, False)] if isinstance(step, Rows) else []
         out += [] if real is None else [(real, True)]
         last |= dict.fromkeys([*given, *out], number)

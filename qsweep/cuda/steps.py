@@ -114,11 +114,12 @@ class Map:
 @dataclass(frozen=True)
 class Norm:
     """A layer norm, op `node`, onto a grid: of `sides`, one integer value or the sum of two, or of what the op reads
-    where there are none."""
+    where there are none. `total`: the same sum onto a grid of its own, which others read."""
 
     out: Operand
     node: fx.Node
     sides: tuple[Operand, ...]
+    total: Add | None = None
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,15 @@ def reads(step: Step) -> tuple[fx.Node, ...]:
     return (step.given.node,) if isinstance(step, Pool | Map | Dequantize) else ()
 
 
-def writes(step: Step) -> Operand | None:
-    """The integer value on one grid that `step` gives, if it gives one."""
+def writes(step: Step) -> tuple[Operand, ...]:
+    """The integer values, each on one grid, that `step` gives: none, one, or of a norm two."""
     if isinstance(step, Layer) and step.then is not None:
-        return step.then.out
+        return (step.then.out,)
     if isinstance(step, Layer | Add | Pool):
-        return None if step.grid is None else Operand(step.out, step.grid)
-    return None if isinstance(step, Rows | RowLayer | Dequantize | Float) else step.out
+        return () if step.grid is None else (Operand(step.out, step.grid),)
+    if isinstance(step, Norm) and step.total is not None:
+        return step.out, *writes(step.total)
+    return () if isinstance(step, Rows | RowLayer | Dequantize | Float) else (step.out,)
 
 
 def real_reads(step: Step) -> tuple[fx.Node, ...]:

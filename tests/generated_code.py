@@ -167,9 +167,9 @@ def largest() -> object:
 
 
 def normalize() -> object:
-    side, one, out = Operand(i8(64, 384), 1, 0.5), torch.ones(384), i8(64, 384)
-    invalid, total = torch.zeros(1, dtype=torch.int32), Total(0.7, 0.3, Output(1), i8(64, 384))
-    return norm.layer_norm((side, side), one, one, 1e-5, 0.1, Output(1), out, invalid, total=total)
+    side, one, out = Operand(i8(8192, 384), 1, 0.5), torch.ones(384), i8(8192, 384)
+    invalid, total = torch.zeros(1, dtype=torch.int32), Total(0.7, 0.3, Output(1), i8(8192, 384))
+    return norm.layer_norm((side, side), one, one, 1e-5, Output(1), out, invalid, total=total)
 
 
 def fake(dtype: torch.dtype, *, rows: int = 1, moving: bool = False) -> Callable[[], object]:

@@ -73,6 +73,12 @@ def test_no_product_and_sum_are_fused(kernels: list[dict[str, Any]]) -> None:
     assert residual["operations"]["FADD"] == 3 * each
 
 
+def test_tables_are_looked_up_in_shared_memory(kernels: list[dict[str, Any]]) -> None:
+    """From global memory each of 128 results of a thread would take five instructions to its address."""
+    (found,) = (kernel for kernel in kernels if kernel["case"] == "linear-table")
+    assert found["operations"]["LDG"] < 16
+
+
 LARGEST = "conv-tuned-128x128x128x4x3"
 SPILLED = {(80, LARGEST): 24, (90, LARGEST): 66, (80, "linear-rows-tuned-128x128x64x4x3"): 1}
 """Words that a thread stores, or loads again: 128 results a thread and the sum of a residual behind a 3 x 3 leave no

@@ -19,7 +19,9 @@ from qsweep.cuda import pointwise
 from qsweep.cuda.arithmetic import Operand, Output, Total
 from qsweep.cuda.chain import Chain
 from qsweep.cuda.norm import layer_norm
+from qsweep.cuda.plan import plan
 from qsweep.cuda.steps import Add, Norm
+from qsweep.hub.form import arguments, aten, constant
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.quantize.ptq import PTQ
 
@@ -66,8 +68,11 @@ def test_a_norm_writes_the_sum_that_it_reads_as_a_sum_alone_would(windows: bool,
 
 
 @pytest.mark.parametrize(("sides", "summed"), [(0, False), (1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("width", [16, 24, 200])
-def test_a_layer_norm_is_within_one_level_of_floating_point(sides: int, summed: bool, width: int, device: str) -> None:
+@pytest.mark.parametrize(("width", "many"), [(16, 8192), (24, 8192), (200, 8192), (200, 21), (1100, 21)])
+def test_a_layer_norm_is_within_one_level_of_floating_point(
+    sides: int, summed: bool, width: int, many: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qsweep.cuda.norm._MANY", many)
     generator = torch.Generator().manual_seed(width)
     rows = [torch.randint(-128, 128, (21, width + 8), generator=generator).to(torch.int8) for _ in range(3)]
     weight, bias = torch.randn(2, width, generator=generator)
@@ -78,10 +83,10 @@ def test_a_layer_norm_is_within_one_level_of_floating_point(sides: int, summed: 
         given = tuple(Operand(row.to(device), 7, 0.03) for row in integers)
         real = sum(((row.float() - 7) * 0.03 for row in integers), torch.zeros(21, width))
     out, invalid = rows[2].to(device), torch.zeros(1, dtype=torch.int32, device=device)
-    parts = weight.to(device), bias.to(device)
+    parts = weight.to(device) / 0.04, bias.to(device) / 0.04
     sums = torch.full((21, width + 4), 99, dtype=torch.int8, device=device)
     total = Total(0.7, 0.3, Output(11, -128, 90), sums[:, :width]) if summed else None
-    layer_norm(given, *parts, 1e-5, 0.04, Output(-5, -100, 127), out[:, :width], invalid, total=total)
+    layer_norm(given, *parts, 1e-5, Output(-5, -100, 127), out[:, :width], invalid, total=total)
     if summed:
         alone = torch.full_like(sums, 99)
         left, right = (replace(one, multiplier=by) for one, by in zip(given, (0.7, 0.3), strict=True))
@@ -97,9 +102,32 @@ def test_a_layer_norm_is_within_one_level_of_floating_point(sides: int, summed: 
     assert not invalid.any()
 
 
-def test_a_nan_in_a_layer_norm_is_noticed(device: str) -> None:
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize(
+    ("odd", "epsilon", "noticed"), [(math.nan, 1e-5, 1), (math.inf, 1e-5, 1), (2.0, 0.0, 0), (1.0, 0.0, 1)]
+)
+def test_what_makes_nans_of_a_row_is_noticed(odd: float, epsilon: float, noticed: int, device: str) -> None:
+    """A NaN, an infinity, and without an epsilon a row of equal numbers; what a block has too many are no rows."""
     rows, one = torch.ones(3, 16, device=device), torch.ones(16, device=device)
-    rows[1, 4] = math.nan
+    rows[:, 1] = 2.0
+    rows[1, 1:5] = odd
     invalid = torch.zeros(1, dtype=torch.int32, device=device)
-    layer_norm(rows, one, one, 1e-5, 0.04, Output(0), torch.zeros(3, 16, dtype=torch.int8, device=device), invalid)
-    assert invalid.item() == 1
+    layer_norm(rows, one, one, epsilon, Output(0), torch.zeros(3, 16, dtype=torch.int8, device=device), invalid)
+    wanted = torch.nn.functional.layer_norm(rows.cpu(), (16,), eps=epsilon).isnan().any()
+    assert invalid.item() == wanted.item() == noticed
+
+
+def test_a_norm_whose_weights_are_not_finite_is_left_to_floating_point(tmp_path: Path, device: str) -> None:
+    torch.manual_seed(0)
+    model = PTQ(calibration_samples=40).apply(
+        Blocks(False).eval(), context(tmp_path, "model", task=Noise(inputs=torch.randn(40, 1, 8, 8)))
+    )
+    kept = sum(isinstance(step, Norm) for step in plan(model, 3).steps)
+    norm = next(node for node in model.graph.graph.nodes if node.target is aten.layer_norm.default)
+    weight = constant(model.graph, arguments(norm)["weight"])
+    assert weight is not None
+    weight.data[3] = math.inf
+    assert sum(isinstance(step, Norm) for step in plan(model, 3).steps) == kept - 1
+    inputs = torch.randn(3, 1, 8, 8)
+    found, expected = Chain(model, 3, device, {})(inputs.to(device)), IntegerInterpreter(model.graph)(inputs)
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0.05)

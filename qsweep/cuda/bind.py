@@ -16,7 +16,7 @@ from qsweep.cuda.buffers import NO_HALO, Halo, Value, as_rows, channels_last, up
 from qsweep.cuda.layers import Product, product, row_product
 from qsweep.cuda.moves import copy, inner_last, move, windows
 from qsweep.cuda.norm import layer_norm
-from qsweep.cuda.numbers import output_of, ratio, side, table, total_of
+from qsweep.cuda.numbers import normed, output_of, ratio, side, table, total_of
 from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
 from qsweep.cuda.plan import PRODUCTS, VIEWS, Plan
 from qsweep.cuda.rooms import Forget, Rooms, last_reads
@@ -183,12 +183,10 @@ class Binding:
 
     def _norm(self, step: Norm) -> None:
         sizes, width = arguments(step.node), self.plan.shapes[step.node][-1]
-        weight, bias = (constant(self.plan.graph, sizes[name]) for name in ("weight", "bias"))
-        assert weight is not None and bias is not None
-        parts = [part.detach().float().to(self.device) for part in (weight, bias)]
+        parts = [part.to(self.device) for part in normed(self.plan.graph, step)]
         sides = tuple(side(operand, self._row_view(operand, width), None) for operand in step.sides)
         grid, out = step.out.grid, self.places[step.out.node].logical.view(-1, width)
-        rest = (*parts, sizes["eps"], grid.scale, output_of(grid), out, self.invalid)
+        rest = (*parts, sizes["eps"], output_of(grid), out, self.invalid)
         add = step.total
         total = total_of(add, self.places[add.out].logical.view(-1, width)) if add is not None else None
 

@@ -9,9 +9,11 @@ from qsweep.cuda._launch import EXACT, check_offsets, grid_arguments, power_of_t
 from qsweep.cuda._norms import normalize_rows
 from qsweep.cuda.arithmetic import Operand, Output, Total
 from qsweep.cuda.plan import WIDEST_NORM
-from qsweep.cuda.pointwise import inverse_of
 
-_BLOCK = 4096
+_WARPS, _LEAST, _MOST = 4, 2048, 4096
+"""Rows of a block are at least as many as its warps, so that each stays within one, and hold so many numbers."""
+_TURNS, _MANY = 8, 8192
+"""Blocks that follow each other in a program where there are so many rows."""
 
 
 def layer_norm(
@@ -19,18 +21,18 @@ def layer_norm(
     weight: Tensor,
     bias: Tensor,
     epsilon: float,
-    scale: float,
     output: Output,
     out: Tensor,
     invalid: Tensor,
     *,
     total: Total | None = None,
 ) -> Tensor:
-    """Write the layer norm of rows (M, K) into `out`, int8 (M, K), onto the grid of `scale` and `output`; return it.
+    """Write the layer norm of rows (M, K) into `out`, int8 (M, K), onto the grid `output`; return it.
 
     `given`: float rows, or one or two tensors of integers whose values (multipliers are their scales) are added first.
-    Any row strides; K at most `WIDEST_NORM`. `weight`, `bias`: float32 (K,). `total`: of two tensors alone. A NaN sets
-    `invalid` as in `qsweep.cuda.pointwise.quantize`.
+    Any row strides; K at most `WIDEST_NORM`. `weight`, `bias`: float32 (K,), finite, in units of the grid's scale.
+    `total`: of two tensors alone. A NaN, or an infinity among float rows, sets `invalid` as in
+    `qsweep.cuda.pointwise.quantize`.
     """
     sides = (Operand(given, 0, 1.0),) if isinstance(given, Tensor) else given
     left, right = sides[0], sides[-1]
@@ -41,8 +43,9 @@ def layer_norm(
     assert written.out.shape == out.shape and written.out.stride(1) == 1
     check_offsets(left.values, right.values, out, written.out)
     across = power_of_two(width)
-    down = max(1, _BLOCK // across)
-    normalize_rows[(triton.cdiv(count, down),)](
+    down = max(1, min(_MOST // across, max(_WARPS, _LEAST // across)))
+    turns = _TURNS if count >= _MANY else 1
+    normalize_rows[(triton.cdiv(count, down * turns),)](
         left.values,
         right.values,
         weight,
@@ -54,7 +57,6 @@ def layer_norm(
         left.multiplier,
         right.zero_point,
         right.multiplier,
-        inverse_of(scale),
         **grid_arguments(output),
         epsilon=epsilon,
         share=1.0 / width,
@@ -71,6 +73,8 @@ def layer_norm(
         TOTAL=total is not None,
         BR=down,
         BD=across,
+        TURNS=turns,
+        num_warps=_WARPS,
         **EXACT,
     )
     return out

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from qsweep.cuda.arithmetic import Operand as Side
 from qsweep.cuda.arithmetic import Output, Requantize, Residual, Total
-from qsweep.cuda.steps import Add, Layer, Operand
+from qsweep.cuda.pointwise import inverse_of
+from qsweep.cuda.steps import Add, Layer, Norm, Operand
 from qsweep.errors import Refused
-from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, constant, grid_of, nodes_of, source
+from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, arguments, constant, grid_of, nodes_of, source
 from qsweep.hub.integer import UNBOUNDED, Bounds
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
@@ -36,6 +37,13 @@ def side(operand: Operand, values: Tensor, grid: Grid | None) -> Side:
     """One side of a sum that goes onto `grid`, or stays real."""
     scale = operand.grid.scale
     return Side(values, operand.grid.zero_point, ratio(scale, grid.scale) if grid else float(f32(scale)))
+
+
+def normed(graph: fx.GraphModule, norm: Norm) -> list[Tensor]:
+    """Weight and bias of a layer norm, in units of the scale of its grid."""
+    sizes, inverse = arguments(norm.node), inverse_of(norm.out.grid.scale)
+    parts = [constant(graph, sizes[name]) for name in ("weight", "bias")]
+    return [part.detach().float() * inverse for part in parts if part is not None]
 
 
 def total_of(add: Add, out: Tensor) -> Total:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qsweep.cuda.joins import with_residuals, with_tables, with_totals
 from qsweep.cuda.shapes import sizes_of
@@ -216,10 +216,14 @@ class _Planner:
         return _Waiting(replace(step, out=node, bounds=step.bounds.within(*rectified(node))))
 
     def _norm(self, node: fx.Node, given: _State) -> _State:
-        """Of the last dimension, with weights."""
+        """Of the last dimension, with finite weights."""
         sizes = arguments(node)
         parts = [constant(self.graph, sizes[name]) for name in ("weight", "bias")]
-        if len(sizes["normalized_shape"]) > 1 or sizes["normalized_shape"][0] > WIDEST_NORM or None in parts:
+        if (
+            len(sizes["normalized_shape"]) > 1
+            or sizes["normalized_shape"][0] > WIDEST_NORM
+            or not all(map(_finite, parts))
+        ):
             return None
         sides: tuple[Operand, ...] = (given,) if isinstance(given, Operand) else ()
         if isinstance(given, _Waiting) and isinstance(given.step, Add) and given.step.bounds == UNBOUNDED:
@@ -271,6 +275,10 @@ class _Planner:
             self._float(node)
         else:
             self.steps.append(state.step)
+
+
+def _finite(values: Tensor | None) -> bool:
+    return values is not None and bool(values.isfinite().all())
 
 
 def _parts(node: fx.Node) -> list[fx.Node]:

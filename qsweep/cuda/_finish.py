@@ -27,11 +27,12 @@ def between(v, low, high):
 
 @triton.jit
 def write(y_ptr, places, v, zero_point, low, high, mask):
-    """Onto the grid where y is int8 (low and high are relative to the zero point), else v itself within bounds.
+    """Onto the grid where y is int8 (low and high are relative to the zero point), else v itself within bounds, if any.
 
     The bounds are integers, so clamping before rounding equals clamping after it.
     """
-    v = between(v, low, high)
+    if low is not None:
+        v = between(v, low, high)
     if y_ptr.dtype.element_ty == tl.int8:
         tl.store(y_ptr + places, (nearest(v) + zero_point).to(tl.int8), mask=mask)
     else:

@@ -15,9 +15,11 @@ EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 def grid_arguments(output: Output | None, bounds: tuple[float, float] = (-torch.inf, torch.inf)) -> dict[str, Any]:
-    """`y_zero`, `low`, `high` of `write`: relative to the zero point for integers, in real units for floats."""
+    """`y_zero`, `low`, `high` of `write`: relative to the zero point for integers, in real units for floats, None for
+    floats without bounds."""
     if output is None:
-        return {"y_zero": 0, "low": bounds[0], "high": bounds[1]}
+        low, high = bounds if bounds != (-torch.inf, torch.inf) else (None, None)
+        return {"y_zero": 0, "low": low, "high": high}
     low, high = output.low - output.zero_point, output.high - output.zero_point
     return {"y_zero": output.zero_point, "low": float(low), "high": float(high)}
 

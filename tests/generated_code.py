@@ -134,11 +134,11 @@ def four_bits(tile: Tile) -> Callable[[], object]:
     return call
 
 
-def separable(kernel: int) -> Callable[[], object]:
+def separable(kernel: int, tile: Tile | None = None) -> Callable[[], object]:
     def call() -> object:
-        weight = depthwise.pack_weight(i8(64, 1, kernel, kernel), 64)
-        x = i8(4, 13 + kernel, 13 + kernel, 64)
-        return depthwise.conv2d(x, weight, numbers(64), i8(4, 14, 14, 64), groups=64)
+        weight = depthwise.pack_weight(i8(128, 1, kernel, kernel), 128)
+        x = i8(4, 13 + kernel, 13 + kernel, 128)
+        return depthwise.conv2d(x, weight, numbers(128), i8(4, 14, 14, 128), groups=128, tile=tile)
 
     return call
 
@@ -203,7 +203,8 @@ CASES: dict[str, Callable[[], object]] = {
     "linear-rows": rows(Tile(64, 64, 128)),
     "quantize-rows": quantize_rows,
     "linear-w4": four_bits(Tile(16, 64, 128)),
-    "depthwise": separable(5),
+    "depthwise": separable(3),
+    **{f"depthwise-tuned-{'x'.join(map(str, shape))}": separable(5, Tile(*shape)) for shape in tune.DEPTHWISE},
     "quantize": quantize,
     "quantize-images": quantize_images,
     "add": add,

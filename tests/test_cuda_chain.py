@@ -23,7 +23,7 @@ from qsweep.cuda.layers import Product
 from qsweep.cuda.numbers import check_scales
 from qsweep.cuda.plan import ATTENTION, plan
 from qsweep.cuda.steps import Float, Layer, Map, Move, Norm, RowLayer, Rows
-from qsweep.cuda.tune import MOST, Tiles, candidates
+from qsweep.cuda.tune import DEPTHWISE, MOST, Tiles, candidates
 from qsweep.errors import Refused
 from qsweep.hub.form import DEQUANTIZE, QUANTIZE, RECTIFIERS, QuantizedModel, aten, grid_of, nodes_of, set_constant
 from qsweep.hub.integer import IntegerInterpreter
@@ -389,6 +389,13 @@ def test_layers_of_few_rows_are_offered_narrow_blocks_for_which_no_sums_are_adde
     found = candidates(product(1, 4096, 4096), 132)
     assert any(tile.columns == 32 and tile.split == 1 for tile in found)
     assert all(tile.rows == 16 and tile.warps == 4 for tile in found)
+
+
+def test_convolutions_by_channel_have_block_shapes_of_their_own() -> None:
+    found = candidates(replace(product(50_176, 144, 144), depthwise=True, splits=False), 132)
+    assert [(tile.rows, tile.columns, tile.warps) for tile in found] == [shape[:2] + shape[3:4] for shape in DEPTHWISE]
+    few = candidates(replace(product(4, 16, 144), depthwise=True, splits=False), 132)
+    assert {(tile.rows, tile.columns, tile.warps) for tile in few} == {(16, 16, 1)}
 
 
 def test_sums_of_small_batches_are_cut_into_parts() -> None:

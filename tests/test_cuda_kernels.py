@@ -171,6 +171,15 @@ CASES = {
     "depthwise, strides, dilation": Case(
         channels=20, out_channels=20, groups=20, kernel=(5, 3), stride=(2, 1), dilation=(1, 2), padding=2, size=(9, 10)
     ),
+    **{
+        f"depthwise, lines of {width}, step {step}": Case(
+            channels=16, out_channels=16, groups=16, stride=(1, step), size=(3, width * step), residual=width == 6
+        )
+        for width, step in ((1, 1), (3, 1), (4, 1), (6, 1), (9, 1), (5, 2), (8, 3))
+    },
+    "depthwise, blocks of its own": Case(
+        channels=40, out_channels=40, groups=40, kernel=(5, 5), padding=2, size=(9, 10), tile=Tile(16, 32, 32, 2)
+    ),
     "depthwise, residual": Case(channels=16, out_channels=16, groups=16, residual=True, output=Output(-128)),
     "depthwise, float32 results": Case(channels=16, out_channels=16, groups=16, output=None),
     "split": Case(channels=32, tile=replace(SMALL, split=3)),

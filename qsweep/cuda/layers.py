@@ -41,6 +41,8 @@ class Product:
     launch: Callable[..., Any]
     splits: bool = True
     """Whether the kernel can split the products of a sum among programs."""
+    depthwise: bool = False
+    """Whether it is no matrix product, and its rows are four pixels each."""
     tile: Tile | None = None
     """None: the kernel's own choice."""
 
@@ -108,7 +110,8 @@ def _convolution(
     stride, dilation, groups = (given_arguments[name] for name in ("stride", "dilation", "groups"))
     if node.target is aten.conv1d.default:
         integers, stride, dilation = integers.unsqueeze(2), [1, *stride], [1, *dilation]
-    kernel: Any = depthwise if 1 < groups == len(integers) == given.pixels.shape[3] else conv
+    apart = 1 < groups == len(integers) == given.pixels.shape[3]
+    kernel: Any = depthwise if apart else conv
     channels = up(given.pixels.shape[3])
     if kernel is conv and groups == 1 and given.pixels.shape[3] <= IMAGE_CHANNELS and given.pixels.stride(2) == 4:
         channels = IMAGE_CHANNELS
@@ -129,9 +132,10 @@ def _convolution(
     )
     sizes = f"{'x'.join(map(str, x.shape))} to {'x'.join(map(str, pixels.shape))}"
     numbers = f"k{'x'.join(map(str, window))} s{_pair(stride)} d{_pair(dilation)} g{groups}"
-    kind = f"{kernel.__name__.rpartition('.')[2]} {sizes} {numbers}{_loads(x)}"
+    kind = f"{'depthwise fours' if apart else 'conv'} {sizes} {numbers}{_loads(x)}{_ending(layer)}"
     depth = integers[0].numel() // integers.shape[1] * (channels // groups or 1)
-    return Product("", kind + _ending(layer), pixels.shape[:3].numel(), len(integers), depth, launch)
+    count = depthwise.rows_of(pixels) if apart else pixels.shape[:3].numel()
+    return Product("", kind, count, len(integers), depth, launch, splits=not apart, depthwise=apart)
 
 
 def lines(x: Tensor, weight: Tensor, stride: int, width: int) -> tuple[Tensor, Tensor]:

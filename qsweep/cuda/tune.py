@@ -36,6 +36,9 @@ NARROW = ((64, 128, 128, 4, 4), (64, 64, 128, 4, 4), (64, 32, 256, 4, 4), (64, 3
 """For layers of at most `FEW_ROWS`, which are bound by reading their weights: narrow and deep blocks put more
 multiprocessors to it without sums that must be added up by one more kernel. Not measured yet."""
 
+DEPTHWISE = ((32, 64, 32, 4, 1), (64, 32, 32, 4, 1), (16, 128, 32, 4, 1), (32, 32, 32, 2, 1))
+"""Of convolutions channel by channel: 64 sums a thread each. Not measured yet."""
+
 
 def cache_folder() -> Path:
     """Where measured block shapes are kept: `$XDG_CACHE_HOME/qsweep`, by default `~/.cache/qsweep`."""
@@ -73,8 +76,9 @@ def candidates(product: Product, multiprocessors: int) -> list[Tile]:
     also with sums that are cut into parts, which run side by side."""
     found: list[Tile] = []
     narrow, few = product.rows <= FEW_ROWS, _blocks(product, 128, 128) <= multiprocessors
-    of_a_warp = 128 if narrow else 1024
-    for rows, columns, depth, warps, stages in NARROW if narrow else FEW if few else SHAPES:
+    of_a_warp = 512 if product.depthwise else 128 if narrow else 1024
+    shapes = DEPTHWISE if product.depthwise else NARROW if narrow else FEW if few else SHAPES
+    for rows, columns, depth, warps, stages in shapes:
         down, across = _block(product.rows, 16, rows), _block(product.columns, 16, columns)
         fewer = min(warps, max(1, down * across // of_a_warp))
         tile = Tile(down, across, _block(product.depth, 32, depth), fewer, stages)

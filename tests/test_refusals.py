@@ -173,7 +173,7 @@ def test_data_that_does_not_fit_ends_the_run_with_its_row(refused: Any, real_job
 def test_a_task_that_gives_nan_ends_the_run(refused: Any, real_jobs: None, tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(NAN_TASK)
     task = {"method": "python", "file": "task.py:Task", "trained": True}
-    assert refused(task=task) == "`task`: the model's outputs must be finite (got NaN or infinity)"
+    assert refused(task=task) == "`task`: the inputs of `train` must be finite (sample 0 holds NaN or infinity)"
 
 
 def test_engines_that_do_not_work_here_are_left_out_where_there_is_another(tmp_path: Path, monkeypatch: Any) -> None:

@@ -69,7 +69,10 @@ PTQ = {"method": "ptq"}
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"serach": {}}, "`serach`: there is no such key; `qsweep schema` shows the ones there are (got {})"),
+        (
+            {"run": {"worker": 2}},
+            "`run.worker`: there is no such key; there are `workers`, `trial_timeout`, `attempts` (got 2)",
+        ),
         ({"search": {"trials": "4"}}, "`search.trials`: must be an integer (got '4')"),
         (
             {"compress": {"quantize": PTQ | {"calibration_samples": True}}},

@@ -39,7 +39,7 @@ def pareto_html(records: Sequence[Record], spec: Spec) -> str:
             {"number": r.number, "name": r.name, "engine": engine_text(r)} | r.failure.model_dump()
             for r in records if r.failure
         ],
-        **_trials(done, members),
+        **_trials(done, members, [name for name in (*spec.objectives, *spec.constraints) if name not in _COLUMNS]),
     )  # fmt: skip
 
 
@@ -85,6 +85,8 @@ def _speedup(records: Sequence[Record], best: Record) -> str:
     other, ratio = quickest_float(records, best), best.metrics.latency_ratio
     if other is None or not ratio or not other.metrics.latency_ratio:
         return ""
+    if other.number == best.number:
+        return ", a float: nothing on the front is quicker"
     return f", {other.metrics.latency_ratio / ratio:.2f} times as fast as {other.name}, the quickest float"
 
 
@@ -101,11 +103,12 @@ def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]
     return min(a for a in accuracies if a >= floor), f"{hidden} trial{'s lie' if hidden > 1 else ' lies'}"
 
 
-def _trials(done: Sequence[Record], members: set[int]) -> dict[str, Any]:
+def _trials(done: Sequence[Record], members: set[int], extra: Sequence[str]) -> dict[str, Any]:
+    """The table; `extra`: metrics of the spec that it would not show."""
     filled = {"draws": any(draws_text(record) for record in done)}
     filled |= {name: any(getattr(record.metrics, name) is not None for record in done) for name in Metrics.model_fields}
-    shown = [column for column in _COLUMNS if filled.get(column, True)]
-    columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key))) for key in shown]
+    shown = [column for column in dict.fromkeys([*_COLUMNS, *extra]) if filled.get(column, True)]
+    columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key.replace("_", " ")))) for key in shown]
     rows = sorted(done, key=lambda r: (r.number not in members, r.kind != "baseline", -(r.metrics.accuracy or 0)))
     return {"columns": columns, "rows": [_row(record, columns, members) for record in rows]}
 

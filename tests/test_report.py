@@ -113,7 +113,19 @@ def test_an_objective_of_the_spec_has_its_column() -> None:
     asked = spec().model_copy(update={"objectives": ("accuracy", "macs")})
     found = [r.model_copy(update={"metrics": r.metrics.model_copy(update={"macs": 5e6})}) for r in records()]
     assert "macs" in [column.key for column in front_table(found, asked).columns]
-    assert '<th class="num">macs</th>' in pareto_html(found, asked)
+    html = pareto_html(found, asked)
+    assert '<th class="num">macs</th>' in html
+    assert html.index(">macs</th>") < html.index(">size KiB</th>")
+    assert "front: best macs" in Page(html).text
+
+
+def test_the_best_of_an_objective_is_told_by_the_title_of_its_column() -> None:
+    asked = spec().model_copy(update={"objectives": ("accuracy", "peak_memory_bytes", "bit_operations")})
+    more = {"peak_memory_bytes": 2048.0, "bit_operations": 5e6}
+    found = [r.model_copy(update={"metrics": r.metrics.model_copy(update=more)}) for r in records()]
+    text = Page(pareto_html(found, asked)).text
+    assert "front: best memory2.0 KiB" in text
+    assert "front: best bit operations5,000,000" in text
 
 
 def test_the_csv_loses_nothing() -> None:

@@ -11,10 +11,11 @@ import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, Strict, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, Strict, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 T = TypeVar("T")
@@ -37,6 +38,16 @@ class Config(BaseModel):
     """Raise it when the same fields come to mean other numerics: identities change with it."""
     discriminator: ClassVar[str | None] = None
     """The field that tells this config from its siblings in a family, if it has any."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, content: Any) -> Any:
+        """Pydantic refuses other keys too, but does not say which ones there are."""
+        for key in content if isinstance(content, Mapping) else ():
+            if key not in cls.model_fields:
+                known = ", ".join(f"`{name}`" for name in cls.model_fields)
+                raise PydanticCustomError("unknown_key", "there is no such key", {"key": key, "known": known})
+        return content
 
     @model_serializer(mode="wrap")
     def _keep_discriminator(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from qsweep.errors import NotFinite, QsweepError, TaskFailure
 from qsweep.tasks.base import SplitName, Task
 
+_PART = 256
+"""Samples that are looked at together."""
+
 
 def predict(
     model: Callable[[Tensor], Tensor],
@@ -21,13 +24,16 @@ def predict(
 ) -> Tensor:
     """Outputs (N, ...) on the CPU of `model`, in eval mode, for `inputs` (N, ...) as the task stores them.
 
-    Raises NotFinite when an output is not.
+    Raises NotFinite when an output is not, TaskFailure when the model gives anything but a tensor.
     """
     outputs = []
     with torch.no_grad(), _eval_mode(model):
         for part in torch.split(inputs, batch_size):
             batch = task.transform(part)
-            outputs.append(model(batch.to(device, memory_format=layout(batch))).cpu())
+            found = model(batch.to(device, memory_format=layout(batch)))
+            if not isinstance(found, Tensor):
+                raise TaskFailure(f"the model must give one tensor (got {type(found).__name__})")
+            outputs.append(found.cpu())
     joined = torch.cat(outputs)
     if not torch.isfinite(joined).all():
         raise NotFinite("the model's outputs must be finite (got NaN or infinity)")
@@ -47,29 +53,55 @@ def evaluate(
 
 
 def check(task: Task, model: nn.Module) -> None:
-    """Ask `task` for everything that a sweep will, on a few samples of each split, before anything is spent on it.
+    """Ask `task` for everything that a sweep will, before anything is spent on it: on a few samples of each split, and
+    on all of them whether inputs are finite.
 
-    Raises DataError and TaskFailure as the task's parts do, TaskFailure for a model that raises or whose output has
-    another batch size, NotFinite for outputs or losses that are not.
+    Raises DataError and TaskFailure as the task's parts do, TaskFailure for a model that raises, is not float32 or
+    whose output has another batch size, NotFinite for inputs, outputs or losses that are not.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise TaskFailure(f"the model's parameters must be float32 (`{name}` is {parameter.dtype})")
     splits: tuple[SplitName, ...] = ("train", "validation", "test")
     for split in splits:
-        inputs, labels = (part[:4] for part in task.samples(split))
-        given = task.transform(inputs)
-        if not given.is_floating_point():
-            raise TaskFailure(
-                f"`transform` must give floating point: token numbers are not supported (got {given.dtype})"
-            )
-        shape = given.shape
-        augmented = task.transform(inputs, torch.Generator().manual_seed(0)).shape
-        if augmented != shape:
-            raise TaskFailure(f"`transform` must keep shape {tuple(shape)} when it augments (got {tuple(augmented)})")
-        outputs = _outputs(model, task, inputs)
-        if len(outputs) != len(inputs):
-            raise TaskFailure(f"the model must give {len(inputs)} outputs for as many inputs (got {len(outputs)})")
-        if not torch.isfinite(task.loss(outputs, labels)):
-            raise NotFinite(f"the loss of the first samples of `{split}` must be finite")
-        task.score(outputs, labels)
+        inputs, labels = task.samples(split)
+        _check_inputs(task, split, inputs)
+        _check_samples(task, model, split, inputs[:4], labels[:4])
+
+
+def _check_inputs(task: Task, split: SplitName, inputs: Tensor) -> None:
+    """Whole numbers, such as pixels, are finite; to look at them all would be to decode and scale them once more."""
+    if not inputs.is_floating_point():
+        return
+    for number, part in enumerate(torch.split(inputs, _PART)):
+        finite = torch.isfinite(task.transform(part)).reshape(len(part), -1).all(1)
+        if not finite.all():
+            row = number * _PART + int(finite.int().argmin())
+            raise NotFinite(f"the inputs of `{split}` must be finite (sample {row} holds NaN or infinity)")
+
+
+def _check_samples(task: Task, model: nn.Module, split: SplitName, inputs: Tensor, labels: Tensor) -> None:
+    stored = inputs.clone()
+    given = task.transform(inputs)
+    if not given.is_floating_point():
+        raise TaskFailure(
+            "`transform` must give floating point: token numbers are not supported, embed them in it "
+            f"(got {given.dtype})"
+        )
+    if given.dtype != torch.float32:
+        raise TaskFailure(f"`transform` must give float32 (got {given.dtype})")
+    shape = given.shape
+    augmented = task.transform(inputs, torch.Generator().manual_seed(0)).shape
+    if augmented != shape:
+        raise TaskFailure(f"`transform` must keep shape {tuple(shape)} when it augments (got {tuple(augmented)})")
+    outputs = _outputs(model, task, inputs)
+    if not torch.allclose(inputs, stored, rtol=0, atol=0, equal_nan=True):
+        raise TaskFailure("`transform` and the model must leave the samples as they are (one changed its input)")
+    if len(outputs) != len(inputs):
+        raise TaskFailure(f"the model must give {len(inputs)} outputs for as many inputs (got {len(outputs)})")
+    if not torch.isfinite(task.loss(outputs, labels)):
+        raise NotFinite(f"the loss of the first samples of `{split}` must be finite")
+    task.score(outputs, labels)
 
 
 def layout(inputs: Tensor) -> torch.memory_format:

@@ -23,7 +23,7 @@ from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, causes
 from qsweep.evaluate import check, predict
-from qsweep.hub.export import float_graph
+from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
 from qsweep.machine import fingerprint, pin
@@ -35,6 +35,7 @@ from qsweep.measure.sizes import digests, file_sizes, work
 from qsweep.spec import Measure, TrialConfig
 from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task, TaskConfig
+from qsweep.train import seeded
 
 SIMULATED = "simulated.safetensors"
 """What the simulation gives on the parity samples, from `build` to `measure`."""
@@ -79,7 +80,7 @@ class Job:
 
 
 def prepare(folder: Path) -> None:
-    """Open the task, train the baseline if it has no weights, and see that the model can be traced."""
+    """Open the task, see that it can be asked and its model traced, and train the baseline if it has no weights."""
     _write(folder, "prepare", _prepare)
 
 
@@ -101,9 +102,16 @@ def test(folder: Path) -> None:
 def _prepare(job: Job) -> Result:
     task = job.task()
     context = context_of(job.task_config, task, job.root, job.store, job.seed, job.progress)
+    job.progress("check")
+    if not job.task_config.pretrained:  # what is wrong with it, or cannot be traced, is told before it is trained
+        with seeded(job.seed, torch.device("cpu")):
+            untrained = task.model()
+        check(task, untrained)
+        export(untrained, example_of(context))
     with job.clock("baseline"):
         model = context.teacher()
-    check(task, model)
+    if job.task_config.pretrained:
+        check(task, model)
     with job.clock("export"):
         metrics = work(float_graph(model, context))
     about = job.task_config.about(job.root)

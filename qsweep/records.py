@@ -17,6 +17,13 @@ def _metric(direction: Direction | None = None) -> Any:
     return Field(default=None, json_schema_extra={"direction": direction} if direction else None)
 
 
+SHARES = frozenset({
+    "accuracy", "accuracy_test", "accuracy_mean", "accuracy_spread", "accuracy_simulated", "parity_top1", "sparsity",
+    "int8_mac_fraction",
+})  # fmt: skip
+"""Metrics from 0 to 1, which are shown in per cent."""
+
+
 class Metrics(Config):
     """Everything measured on one artifact. None: not measured (yet)."""
 

@@ -128,7 +128,6 @@ class Space(Generic[T]):
 
 _WORDS = {
     r"^\w+ should\b": "must",
-    r"a valid dictionary or object to extract fields from": "a mapping such as {method: …}",
     r"a valid dictionary.*": "a mapping",
     r"a valid (tuple|list)": "a list",
     r"a valid string": "text",
@@ -146,14 +145,17 @@ def complaint(error: ValidationError, path: str = "") -> str:
     where = ".".join(str(part) for part in (path, *first["loc"], _discriminator(first)) if part != "")
     if first["type"] in ("missing", "union_tag_not_found"):
         return f"`{where}`: is required and was not given"
-    if first["type"] == "extra_forbidden":
-        return (
-            f"`{where}`: there is no such key; `qsweep schema` shows the ones there are (got {_short(first['input'])})"
-        )
+    if first["type"] == "unknown_key":
+        key, known = first["ctx"]["key"], first["ctx"]["known"]
+        where = ".".join(filter(None, (where, str(key))))
+        return f"`{where}`: there is no such key; there are {known} (got {_short(first['input'][key])})"
     if first["type"] == "union_tag_invalid":
         return f"`{where}`: must be one of {first['ctx']['expected_tags']} (got {_short(first['ctx']['tag'])})"
     if not where:  # the whole: what came is all of it
         return _must(first["msg"])
+    if first["type"] == "model_attributes_type":  # a family: its members are told apart by one key
+        key = "engine" if where.rpartition(".")[2] == "target" else "method"
+        return f"`{where}`: must be a mapping such as {{{key}: …}} (got {_short(first['input'])})"
     return f"`{where}`: {_must(first['msg'])} (got {_short(first['input'])})"
 
 

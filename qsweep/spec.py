@@ -17,7 +17,7 @@ from qsweep.errors import SpecError
 from qsweep.prune import Prune
 from qsweep.quantize import Quantize
 from qsweep.quantize.trained import Trained
-from qsweep.records import Metrics
+from qsweep.records import SHARES, Metrics
 from qsweep.space import Space, complaint
 from qsweep.tasks import AnyTask
 from qsweep.yamlfile import read_mapping
@@ -201,6 +201,9 @@ class Spec(Config):
     def _known_constraints(cls, bounds: dict[str, Constraint]) -> dict[str, Constraint]:
         if set(bounds) - BOUNDED:
             raise ValueError(f"must name metrics out of {sorted(BOUNDED)}")
+        for name in sorted(SHARES & set(bounds)):
+            if any(value is not None and not 0 <= value <= 1 for _, value in bounds[name]):
+                raise ValueError(f"bounds of `{name}`, a share, must be from 0 to 1 (0.9 is 90 %)")
         return bounds
 
     @field_validator("baselines")

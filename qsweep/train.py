@@ -24,6 +24,11 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`loss(inputs, outputs, labels)`: scalar; `inputs` is the batch that the model was given, augmentation included."""
 
 
+_NO_GRADIENT = (
+    "the loss must depend on the model's parameters, some of which must have `requires_grad` (it has no gradient)"
+)
+
+
 def fit(
     model: nn.Module,
     task: Task,
@@ -46,7 +51,8 @@ def fit(
     each epoch; if it is there already, training goes on from it, to the same bits. `settle()` is called after each
     optimizer step. On a GPU the steps of a graph are recorded once and replayed (`qsweep.replay`): `loss`, that of
     the task too, and `settle` must do the same for every batch. Raises NotFinite when the loss or a parameter is not
-    finite, DataError with fewer than two training samples, TaskFailure when the model does not compile.
+    finite, DataError with fewer than two training samples, TaskFailure when the model does not compile or the loss has
+    no gradient.
     """
     if training.epochs == 0:
         return _settle(model)
@@ -69,6 +75,8 @@ def fit(
             with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
                 outputs = run(inputs).float()
             value = task.loss(outputs, labels) if loss is None else loss(inputs, outputs, labels)
+            if not value.requires_grad:
+                raise TaskFailure(_NO_GRADIENT)
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

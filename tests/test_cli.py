@@ -100,6 +100,24 @@ def test_run_prints_a_line_a_record_the_front_and_what_comes_next(spec: Path, ar
     assert any("/#/experiments/" in line for line in lines)
 
 
+def test_what_comes_next_can_be_pasted_though_its_path_has_spaces(spec: Path, arithmetic: None) -> None:
+    place = spec.parent / "my specs"
+    place.mkdir()
+    said = qsweep_("run", spec.rename(place / "my spec.yaml")).output
+    assert f"  qsweep best '{place / 'my spec.yaml'}' --max" in said
+    assert f"  qsweep ui '{place / 'my spec.yaml'}'" in said
+
+
+def test_where_no_trial_keeps_the_constraints_run_says_so_instead_of_how_to_ship_one(
+    spec: Path, arithmetic: None
+) -> None:
+    content = yaml.safe_load(CONTENT) | {"constraints": {"size_bytes": {"max": 1}}}
+    spec.write_text(yaml.safe_dump(content), encoding="utf-8")
+    said = qsweep_("run", spec).output
+    assert "  no trial keeps size_bytes ≤ 1 and accuracy_drop_pp ≤ 1; the nearest is #" in said
+    assert "qsweep promote" not in said
+
+
 def test_a_search_that_its_time_has_ended_says_so_and_goes_on(spec: Path, arithmetic: None) -> None:
     short = {"search": {"trials": 6, "timeout": 0.001}}
     spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | short), encoding="utf-8")
@@ -178,7 +196,7 @@ def test_commands_that_choose_refuse_bounds_that_are_none_or_that_nothing_keeps(
 
     assert "must be METRIC=NUMBER" in said("--max", "accuracy_drop_pp")
     assert "must name metrics" in said("--max", "beauty=1")
-    assert "`by`: must be one of" in said("--by", "beauty")
+    assert "`--by`: must be one of" in said("--by", "beauty")
     assert "no trial keeps accuracy ≥ 2; the nearest is #0" in said("--min", "accuracy=2")
 
 
@@ -215,7 +233,7 @@ def test_a_message_of_many_lines_becomes_one(
 def test_a_sweep_that_never_ran_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spec: Path, command: str
 ) -> None:
-    assert "there is no sweep here" in failing(monkeypatch, capsys, command, spec)
+    assert "there is no sweep here; `qsweep run` makes it" in failing(monkeypatch, capsys, command, spec)
 
 
 def test_a_folder_that_is_no_sweep_is_told_what_it_must_be(

@@ -178,3 +178,17 @@ def test_workers_import_neither_the_main_script_nor_its_noise(tmp_path: Path) ->
     assert log.count("noise\n") == 2
     assert f"'PYTHONPATH': {path!r}" in log
     assert "PYTHONSAFEPATH" not in log
+
+
+def test_a_worker_that_is_killed_with_a_semaphore_is_no_news_for_the_terminal(tmp_path: Path) -> None:
+    script = tmp_path / "kills.py"
+    script.write_text(
+        "import time; from pathlib import Path; from qsweep.executors.local import Local\n"
+        f"folder = Path({str(tmp_path)!r}); local = Local((), folder / 'server.log')\n"
+        f"worker = local.start(folder, '{JOBS}:holds', 'holds')\n"
+        "while not (folder / 'held').exists(): time.sleep(0.01)\n"
+        "local.shutdown()"
+    )
+    path = os.pathsep.join((str(Path(worker_jobs.__file__).parent), *sys.path))
+    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")  # stderr is closed once the tracker, which holds it, has ended

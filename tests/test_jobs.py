@@ -171,6 +171,15 @@ def test_what_the_users_task_does_wrong_is_a_result(fails: str, job: str, kind: 
     assert text in failure["message"]
 
 
+@pytest.mark.parametrize("fails", ["score", "trace"])
+def test_what_is_wrong_with_a_task_is_told_before_its_model_is_trained(fails: str, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(TASK_FILE)
+    arguments = {"arguments": {"fails": fails}, "training": {"epochs": 1}}
+    task = {"method": "python", "file": "task.py:Task"} | arguments
+    assert "failure" in did(written(tmp_path / "trial", tmp_path, PTQ, task=task), "prepare")
+    assert not list(tmp_path.rglob("weights.safetensors"))
+
+
 def test_a_config_that_bad_samples_or_a_diverging_training_break_is_a_result_and_others_are_built(
     tmp_path: Path,
 ) -> None:

@@ -83,7 +83,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
 @pytest.mark.parametrize("size", [0, 4, 100, 5000])
 def test_a_truncated_checkpoint_is_refused_by_name(checkpoint: Path, size: int) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:size])
-    with pytest.raises(DataError, match="must be a whole safetensors file"):
+    with pytest.raises(
+        DataError, match=r"must be a whole safetensors file .*; `safetensors.torch.save_file` writes one"
+    ):
         load_checkpoint(build("digits_cnn", 10, 1), checkpoint)
 
 

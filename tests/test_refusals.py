@@ -69,7 +69,10 @@ PTQ = {"method": "ptq"}
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"serach": {}}, "`serach`: there is no such key; `qsweep schema` shows the ones there are (got {})"),
+        (
+            {"run": {"worker": 2}},
+            "`run.worker`: there is no such key; there are `workers`, `trial_timeout`, `attempts` (got 2)",
+        ),
         ({"search": {"trials": "4"}}, "`search.trials`: must be an integer (got '4')"),
         (
             {"compress": {"quantize": PTQ | {"calibration_samples": True}}},
@@ -173,7 +176,7 @@ def test_data_that_does_not_fit_ends_the_run_with_its_row(refused: Any, real_job
 def test_a_task_that_gives_nan_ends_the_run(refused: Any, real_jobs: None, tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(NAN_TASK)
     task = {"method": "python", "file": "task.py:Task", "trained": True}
-    assert refused(task=task) == "`task`: the model's outputs must be finite (got NaN or infinity)"
+    assert refused(task=task) == "`task`: the inputs of `train` must be finite (sample 0 holds NaN or infinity)"
 
 
 def test_engines_that_do_not_work_here_are_left_out_where_there_is_another(tmp_path: Path, monkeypatch: Any) -> None:

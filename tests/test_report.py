@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 import pytest
 from realistic import finished, record, records, spec
 
-from qsweep.records import Metrics
+from qsweep.records import SHARES, Metrics
 from qsweep.track import front_table, full_table, pareto_html
 from qsweep.track.charts import hover as hover_text
 from qsweep.track.runs import note
-from qsweep.track.table import mixed_bits
+from qsweep.track.table import Column, mixed_bits
 
 
 class Page(HTMLParser):
@@ -57,6 +57,8 @@ def test_the_quickest_is_held_against_the_quickest_float_of_its_device_and_batch
     moved = [r.model_copy(update={"config": r.config | {"target": target}}) if r.number == 1 else r for r in records()]
     assert "2.00 times as fast as fp32, the quickest float" in Page(pareto_html(finished(moved), spec())).text
     assert "the quickest float" not in Page(pareto_html(finished(moved)[1:], spec())).text
+    floats = finished(records()[:1])
+    assert "fp32, a float: nothing on the front is quicker" in Page(pareto_html(floats, spec())).text
 
 
 def test_text_from_a_sweep_is_escaped(html: str) -> None:
@@ -111,6 +113,19 @@ def test_an_objective_of_the_spec_has_its_column() -> None:
     asked = spec().model_copy(update={"objectives": ("accuracy", "macs")})
     found = [r.model_copy(update={"metrics": r.metrics.model_copy(update={"macs": 5e6})}) for r in records()]
     assert "macs" in [column.key for column in front_table(found, asked).columns]
+    html = pareto_html(found, asked)
+    assert '<th class="num">macs</th>' in html
+    assert html.index(">macs</th>") < html.index(">size KiB</th>")
+    assert "front: best macs" in Page(html).text
+
+
+def test_the_best_of_an_objective_is_told_by_the_title_of_its_column() -> None:
+    asked = spec().model_copy(update={"objectives": ("accuracy", "peak_memory_bytes", "bit_operations")})
+    more = {"peak_memory_bytes": 2048.0, "bit_operations": 5e6}
+    found = [r.model_copy(update={"metrics": r.metrics.model_copy(update=more)}) for r in records()]
+    text = Page(pareto_html(found, asked)).text
+    assert "front: best memory2.0 KiB" in text
+    assert "front: best bit operations5,000,000" in text
 
 
 def test_the_csv_loses_nothing() -> None:
@@ -131,6 +146,14 @@ def test_units_are_in_the_titles_and_values_are_rounded() -> None:
     assert table.texts()[0][titles.index("accuracy %")] == "97.10"
     assert table.texts()[0][titles.index("size KiB")] == "8.8"
     assert table.texts()[0][titles.index("latency ms")] == "0.580"
+    for column in full_table(records(), spec()).columns:
+        assert column.title.endswith("KiB") == column.key.endswith("_bytes")
+        assert column.title.endswith("%") == (column.key in SHARES)
+
+
+def test_a_drop_that_rounds_to_nothing_has_no_sign() -> None:
+    assert Column("accuracy_drop_pp", "").text(-0.001) == "0.00"
+    assert Column("accuracy_drop_pp", "").text(-0.01) == "-0.01"
 
 
 def test_a_note_longer_than_mlflow_takes_is_cut_between_rows() -> None:

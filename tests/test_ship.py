@@ -6,7 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from realistic import finished, record, records, spec
@@ -127,6 +127,31 @@ def test_inputs_of_another_shape_or_not_preprocessed_are_refused(made: Path) -> 
         model(torch.rand(2, 1, 8, 8))
     with pytest.raises(DataError, match=r"must be float32, preprocessed as the task does \(got torch.uint8\)"):
         model(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+
+
+def test_inputs_with_nan_are_refused_since_integers_know_none(made: Path) -> None:
+    model, given = load(made), inputs(5)
+    given[3, 0, 1, 2] = float("nan")
+    with pytest.raises(DataError, match=r"inputs must not hold NaN \(sample 3 does\)"):
+        model(given)
+
+
+def test_arrays_need_not_be_contiguous_or_writable_and_may_be_lists(made: Path) -> None:
+    model, given = load(made), inputs(3).numpy()
+    outputs = model(given)
+    read_only = given.copy()
+    read_only.setflags(write=False)
+    backwards = given[::-1].copy()[::-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for other in (read_only, backwards, given.tolist(), list(inputs(3))):
+            assert (model(other) == outputs).all()
+
+
+@pytest.mark.parametrize("given", [None, "pixels", [[1.0], [1.0, 2.0]]], ids=["None", "text", "ragged"])
+def test_what_is_no_array_of_numbers_is_refused(made: Path, given: Any) -> None:
+    with pytest.raises(DataError, match="inputs must be a tensor or an array of float32"):
+        load(made)(given)
 
 
 def test_a_changed_byte_is_found(made: Path) -> None:
@@ -286,9 +311,9 @@ def test_a_metric_that_was_not_measured_keeps_no_bound() -> None:
     [
         ({"max": ["accuracy_drop_pp"]}, r"`--max`: must be METRIC=NUMBER.*\(got `accuracy_drop_pp`\)"),
         ({"min": ["accuracy=high"]}, r"`--min`: must be METRIC=NUMBER"),
-        ({"max": ["speed=1"]}, r"`max`: must name metrics out of"),
+        ({"max": ["speed=1"]}, r"`--max`: must name metrics out of"),
         ({"max": ["size_bytes=nan"]}, r"finite"),
-        ({"by": "parity_top1"}, r"`by`: must be one of"),
+        ({"by": "parity_top1"}, r"`--by`: must be one of"),
     ],
 )
 def test_selectors_are_checked(words: dict[str, list[str]], said: str) -> None:
@@ -358,8 +383,10 @@ def test_a_promoted_trial_is_an_mlflow_model_without_pickle(
 
 def test_what_the_registry_lacks_is_said(published: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(None, published.root))
-    with pytest.raises(TrackError, match="nobody"):
+    with pytest.raises(TrackError, match="`models:/nobody@champion`: must be in the registry `sqlite"):
         load("models:/nobody@champion")
+    with pytest.raises(SpecError, match="`uri`: must start with one of"):
+        load("models:/nobody@champion", uri="ftp://x")
     with pytest.raises(SpecError, match=r"must be `models:/NAME@ALIAS`"):
         load("models:/digits")
     with pytest.raises(SpecError, match=r"`--name`, `--alias`"):
@@ -463,5 +490,7 @@ def test_a_class_as_specs_name_it_is_a_task_for_compress_too() -> None:
     assert model(inputs(3)).shape[0] == 3
     with pytest.raises(TaskFailure, match=r"`task`: must have the methods .* \(`NoneType` lacks model"):
         compress(trained(), {"target": {"engine": "float"}}, None)  # type: ignore[arg-type]
+    with pytest.raises(TaskFailure, match=r"`task`: must be an object, such as `Plain\(\)` \(got the class\)"):
+        compress(trained(), {"target": {"engine": "float"}}, Plain)  # type: ignore[arg-type]
     with pytest.raises(Refused, match=r"`model`: must be a torch.nn.Module \(got NoneType\)"):
         compress(None, {"target": {"engine": "float"}}, Toy())  # type: ignore[arg-type]

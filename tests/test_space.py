@@ -260,7 +260,7 @@ def test_a_range_of_real_numbers_has_no_list_of_points() -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"heet": 1}, "`recipe.heet`: there is no such key; `qsweep schema` shows the ones there are (got 1)"),
+        ({"heet": 1}, "`recipe.heet`: there is no such key; there are `step`, `heat`, `order` (got 1)"),
         ({"heat": "hot"}, "`recipe.heat`: must be a number (got 'hot')"),
         ({"heat": 101}, "`recipe.heat`: must be less than or equal to 100 (got 101)"),
         ({"heat": {"range": [1, 200]}}, "`recipe.heat`: must be less than or equal to 100 (got 200.0)"),
@@ -300,7 +300,7 @@ def test_a_range_of_real_numbers_has_no_list_of_points() -> None:
         ({"step": {"method": "free"}}, "`recipe.step.method`: must be one of 'cheap', 'dear' (got 'free')"),
         (
             {"step": {"method": "cheap", "rate": 0.5}},
-            "`recipe.step.cheap.rate`: there is no such key; `qsweep schema` shows the ones there are (got 0.5)",
+            "`recipe.step.cheap.rate`: there is no such key; there are `method`, `bits`, `group` (got 0.5)",
         ),
         (
             {"step": {"choice": [None, {"method": "dear", "bits": {"choice": [4, 9]}}]}},

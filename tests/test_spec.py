@@ -93,10 +93,13 @@ def test_stages_come_in_their_order() -> None:
     assert [stage.method for stage in Compression.model_validate(compress).stages()] == ["magnitude", "logits", "qat"]
 
 
+KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nmae": "x"}, "`nmae`: there is no such key; `qsweep schema` shows the ones there are (got 'x')"),
+        ({"nmae": "x"}, f"`nmae`: there is no such key; there are {KEYS} (got 'x')"),
         ({"name": "a/b"}, "`name`: must match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$' (got 'a/b')"),
         ({"name": "store"}, "`name`: must not be `store`, the folder of results that sweeps share (got 'store')"),
         ({"name": 7}, "`name`: must be text (got 7)"),
@@ -106,7 +109,7 @@ def test_stages_come_in_their_order() -> None:
         ),
         (
             {"compress": {"quantise": None}},
-            "`compress.quantise`: there is no such key; `qsweep schema` shows the ones there are (got None)",
+            "`compress.quantise`: there is no such key; there are `prune`, `distill`, `quantize` (got None)",
         ),
         (
             {"compress": {"quantize": {"method": "ptq", "weight_bits": 9}}},
@@ -128,6 +131,8 @@ def test_stages_come_in_their_order() -> None:
             {"target": {"engine": "abacus"}},
             "`target.engine`: must be one of 'cuda', 'float', 'inductor', 'onnxruntime', 'reference' (got 'abacus')",
         ),
+        ({"target": "float"}, "`target`: must be a mapping such as {engine: …} (got 'float')"),
+        ({"task": "digits"}, "`task`: must be a mapping such as {method: …} (got 'digits')"),
         ({"target": {"batch_size": 1}}, "`target.engine`: is required and was not given"),
         (
             {"target": {"engine": "inductor", "threads": 0}},
@@ -147,6 +152,11 @@ def test_stages_come_in_their_order() -> None:
         (
             {"constraints": {"beauty": {"max": 1}}},
             f"`constraints`: must name metrics out of {sorted(BOUNDED)} (got {{'beauty': {{'max': 1}}}})",
+        ),
+        (
+            {"constraints": {"accuracy": {"min": 90}}},
+            "`constraints`: bounds of `accuracy`, a share, must be from 0 to 1 (0.9 is 90 %) "
+            "(got {'accuracy': {'min': 90}})",
         ),
         ({"search": {"trials": 0}}, "`search.trials`: must be greater than or equal to 1 (got 0)"),
         (

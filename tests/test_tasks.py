@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from qsweep.errors import DataError, TaskFailure
+from qsweep.errors import DataError, NotFinite, TaskFailure
 from qsweep.evaluate import check, evaluate
 from qsweep.tasks import AnyTask, SplitName, Task
 from qsweep.tasks.image_classification import ImageClassification
@@ -397,7 +397,7 @@ def use(task: Task) -> None:
         (
             "    def model(",
             "    def transform(self, x, generator=None):\n        return x[:1]\n\n    def model(",
-            "`Mine.transform` must return a tensor of 4 samples",
+            "`Mine.transform` must return a tensor of 6 samples",
         ),
     ],
 )
@@ -462,3 +462,47 @@ def test_numbers_of_tokens_are_refused_before_anything_is_spent() -> None:
 
     with pytest.raises(TaskFailure, match=r"`transform` must give floating point: .* \(got torch\.int64\)"):
         check(Tokens(), Tokens().model())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        (
+            "nn.Linear(self.size, 2)",
+            "nn.Linear(self.size, 2).double()",
+            r"the model's parameters must be float32 \(`weight` is torch.float64\)",
+        ),
+        (
+            "    def model(",
+            "    def transform(self, x, generator=None):\n        return x.double()\n\n    def model(",
+            r"`transform` must give float32 \(got torch.float64\)",
+        ),
+        (
+            "    def model(",
+            "    def transform(self, x, generator=None):\n        return x.mul_(2)\n\n    def model(",
+            "must leave the samples as they are",
+        ),
+        ("nn.Linear(self.size, 2)", "nn.Sequential(nn.Threshold(2, 3, inplace=True), nn.Linear(3, 2))", "must leave"),
+        ("nn.Linear(self.size, 2)", "nn.LSTM(self.size, 2)", r"the model must give one tensor \(got tuple\)"),
+    ],
+    ids=["model", "transform", "written", "written by the model", "outputs"],
+)
+def test_a_model_and_its_samples_are_float32_and_stay_as_they_are(
+    tmp_path: Path, old: str, new: str, complaint: str
+) -> None:
+    with pytest.raises(TaskFailure, match=complaint):
+        use(user(tmp_path, old, new))
+
+
+def test_a_sample_that_is_not_finite_is_told_by_its_place(tmp_path: Path) -> None:
+    torch_ones = "torch.ones(6, self.size)"
+    holes = f"torch.cat([torch.ones(700, 3), {torch_ones} / (0 if split == 'validation' else 1)])"
+    task = user(tmp_path, f"{torch_ones}, torch.zeros(6,", f"{holes}, torch.zeros(706,")
+    with pytest.raises(NotFinite, match=r"the inputs of `validation` must be finite \(sample 700 holds NaN"):
+        use(task)
+
+
+def test_samples_that_carry_a_gradient_are_taken_without(tmp_path: Path) -> None:
+    task = user(tmp_path, "torch.ones(6, self.size)", "torch.ones(6, self.size, requires_grad=True)")
+    use(task)
+    assert not task.samples("train").inputs.requires_grad

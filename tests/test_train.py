@@ -390,3 +390,15 @@ def test_a_sweep_and_a_compression_that_would_train_on_it_do_not_start() -> None
         check_plan(spec.model_copy(update={"task": other}))
     with pytest.raises(Refused, match="`device: cuda` needs"):
         compress(Toy().model(), {"target": {"engine": "float"}}, Toy(), training=training)
+
+
+class Detached(Toy):
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(outputs, labels).detach()
+
+
+@pytest.mark.parametrize("task", [Toy(), Detached()], ids=["frozen", "detached"])
+def test_a_loss_without_a_gradient_is_a_typed_failure(task: Toy) -> None:
+    model = task.model().requires_grad_(isinstance(task, Detached))
+    with pytest.raises(TaskFailure, match="the loss must depend on the model's parameters"):
+        trained(task, model=model)

@@ -37,6 +37,14 @@ def parent(folder: Path) -> None:
     child.wait()
 
 
+def holds(folder: Path) -> None:
+    import multiprocessing
+
+    semaphore = multiprocessing.Semaphore()
+    _write(folder / "held", str(semaphore))
+    time.sleep(600)
+
+
 def counts(folder: Path) -> None:
     with (folder / "count").open("w") as file:
         for _ in range(100_000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Generator
@@ -108,7 +109,7 @@ class Watch:
         if sys.stdout.isatty():  # else each has had its line
             say(*(line(record) for record in records if record.state != "complete"))
         if not finished:
-            say(f"stopped; `qsweep run {self.path}` goes on")
+            say(f"stopped; `qsweep run {shlex.quote(str(self.path))}` goes on")
             return
         say(*self._ended_early(), "What next:", *self._next())
 
@@ -123,12 +124,27 @@ class Watch:
         from qsweep.track import pareto_url
 
         at_home = pareto_url(self.folder.path, "http://127.0.0.1:5000")
-        served = pareto_url(self.folder.path)
+        served, sweep = pareto_url(self.folder.path), shlex.quote(str(self.path))
         return [
-            f"  qsweep best {self.path} --max accuracy_drop_pp=1 --by latency_ms",
-            f"  qsweep promote {self.path} --max accuracy_drop_pp=1 --by latency_ms --name {self.spec.name}",
-            f"  MLflow: {served}" if served else f"  qsweep ui {self.path}      then {at_home or 'the page it prints'}",
+            *self._to_ship(sweep),
+            f"  MLflow: {served}" if served else f"  qsweep ui {sweep}      then {at_home or 'the page it prints'}",
         ]
+
+    def _to_ship(self, sweep: str) -> list[str]:
+        """The commands that ship a trial, or why they would find none."""
+        from qsweep.errors import SweepError
+        from qsweep.ship import Selector, best
+
+        bounds = "--max accuracy_drop_pp=1 --by latency_ms"
+        try:
+            best(
+                list(self.records.values()),
+                Selector(max={"accuracy_drop_pp": 1}, by="latency_ms"),
+                self.spec.constraints,
+            )
+        except SweepError as error:
+            return [f"  {error}"]
+        return [f"  qsweep best {sweep} {bounds}", f"  qsweep promote {sweep} {bounds} --name {self.spec.name}"]
 
 
 def _place(number: int | None) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 VARIABLE = "QSWEEP_SERVER"
 _NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_SILENT = "ignore::UserWarning:multiprocessing.resource_tracker"
 _own: list[str] = []
 """In the server: variables that are not for its workers."""
 log: Path | None = None
@@ -25,9 +26,12 @@ log: Path | None = None
 @contextmanager
 def environment(log: Path) -> Iterator[None]:
     """What the server is started in: it imports what this process would import, and from the same places. Python
-    would put the working directory first, where a stray `onnx/` is enough to break it."""
+    would put the working directory first, where a stray `onnx/` is enough to break it. With the server begins Python's
+    tracker of semaphores, which removes those of workers that were killed: that it had to is no news for the terminal.
+    """
     new = {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path), "PYTHONSAFEPATH": "1"}
-    before = {name: os.environ.get(name) for name in new}
+    before = {name: os.environ.get(name) for name in (*new, "PYTHONWARNINGS")}
+    new["PYTHONWARNINGS"] = ",".join(filter(None, (before["PYTHONWARNINGS"], _SILENT)))
     os.environ.update(new, **{VARIABLE: json.dumps({"log": str(log), "before": before})})
     try:
         yield

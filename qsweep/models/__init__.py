@@ -69,7 +69,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise DataError(f"`{path}`: there is no such checkpoint") from None
     except (SafetensorError, OSError) as error:
-        raise DataError(f"`{path}`: must be a whole safetensors file ({error})") from None
+        how = "; `safetensors.torch.save_file` writes one from a `state_dict()`"
+        raise DataError(f"`{path}`: must be a whole safetensors file ({error}){how}") from None
 
 
 def _few(names: list[str], count: int = 5) -> str:

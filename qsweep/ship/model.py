@@ -39,12 +39,13 @@ class LoadedModel:
         self._batch_size, self._device = engine.batch_size, engine.device
 
     def __call__(self, inputs: Batch) -> Batch:
-        """The model's outputs, of the kind that came in. Raises DataError where shape or type do not fit."""
+        """The model's outputs, of the kind that came in. Raises DataError where shape or type do not fit, and for NaN:
+        integers know none, so it would come out as some class or other."""
         import torch
 
         if isinstance(inputs, torch.Tensor):
             return self._run(inputs)
-        return self._run(torch.as_tensor(inputs)).numpy()
+        return self._run(_tensor(inputs)).numpy()
 
     def _run(self, inputs: Tensor) -> Tensor:
         import torch
@@ -65,9 +66,25 @@ class LoadedModel:
             raise DataError(f"inputs must have the shape {['N', *wanted]} (got {shape})")
         if not inputs.is_floating_point():
             raise DataError(f"inputs must be float32, preprocessed as the task does (got {inputs.dtype})")
+        missing = inputs[..., None].isnan().flatten(1).any(1)
+        if missing.any():
+            raise DataError(f"inputs must not hold NaN (sample {int(missing.int().argmax())} does)")
 
     def __repr__(self) -> str:
         return f"LoadedModel({self.manifest.name} on {self.manifest.engine.get('engine')})"
+
+
+def _tensor(inputs: object) -> Tensor:
+    """An array, or what NumPy takes for one, as a tensor; copied where PyTorch cannot share its memory."""
+    import numpy
+    import torch
+
+    try:
+        array = numpy.require(inputs, requirements=["C", "W"])
+        return torch.from_numpy(array)
+    except (TypeError, ValueError, RuntimeError):
+        kind = inputs.dtype if isinstance(inputs, numpy.ndarray) else type(inputs).__name__
+        raise DataError(f"inputs must be a tensor or an array of float32 (got {kind})") from None
 
 
 def load(source: str | Path, uri: str | None = None) -> LoadedModel:

@@ -24,6 +24,7 @@ from qsweep.track.table import engine_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
 _NEEDED = ("mlflow", "numpy", "onnx", "onnxruntime", "pydantic", "pyyaml", "safetensors", "torch")
@@ -140,18 +141,29 @@ def _signature(made: Path) -> ModelSignature | None:
     return ModelSignature(inputs=Schema([TensorSpec(numpy.dtype("float32"), (-1, *shape))]))
 
 
+def _version(client: MlflowClient, source: str, uri: str, name: str, alias: str | None, number: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise TrackError(f"`{source}`: must be in the registry `{uri}` ({error.message})") from None
+
+
 def fetch(source: str, place: Path, uri: str | None = None) -> Path:
     """The bundle of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, in `place` or where it lies on this machine."""
     found = re.fullmatch(r"models:/([^@/]+)(?:@(.+)|/(\d+))", source)
     if found is None:
         raise SpecError(f"`{source}`: must be `models:/NAME@ALIAS` or `models:/NAME/VERSION`")
     name, alias, number = found.groups()
-    uri = tracking_uri(uri, Path.cwd())
+    uri = tracking_uri(uri, Path.cwd(), "uri")
     if (database := sqlite_path(uri)) is not None and not database.exists():
         raise TrackError(f"`{source}`: there is no registry `{database}`; give its `uri`, or set MLFLOW_TRACKING_URI")
     client = connect(uri)
     with answering(uri):
-        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        version = _version(client, source, uri, name, alias, number)
         model = re.fullmatch(r"runs:/([^/]+)/(.+)", version.source or "")
         if model is None:
             raise TrackError(

@@ -48,7 +48,7 @@ class Selector(Config):
         try:
             return cls(max=_bounds("max", max), min=_bounds("min", min), by=by)
         except ValidationError as error:
-            raise SpecError(complaint(error)) from None
+            raise SpecError(f"`--{complaint(error).removeprefix('`')}") from None
 
     def keeps(self, metrics: Metrics) -> bool:
         """Whether metrics keep all bounds; one that was not measured keeps none."""

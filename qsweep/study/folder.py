@@ -127,7 +127,7 @@ class SweepFolder:
         try:
             return _read(self.path / "spec.json", lambda text: Spec.model_validate(json.loads(text)["spec"]))
         except FileNotFoundError:
-            raise SweepError(f"`{self.path}`: there is no sweep here") from None
+            raise SweepError(f"`{self.path}`: there is no sweep here; `qsweep run` makes it") from None
 
     def records(self) -> list[Record]:
         """All records, by number."""

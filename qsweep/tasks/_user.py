@@ -45,6 +45,8 @@ def guarded(task: Any) -> Any:
     """`task` as it is if it is qsweep's own, else guarded like those of specs. Raises TaskFailure where it is none."""
     if type(task).__module__.startswith("qsweep."):
         return task
+    if isinstance(task, type):
+        raise TaskFailure(f"`task`: must be an object, such as `{task.__name__}()` (got the class)")
     missing = [method for method in METHODS if not callable(getattr(task, method, None))]
     if missing:
         lacks = f"`{type(task).__name__}` lacks {', '.join(missing)}"
@@ -86,7 +88,7 @@ class UserTask:
         lengths = [len(item) if item.dim() else 0 for item in (inputs, labels)]
         same = lengths[0] == lengths[1] > 0
         self._must(same, f"samples({split!r})", "return as many inputs as labels, at least one", _describe(found))
-        return Samples(inputs, labels)
+        return Samples(inputs.detach(), labels.detach())
 
     def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
         if not hasattr(self._task, "transform"):  # other whole numbers stay, for `check` to refuse

@@ -27,12 +27,12 @@ _QUIET = {
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
-def tracking_uri(uri: str | None, root: Path) -> str:
+def tracking_uri(uri: str | None, root: Path, name: str = "track.uri") -> str:
     """Where MLflow keeps its runs: `uri`, else `MLFLOW_TRACKING_URI`, else `mlflow.db` in `root`; always absolute.
 
-    Raises SpecError for a URI that MLflow cannot write to.
+    Raises SpecError for a URI that MLflow cannot write to, which calls `uri` by its `name`.
     """
-    named = "track.uri" if uri else "MLFLOW_TRACKING_URI"
+    named = name if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme not in SCHEMES:

@@ -17,6 +17,7 @@ _COLUMNS = (
     "size_zstd_bytes", "latency_ms", "latency_ratio", "int8_mac_fraction", "sparsity", "parity_top1",
 )  # fmt: skip
 _VIEW_PP = 12.0
+_UNITS = ("%", "pp", "KiB", "ms", "mJ")
 
 
 def pareto_html(records: Sequence[Record], spec: Spec) -> str:
@@ -39,7 +40,7 @@ def pareto_html(records: Sequence[Record], spec: Spec) -> str:
             {"number": r.number, "name": r.name, "engine": engine_text(r)} | r.failure.model_dump()
             for r in records if r.failure
         ],
-        **_trials(done, members),
+        **_trials(done, members, [name for name in (*spec.objectives, *spec.constraints) if name not in _COLUMNS]),
     )  # fmt: skip
 
 
@@ -72,10 +73,11 @@ def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
         better = max if Metrics.directions()[name] == "maximize" else min
         best = better(members, key=lambda record: getattr(record.metrics, name) or 0.0)
         title = TITLES.get(name, name.replace("_", " "))
-        unit = title.rpartition(" ")[2] if " " in title else ""
+        what, _, unit = title.rpartition(" ")
+        what, unit = (what, unit) if unit in _UNITS else (title, "")
         value = f"{Column(name, title).text(getattr(best.metrics, name))} {unit}".strip()
         which = f"{best.name}{_speedup(records, best) if name.startswith('latency') else ''}"
-        tiles.append({"what": f"front: best {name.partition('_')[0]}", "value": value, "which": which})
+        tiles.append({"what": f"front: best {what}", "value": value, "which": which})
     measured = sum(r.state == "complete" and r.duplicate_of is None for r in records)
     return [*tiles, {"what": "on the front", "value": str(len(members)), "which": f"of {measured} measured"}]
 
@@ -85,6 +87,8 @@ def _speedup(records: Sequence[Record], best: Record) -> str:
     other, ratio = quickest_float(records, best), best.metrics.latency_ratio
     if other is None or not ratio or not other.metrics.latency_ratio:
         return ""
+    if other.number == best.number:
+        return ", a float: nothing on the front is quicker"
     return f", {other.metrics.latency_ratio / ratio:.2f} times as fast as {other.name}, the quickest float"
 
 
@@ -101,11 +105,14 @@ def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]
     return min(a for a in accuracies if a >= floor), f"{hidden} trial{'s lie' if hidden > 1 else ' lies'}"
 
 
-def _trials(done: Sequence[Record], members: set[int]) -> dict[str, Any]:
+def _trials(done: Sequence[Record], members: set[int], extra: Sequence[str]) -> dict[str, Any]:
+    """The table; `extra`: metrics of the spec that it would not show."""
     filled = {"draws": any(draws_text(record) for record in done)}
     filled |= {name: any(getattr(record.metrics, name) is not None for record in done) for name in Metrics.model_fields}
-    shown = [column for column in _COLUMNS if filled.get(column, True)]
-    columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key))) for key in shown]
+    after = _COLUMNS.index("size_bytes")  # further to the right a narrow window would cut them off
+    asked = dict.fromkeys([*_COLUMNS[:after], *extra, *_COLUMNS[after:]])
+    shown = [column for column in asked if filled.get(column, True)]
+    columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key.replace("_", " ")))) for key in shown]
     rows = sorted(done, key=lambda r: (r.number not in members, r.kind != "baseline", -(r.metrics.accuracy or 0)))
     return {"columns": columns, "rows": [_row(record, columns, members) for record in rows]}
 

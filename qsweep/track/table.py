@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qsweep.records import Metrics, Record
+from qsweep.records import SHARES, Metrics, Record
 from qsweep.spec import Spec
 from qsweep.track.pareto import front
 
@@ -27,12 +27,12 @@ class Column:
             return "–"
         if isinstance(value, str) or self.key == "number":
             return str(value)
-        if self.key in _SHARES:
-            return f"{100 * value:.{_SHARES[self.key]}f}"
+        if self.key in SHARES:
+            return f"{100 * value:.{_DECIMALS.get(self.key, 2)}f}"
         if self.key.endswith("_bytes"):
             return f"{value / 1024:,.1f}"
         if self.key in ("accuracy_drop_pp", "latency_ratio"):
-            return f"{value:.2f}"
+            return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.{3 if abs(value) < 10 else 1}f}"
 
     @property
@@ -41,21 +41,15 @@ class Column:
         return self.key == "number" or self.key in Metrics.model_fields
 
 
-_SHARES = {
-    "accuracy": 2,
-    "accuracy_test": 2,
-    "accuracy_mean": 2,
-    "accuracy_spread": 2,
-    "accuracy_simulated": 2,
-    "parity_top1": 2,
-    "sparsity": 1,
-    "int8_mac_fraction": 1,
-}
-"""Metrics from 0 to 1 that are shown in per cent, and with how many decimals."""
+_DECIMALS = {"sparsity": 1, "int8_mac_fraction": 1}
+"""Of shares in per cent that have no two."""
 TITLES = {
     "draws": "mean of draws %",
     "accuracy": "accuracy %",
     "accuracy_test": "test %",
+    "accuracy_mean": "mean %",
+    "accuracy_spread": "spread %",
+    "accuracy_simulated": "simulated %",
     "accuracy_drop_pp": "drop pp",
     "size_bytes": "size KiB",
     "size_zstd_bytes": "zstd KiB",
@@ -67,6 +61,8 @@ TITLES = {
     "parity_top1": "parity %",
     "sparsity": "sparsity %",
     "peak_memory_bytes": "memory KiB",
+    "peak_device_memory_bytes": "device memory KiB",
+    "energy_mj": "energy mJ",
     "bit_operations": "bit operations",
 }
 _SHOWN = (

@@ -1,4 +1,4 @@
-"""What a model computes from parameters alone."""
+"""What a model computes from parameters and numbers alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.hub.form import COMPUTE, QuantizedModel, aten, nodes_of, set_constant
+from qsweep.hub.ops import STORED
 
 _READERS = COMPUTE | {aten.batch_norm.default}
 
@@ -27,8 +28,7 @@ def with_fixed_weights(graph: fx.GraphModule) -> None:
         return
     values = _values(graph, fixed)
     for node in computed:
-        name = f"{_first(node).target}_{node.name}"
-        new = _as_constant(graph, node, name, values[node], trainable=True)
+        new = _as_constant(graph, node, f"{_first(node)}_{node.name}", values[node], trainable=True)
         new.meta["val"] = node.meta["val"]
 
 
@@ -43,6 +43,18 @@ def with_computed_layers(model: QuantizedModel) -> QuantizedModel:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return replace(model, graph=graph)
+
+
+def with_constants(graph: fx.GraphModule) -> fx.GraphModule:
+    """All that no input goes into as constants, in place, but for weights that are stored as integers."""
+    fixed = fixed_nodes(graph)
+    values = _values(graph, fixed)
+    for node in fixed:
+        if node.op != "get_attr" and node.target not in STORED and not fixed.keys() >= node.users.keys():
+            _as_constant(graph, node, f"{node.name}_computed", values[node])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
 
 
 def _computed_layers(graph: fx.GraphModule) -> dict[fx.Node, None]:
@@ -72,10 +84,11 @@ def _as_constant(graph: fx.GraphModule, node: fx.Node, name: str, value: Tensor,
 
 
 def fixed_nodes(graph: fx.GraphModule) -> dict[fx.Node, None]:
-    """The constants and the nodes that depend on constants alone, in order of execution."""
+    """The constants, what the model makes from numbers (`torch.arange`), and what depends on these alone, in order of
+    execution."""
     found: dict[fx.Node, None] = {}
     for node in graph.graph.nodes:
-        computed = node.op == "call_function" and node.all_input_nodes and not _random(node)
+        computed = node.op == "call_function" and not _random(node)
         if node.op == "get_attr" or (computed and all(given in found for given in node.all_input_nodes)):
             found[node] = None
     return found
@@ -87,8 +100,8 @@ def _random(node: fx.Node) -> bool:
     )
 
 
-def _first(node: fx.Node) -> fx.Node:
-    """The first constant that goes into `node`."""
-    while node.op != "get_attr":
+def _first(node: fx.Node) -> str:
+    """The name of the first constant that goes into `node`, or of what it is made of."""
+    while node.op != "get_attr" and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    return node
+    return str(node.target) if node.op == "get_attr" else node.name

@@ -17,7 +17,7 @@ from qsweep.engines import EngineConfig
 from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
-from qsweep.hub.export import float_graph
+from qsweep.hub.export import export, float_graph
 from qsweep.hub.form import QuantizedModel, aten
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.quantize.ptq import PTQ
@@ -58,6 +58,17 @@ def test_the_float_baseline_is_the_model(kind: type[nn.Module], tmp_path: Path) 
     live = float_graph(made(kind), context(tmp_path, task=Noise(inputs=INPUTS)))
     found = outputs(Float(batch_size=20, compile=False), live, tmp_path)
     torch.testing.assert_close(found, made(kind)(INPUTS).detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_gradients_are_those_of_the_model(kind: type[nn.Module]) -> None:
+    model = made(kind)
+    graph = export(model, INPUTS[:2]).graph
+    for one in (model, graph):
+        one(INPUTS).square().mean().backward()
+    wanted, found = dict(model.named_parameters()), dict(graph.named_parameters())
+    for name, parameter in wanted.items():
+        torch.testing.assert_close(found[name].grad, parameter.grad)
 
 
 RUNS = [(Related, Inductor), *((kind, OnnxRuntime) for kind in (Attended, Clips, Rotated, Related))]

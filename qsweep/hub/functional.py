@@ -52,7 +52,10 @@ def _without_write(graph: fx.GraphModule, node: fx.Node, schema: torch._C.Functi
         )
     read = parts[:1] if node.users else []
     stale = _stale(graph, views - later - {base}, later, read)
-    node.target = getattr(packet, schema.overload_name or "default")
+    if node.target is aten.copy_.default:
+        _as_copy(graph, node)
+    else:
+        node.target = getattr(packet, schema.overload_name or "default")
     with graph.graph.inserting_before(node.next):
         whole = node
         for part in parts:
@@ -67,6 +70,18 @@ def _without_write(graph: fx.GraphModule, node: fx.Node, schema: torch._C.Functi
     for old, now in new.items():
         for user in [user for user in old.users if user in later]:
             user.replace_input_with(old, now)
+
+
+def _as_copy(graph: fx.GraphModule, node: fx.Node) -> None:
+    """What `node` copies into a tensor as one of the size and type of that, in place: `aten.copy` has no derivative."""
+    into, value = source(node), source(node, 1)
+    wanted, given = into.meta["val"], value.meta["val"]
+    with graph.graph.inserting_before(node):
+        if given.dtype != wanted.dtype:
+            value = graph.graph.call_function(aten.to.dtype, (value, wanted.dtype))
+        if str(given.shape) != str(wanted.shape):
+            value = graph.graph.call_function(aten.expand_as.default, (value, into))
+    node.target, node.args, node.kwargs = aten.clone.default, (value,), {}
 
 
 def _stale(graph: fx.GraphModule, views: set[fx.Node], later: set[fx.Node], also: list[fx.Node]) -> list[fx.Node]:

@@ -166,6 +166,10 @@ def largest() -> object:
     return pool.max_pool2d(i8(4, 28, 28, 64), i8(4, 14, 14, 64), kernel=(3, 3), stride=(2, 2), padding=(1, 1))
 
 
+def largest_of_all() -> object:
+    return pool.global_max_pool(i8(4, 56, 56, 64), i8(4, 64))
+
+
 def normalize() -> object:
     side, one, out = Operand(i8(8192, 384), 1, 0.5), torch.ones(384), i8(8192, 384)
     invalid, total = torch.zeros(1, dtype=torch.int32), Total(0.7, 0.3, Output(1), i8(8192, 384))
@@ -210,6 +214,7 @@ CASES: dict[str, Callable[[], object]] = {
     "add": add,
     "average": average,
     "largest": largest,
+    "largest-of-all": largest_of_all,
     "layer-norm": normalize,
     "fake": fake(torch.float32),
     "fake-moving": fake(torch.float32, moving=True),

@@ -21,7 +21,8 @@ from qsweep.cuda.arithmetic import Tile
 from qsweep.cuda.chain import Chain
 from qsweep.cuda.layers import Product
 from qsweep.cuda.numbers import check_scales
-from qsweep.cuda.plan import ATTENTION, plan
+from qsweep.cuda.plan import plan
+from qsweep.cuda.products import ATTENTION
 from qsweep.cuda.steps import Float, Layer, Map, Move, Norm, RowLayer, Rows
 from qsweep.cuda.tune import DEPTHWISE, MOST, Tiles, candidates
 from qsweep.errors import Refused

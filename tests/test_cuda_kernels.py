@@ -584,6 +584,16 @@ def test_averages_of_all_pixels_equal_the_contract(size: tuple[int, int], zero_p
     assert torch.equal(real.cpu(), averages.real())
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (9, 13)])
+def test_the_largest_of_all_pixels(size: tuple[int, int], device: str) -> None:
+    x = integers(torch.Generator().manual_seed(9), 2, *size, 70, high=-100)
+    _, view = halo(x, 1, UNTOUCHED, 80)
+    out = torch.full((2, 80), UNTOUCHED, dtype=torch.int8, device=device)
+    pool.global_max_pool(view.to(device), out[:, :70])
+    assert torch.equal(out[:, :70].cpu(), x.amax((1, 2)))
+    assert (out[:, 70:] == UNTOUCHED).all()
+
+
 def test_4_bit_sums_that_could_overflow_are_refused() -> None:
     x, weight = torch.empty((1, 2**17), dtype=torch.int8), torch.empty((16, 2**16), dtype=torch.int8)
     numbers = Requantize(torch.zeros(16, dtype=torch.int32), torch.ones(16), FULL)

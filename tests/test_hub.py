@@ -101,27 +101,6 @@ def test_a_model_with_two_inputs_is_not_traced() -> None:
         export(Two(), INPUTS[:2])
 
 
-def test_a_write_into_a_part_of_a_tensor_that_is_read_later_is_refused() -> None:
-    def function(x: Tensor) -> Tensor:
-        y = x * 2
-        y[:, 0].add_(1)
-        return y
-
-    with pytest.raises(ExportFailure, match="writes into a tensor that is read elsewhere"):
-        export(Function(function), INPUTS[:2])
-
-
-def test_what_was_written_in_place_is_read_by_who_reads_later_and_not_by_who_read_before() -> None:
-    def function(x: Tensor) -> Tensor:
-        y = x * 2
-        before = y + 0.5
-        F.relu_(y)
-        return before + y
-
-    model = Function(function)
-    torch.testing.assert_close(export(model, INPUTS[:2]).graph(INPUTS), model(INPUTS))
-
-
 def test_an_adaptive_pool_of_equal_windows_is_a_plain_pool() -> None:
     model = Function(lambda x: F.adaptive_avg_pool2d(x, (4, 2)))
     found = export(model, INPUTS[:2])

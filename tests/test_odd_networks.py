@@ -137,8 +137,6 @@ def test_one_sample_runs_on_integers_in_inductor(sizes: tuple[int, int, int], tm
 
 
 WRITES: list[Callable[[Tensor], Any]] = [
-    lambda x: F.dropout(x, 0.5, False),
-    lambda x: x.narrow(1, 0, 1),
     lambda x: x.squeeze(1),
     lambda x: x.unflatten(2, (2, 4)),
     lambda x: x.movedim(1, 2),
@@ -148,7 +146,7 @@ WRITES: list[Callable[[Tensor], Any]] = [
 
 
 @pytest.mark.parametrize("view", WRITES)
-def test_a_write_through_any_view_is_refused(view: Callable[[Tensor], Tensor]) -> None:
+def test_a_write_through_a_view_that_is_no_slice_is_refused(view: Callable[[Tensor], Tensor]) -> None:
     class Writes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             x = x * 2

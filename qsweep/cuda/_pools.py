@@ -29,6 +29,24 @@ def max_windows(
     tl.store(y_ptr + places, largest, mask=(row < M)[:, None] & (channel < C)[None, :])
 
 
+@triton.jit(do_not_specialize=["lowest"])
+def max_all(
+    x_ptr, y_ptr, lowest, H, C, x_n, x_h, x_w, y_n, W: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One program a sample and block of channels; `lowest` as above."""
+    n = tl.program_id(0)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    lowest = lowest.to(tl.int8)
+    largest = tl.full((BP, BC), -128, dtype=tl.int8)
+    for start in range(0, H * W, BP):
+        pixel = start + tl.arange(0, BP)
+        inside = (pixel < H * W)[:, None] & (channel < C)[None, :]
+        places = (n * x_n + pixel // W * x_h + pixel % W * x_w)[:, None] + channel[None, :]
+        largest = tl.maximum(largest, tl.load(x_ptr + places, mask=inside, other=lowest))
+    found = tl.max(largest.to(tl.int32), axis=0).to(tl.int8)
+    tl.store(y_ptr + n * y_n + channel, found, mask=channel < C)
+
+
 @triton.jit(do_not_specialize=["x_zero", "y_zero"])
 def average_windows(
     x_ptr, y_ptr, x_zero, multiplier, y_zero, low, high, M, H, W, C, x_n, x_h, x_w, y_n, y_h, y_w,

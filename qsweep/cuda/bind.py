@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,8 @@ from qsweep.cuda.moves import copy, inner_last, move, windows
 from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.numbers import normed, output_of, ratio, side, table, total_of
 from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
-from qsweep.cuda.plan import PRODUCTS, VIEWS, Plan
+from qsweep.cuda.plan import Plan
+from qsweep.cuda.products import PRODUCTS, for_products
 from qsweep.cuda.rooms import Forget, Rooms, last_reads
 from qsweep.cuda.steps import (
     Add,
@@ -36,7 +37,7 @@ from qsweep.cuda.steps import (
     Step,
     writes,
 )
-from qsweep.hub.form import LINEARS, QUANTIZE, arguments, aten, constant, source
+from qsweep.hub.form import LINEARS, QUANTIZE, SIZE, arguments, aten, constant, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
 
@@ -222,7 +223,7 @@ class Binding:
     def _real(self, node: fx.Node) -> Tensor:
         """A buffer for the float value of `node`, images with their channels last."""
         shape = self.plan.shapes[node]
-        room = self._room(node, shape.numel(), self.attention if _for_products(node) else torch.float32)
+        room = self._room(node, shape.numel(), self.attention if for_products(node) else torch.float32)
         if len(shape) == 4:
             room = room.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
         elif len(shape) == 3:
@@ -276,19 +277,19 @@ class Binding:
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
-            return self.floats[value]
+            return (
+                self.plan.shapes[source(value)][cast(int, value.args[1])]
+                if value.target is SIZE
+                else self.floats[value]
+            )
         return self.device if isinstance(value, torch.device) else value
 
     def _constant(self, node: fx.Node) -> None:
-        if node in self.floats or not (node.op == "get_attr" or node.target in STORED):
+        """See that the value of `node`, if no input goes into it, is there for all runs."""
+        if node in self.floats or node not in self.plan.fixed:
             return
         value = real_weight(self.plan.graph, node) if node.target in STORED else constant(self.plan.graph, node)
-        assert value is not None
-        self.floats[node] = value.detach().to(self.device)
-
-
-def _for_products(node: fx.Node) -> bool:
-    """Whether `node` is read by products of two activations alone, seen through views."""
-    ends = [user for user in node.users if user.target in PRODUCTS]
-    views = [user for user in node.users if user.target in VIEWS]
-    return bool(node.users) and len(ends) + len(views) == len(node.users) and all(map(_for_products, views))
+        if value is None:
+            self._float(node)()
+        else:
+            self.floats[node] = value.detach().to(self.device)

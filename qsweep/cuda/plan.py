@@ -6,7 +6,6 @@ quantize says onto which grid it goes. A layer, sum or pool that a float op read
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.cuda.joins import with_residuals, with_tables, with_totals
+from qsweep.cuda.products import VIEWS
 from qsweep.cuda.shapes import sizes_of
 from qsweep.cuda.steps import (
     Add,
@@ -32,6 +32,7 @@ from qsweep.cuda.steps import (
     writes,
 )
 from qsweep.errors import Refused
+from qsweep.hub.fixed import fixed_nodes
 from qsweep.hub.form import (
     BINARY,
     COMPUTE,
@@ -41,6 +42,7 @@ from qsweep.hub.form import (
     POOLS,
     QUANTIZE,
     RECTIFIERS,
+    SIZE,
     Grid,
     QuantizedModel,
     arguments,
@@ -53,7 +55,7 @@ from qsweep.hub.form import (
     source,
 )
 from qsweep.hub.integer import UNBOUNDED
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS, STORED
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS
 
 WIDEST_NORM = 8192
 """Numbers of a row that the kernel for layer norms takes."""
@@ -72,7 +74,8 @@ class Plan:
     """Of every value, at the batch size the plan was made for."""
     same: dict[fx.Node, fx.Node]
     """Every quantize node whose integers exist, and the node they are named by."""
-
+    fixed: dict[fx.Node, None]
+    """Constants, and what depends on these alone, which no step computes."""
     work: dict[fx.Node, int]
     """Multiply-accumulates of every op."""
 
@@ -87,34 +90,6 @@ class Plan:
         layers = {step.node for step in self.steps if isinstance(step, Layer | RowLayer)}
         on_integers = sum(self.work[node] for node in layers)
         return on_integers, on_integers + sum(self.work[step.node] for step in self.steps if isinstance(step, Float))
-
-
-ATTENTION = aten.scaled_dot_product_attention.default
-PRODUCTS = {
-    aten.matmul.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    ATTENTION,
-}
-"""Products of two activations."""
-VIEWS = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.unbind.int,
-    operator.getitem,
-}
-"""What leaves numbers as they are."""
 
 
 @dataclass(frozen=True)
@@ -132,18 +107,19 @@ _State = Operand | _Waiting | Rows | None
 def plan(model: QuantizedModel, batch_size: int) -> Plan:
     """How `model` runs on batches of `batch_size`. Raises Refused for grids that int8 does not hold."""
     shapes, work = sizes_of(model, batch_size)
-    planner = _Planner(model.graph, shapes)
+    planner = _Planner(model.graph, shapes, fixed_nodes(model.graph))
     for node in model.graph.graph.nodes:
         planner.visit(node)
     output = model.graph.graph.output_node()
     steps = with_totals(with_tables(with_residuals(planner.steps, planner.shapes)))
-    return Plan(model.graph, steps, source(output), planner.shapes, _same(planner.same, steps), work)
+    return Plan(model.graph, steps, source(output), planner.shapes, _same(planner.same, steps), planner.fixed, work)
 
 
 @dataclass
 class _Planner:
     graph: fx.GraphModule
     shapes: dict[fx.Node, torch.Size]
+    fixed: dict[fx.Node, None]
     steps: list[Step] = field(default_factory=list)
     states: dict[fx.Node, _State] = field(default_factory=dict)
     real: set[fx.Node] = field(default_factory=set)
@@ -155,7 +131,7 @@ class _Planner:
     def visit(self, node: fx.Node) -> None:
         if node.op == "output":
             self._make_real(source(node))
-        elif node.op in ("placeholder", "get_attr") or node.target in STORED:
+        elif node.op == "placeholder" or node in self.fixed or _is_size(node):
             self.states[node] = None
         else:
             self.states[node] = self._state(node)
@@ -279,6 +255,11 @@ class _Planner:
 
 def _finite(values: Tensor | None) -> bool:
     return values is not None and bool(values.isfinite().all())
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether it is a size, or nothing else of it is read."""
+    return node.target is SIZE or (bool(node.users) and all(user.target is SIZE for user in node.users))
 
 
 def _parts(node: fx.Node) -> list[fx.Node]:

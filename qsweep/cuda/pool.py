@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from qsweep.cuda._launch import EXACT, check_offsets, grid_arguments, power_of_two
-from qsweep.cuda._pools import average_all, average_windows, max_windows
+from qsweep.cuda._pools import average_all, average_windows, max_all, max_windows
 from qsweep.cuda.arithmetic import Output
 
 
@@ -56,31 +56,29 @@ def avg_pool2d(
     return out
 
 
+def global_max_pool(x: Tensor, out: Tensor) -> Tensor:
+    """As `max_pool2d` over all pixels; `out` (N, C), any row stride."""
+    blocks, arguments = _whole(x, out)
+    max_all[blocks](x, out, -128, **arguments, **EXACT)
+    return out
+
+
 def global_avg_pool(x: Tensor, zero_point: int, multiplier: float, output: Output | None, out: Tensor) -> Tensor:
     """As `avg_pool2d` over all pixels; `out` (N, C), any row stride."""
     assert out.dtype == (torch.float32 if output is None else torch.int8)
+    blocks, arguments = _whole(x, out)
+    average_all[blocks](x, out, zero_point, multiplier, **grid_arguments(output), **arguments, **EXACT)
+    return out
+
+
+def _whole(x: Tensor, out: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     check_offsets(x, out)
     count, height, width, channels = x.shape
     assert out.shape == (count, channels)
-    across = min(64, power_of_two(channels))
-    average_all[count, triton.cdiv(channels, across)](
-        x,
-        out,
-        zero_point,
-        multiplier,
-        **grid_arguments(output),
-        H=height,
-        W=width,
-        C=channels,
-        x_n=x.stride(0),
-        x_h=x.stride(1),
-        x_w=x.stride(2),
-        y_n=out.stride(0),
-        BP=min(64, power_of_two(height * width)),
-        BC=across,
-        **EXACT,
-    )
-    return out
+    across, pixels = min(64, power_of_two(channels)), min(64, power_of_two(height * width))
+    strides = {"x_n": x.stride(0), "x_h": x.stride(1), "x_w": x.stride(2), "y_n": out.stride(0)}
+    sizes = {"H": height, "W": width, "C": channels, "BP": pixels, "BC": across}
+    return (count, triton.cdiv(channels, across)), sizes | strides
 
 
 def _layout(x: Tensor, out: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qsweep.cuda.plan import PRODUCTS, Plan
+from qsweep.cuda.plan import Plan
+from qsweep.cuda.products import PRODUCTS
 from qsweep.cuda.steps import Float, Move, Rows, Step, reads, real_reads, writes, writes_real
 from qsweep.hub.form import COMPUTE, aten
 

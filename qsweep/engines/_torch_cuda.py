@@ -13,6 +13,7 @@ from qsweep.cuda.capture import captured
 from qsweep.devices import on_device
 from qsweep.engines._torch import channels_last_input, channels_last_weights
 from qsweep.errors import Refused, why
+from qsweep.hub.fixed import with_constants
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation
 from qsweep.machine import no_gpu
@@ -28,7 +29,7 @@ def gpu_runner(folder: Path, engine: EngineConfig, *, compile: bool, capture: bo
         raise Refused(reason)
     torch.backends.cudnn.benchmark = True  # a baseline is to be as fast as cuDNN can be
     model = load(folder)
-    graph = channels_last_weights(on_device(simulation(model), "cuda"))
+    graph = channels_last_weights(with_constants(on_device(simulation(model), "cuda")))
     example = channels_last_input(torch.zeros(engine.batch_size, *model.example.shape[1:], device="cuda"))
     try:
         call = compiled(graph, example) if compile else graph

@@ -28,7 +28,7 @@ def float_graph(model: nn.Module, context: Context) -> QuantizedModel:
         live = export(model, example_of(context))
         save(QuantizedModel(fold_batch_norm(live.graph), live.example), folder)
 
-    return load(context.store.folder(context.store.key("float_graph", 6, context.key, torch.__version__), compute))
+    return load(context.store.folder(context.store.key("float_graph", 7, context.key, torch.__version__), compute))
 
 
 def example_of(context: Context) -> Tensor:
@@ -57,6 +57,14 @@ def export(model: nn.Module, example: Tensor) -> QuantizedModel:
     return QuantizedModel(plain(graph), example)
 
 
+_BATCH = (
+    "it must take batches of any size, and makes theirs a number: write `x.shape[0] // n` for `int(x.shape[0] / n)`, or"
+    " -1 in a reshape, and neither a condition on the size of the batch nor a loop over its samples"
+)
+
+
 def _reason(error: Exception) -> str:
+    if "Constraints violated (batch)" in str(error):
+        return _BATCH
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}"

@@ -1,15 +1,15 @@
-"""What a model computes from parameters alone."""
+"""What a model computes from parameters and numbers alone."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 from qsweep.hub.form import COMPUTE, QuantizedModel, aten, nodes_of, set_constant
+from qsweep.hub.ops import STORED
 
 _READERS = COMPUTE | {aten.batch_norm.default}
 
@@ -23,12 +23,8 @@ def with_fixed_weights(graph: fx.GraphModule) -> None:
     fixed = fixed_nodes(graph)
     wanted = {node for reader in nodes_of(graph, _READERS) for node in reader.all_input_nodes[1:] if node in fixed}
     computed = [node for node in graph.graph.nodes if node in wanted and node.op != "get_attr"]
-    if not computed:
-        return
-    values = _values(graph, fixed)
-    for node in computed:
-        name = f"{_first(node).target}_{node.name}"
-        new = _as_constant(graph, node, name, values[node], trainable=True)
+    for node, value in _values(graph, computed).items():
+        new = _as_constant(graph, node, f"{_first(node)}_{node.name}", value.clone(), trainable=True)
         new.meta["val"] = node.meta["val"]
 
 
@@ -37,12 +33,24 @@ def with_computed_layers(model: QuantizedModel) -> QuantizedModel:
     if not _computed_layers(model.graph):
         return model
     graph = copy.deepcopy(model.graph)
-    layers, values = _computed_layers(graph), _values(graph, fixed_nodes(graph))
-    for node in [node for node in layers if not layers.keys() >= node.users.keys()]:
-        _as_constant(graph, node, f"{node.name}_computed", values[node])
+    _fold(graph, _computed_layers(graph))
+    return replace(model, graph=graph)
+
+
+def with_constants(graph: fx.GraphModule) -> fx.GraphModule:
+    """All that no input goes into as constants, in place, but for weights that are stored as integers."""
+    _fold(graph, fixed_nodes(graph))
+    return graph
+
+
+def _fold(graph: fx.GraphModule, nodes: dict[fx.Node, None]) -> None:
+    """Constants for those of `nodes` that others read, in place."""
+    read = [node for node in nodes if not nodes.keys() >= node.users.keys()]
+    computed = [node for node in read if node.op != "get_attr" and node.target not in STORED]
+    for node, value in _values(graph, computed).items():
+        _as_constant(graph, node, f"{node.name}_computed", value.detach())
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return replace(model, graph=graph)
 
 
 def _computed_layers(graph: fx.GraphModule) -> dict[fx.Node, None]:
@@ -54,17 +62,23 @@ def _computed_layers(graph: fx.GraphModule) -> dict[fx.Node, None]:
     return found
 
 
-def _values(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> dict[fx.Node, Tensor]:
+def _values(graph: fx.GraphModule, wanted: list[fx.Node]) -> dict[fx.Node, Tensor]:
+    """What `wanted` give, in this order; nothing else is computed but what goes into them."""
+    needed, reached = set(wanted), [*wanted]
+    while reached:
+        new = set(reached.pop().all_input_nodes) - needed
+        needed |= new
+        reached += new
     interpreter = fx.Interpreter(graph, garbage_collect_values=False)
     with torch.no_grad():
-        for node in nodes:
+        for node in [node for node in graph.graph.nodes if node in needed]:
             interpreter.env[node] = interpreter.run_node(node)
-    return interpreter.env
+    return {node: interpreter.env[node] for node in wanted}
 
 
 def _as_constant(graph: fx.GraphModule, node: fx.Node, name: str, value: Tensor, *, trainable: bool = False) -> fx.Node:
     """The constant `name` for all that read `node`."""
-    set_constant(graph, name, value.clone(), trainable=trainable)
+    set_constant(graph, name, value, trainable=trainable)
     with graph.graph.inserting_before(node):
         new = graph.graph.get_attr(name)
     node.replace_all_uses_with(new)
@@ -72,10 +86,11 @@ def _as_constant(graph: fx.GraphModule, node: fx.Node, name: str, value: Tensor,
 
 
 def fixed_nodes(graph: fx.GraphModule) -> dict[fx.Node, None]:
-    """The constants and the nodes that depend on constants alone, in order of execution."""
+    """The constants, what the model makes from numbers (`torch.arange`), and what depends on these alone, in order of
+    execution."""
     found: dict[fx.Node, None] = {}
     for node in graph.graph.nodes:
-        computed = node.op == "call_function" and node.all_input_nodes and not _random(node)
+        computed = node.op == "call_function" and not _random(node)
         if node.op == "get_attr" or (computed and all(given in found for given in node.all_input_nodes)):
             found[node] = None
     return found
@@ -87,8 +102,8 @@ def _random(node: fx.Node) -> bool:
     )
 
 
-def _first(node: fx.Node) -> fx.Node:
-    """The first constant that goes into `node`."""
-    while node.op != "get_attr":
+def _first(node: fx.Node) -> str:
+    """The name of the first constant that goes into `node`, or of what it is made of."""
+    while node.op != "get_attr" and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    return node
+    return str(node.target) if node.op == "get_attr" else node.name

@@ -34,6 +34,8 @@ LINEARS = {aten.linear.default}
 COMPUTE = CONVOLUTIONS | LINEARS
 """Ops that multiply activations (argument 0) by a weight (argument 1) and add a bias (argument 2)."""
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+SIZE = aten.sym_size.int
+"""A number that depends on the batch."""
 BINARY = {aten.add.Tensor}
 POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default}
 SAME_GRID = {

@@ -3,54 +3,114 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import fx
 
 from qsweep.errors import ExportFailure
 from qsweep.hub.form import aten, source
+from qsweep.hub.traced import line_of
 
-_SOMETIMES_VIEWS = {
-    aten.reshape.default,
-    aten.contiguous.default,
-    aten.type_as.default,
-    aten.dropout.default,
-    aten.feature_dropout.default,
-}
+_SOMETIMES_VIEWS = {aten.reshape.default, aten.contiguous.default, aten.type_as.default}
 """Ops whose schema does not tell that what they give may be what they are given."""
+_PARTS: dict[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
+"""Views of a part of a tensor, and the op that gives the tensor with another part."""
 
 
 def functional(graph: fx.GraphModule) -> None:
-    """`relu_` as `relu`, and so on; who read the tensor that was written reads the result."""
+    """`relu_` as `relu`, and so on, in place; who read what was written, or a view of it, reads the result.
+
+    Of a tensor into whose slices a model writes each write makes another. Raises ExportFailure for writes through other
+    views.
+    """
     for node in list(graph.graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        schema = node.target._schema
-        packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
-        given = source(node)
-        later = _later(graph, node)
-        if packet is None or any(user in later for alias in _aliases(given) - {given} for user in alias.users):
-            raise ExportFailure(f"the model writes into a tensor that is read elsewhere (`{node.target}`)")
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            _without_write(graph, node, node.target._schema)
+
+
+def _without_write(graph: fx.GraphModule, node: fx.Node, schema: torch._C.FunctionSchema) -> None:
+    name = schema.name.removeprefix("aten::")
+    packet = getattr(aten, f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_"), None)
+    if packet is None:
+        raise ExportFailure(f"no op does to a new tensor what `{node.target}` writes into one (`{line_of(node)}`)")
+    later = set(takewhile(lambda other: other is not node, reversed(graph.graph.nodes)))
+    base, parts = source(node), list[fx.Node]()
+    while base.target in _PARTS:
+        parts.append(base)
+        base = source(base)
+    views = _reached(base, _views)
+    if any(user in later for other in _reached(base, _aliases) - views for user in other.users):
+        raise ExportFailure(
+            f"the model writes into a tensor that is read elsewhere (`{line_of(node)}`, `{node.target}`): write into "
+            "slices of the tensor itself, or make a new one (`torch.where`, `torch.cat`)"
+        )
+    read = parts[:1] if node.users else []
+    stale = _stale(graph, views - later - {base}, later, read)
+    if node.target is aten.copy_.default:
+        _as_copy(graph, node)
+    else:
         node.target = getattr(packet, schema.overload_name or "default")
-        for user in [user for user in given.users if user in later]:
-            user.replace_input_with(given, node)
+    with graph.graph.inserting_before(node.next):
+        whole = node
+        for part in parts:
+            scattered = (source(part), whole, *part.args[1:])
+            whole = graph.graph.call_function(_PARTS[part.target], scattered, part.kwargs)
+            whole.meta["val"] = source(part).meta["val"]
+        new = {base: whole}
+        for view in stale:
+            new[view] = graph.graph.node_copy(view, lambda given: new.get(given, given))
+    if read:
+        new[node] = new[read[0]]
+    for old, now in new.items():
+        for user in [user for user in old.users if user in later]:
+            user.replace_input_with(old, now)
 
 
-def _later(graph: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
-    return set(takewhile(lambda other: other is not node, reversed(graph.graph.nodes)))
+def _as_copy(graph: fx.GraphModule, node: fx.Node) -> None:
+    """What `node` copies into a tensor as one of the size and type of that, in place: `aten.copy` has no derivative."""
+    into, value = source(node), source(node, 1)
+    wanted, given = into.meta["val"], value.meta["val"]
+    with graph.graph.inserting_before(node):
+        if given.dtype != wanted.dtype:
+            value = graph.graph.call_function(aten.to.dtype, (value, wanted.dtype))
+        if str(given.shape) != str(wanted.shape):
+            value = graph.graph.call_function(aten.expand_as.default, (value, into))
+    node.target, node.args, node.kwargs = aten.clone.default, (value,), {}
 
 
-def _aliases(value: fx.Node) -> set[fx.Node]:
-    """What may share memory with `value`, itself included."""
+def _stale(graph: fx.GraphModule, views: set[fx.Node], later: set[fx.Node], also: list[fx.Node]) -> list[fx.Node]:
+    """Those of `views` that are read later, `also`, and what these are views of, in order of execution."""
+    found = list[fx.Node]()
+    for view in reversed(graph.graph.nodes):
+        if view in views and (view in also or any(user in later or user in found for user in view.users)):
+            found.append(view)
+    return found[::-1]
+
+
+def _reached(value: fx.Node, near: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """`value`, what is near it, and so on."""
     found, reached = {value}, [value]
     while reached:
-        node = reached.pop()
-        near = {user for user in node.users if _may_be_view(user)}
-        near |= set(node.all_input_nodes[:1]) if _may_be_view(node) else set()
-        reached += near - found
-        found |= near
+        new = set(near(reached.pop())) - found
+        reached += new
+        found |= new
     return found
+
+
+def _views(value: fx.Node) -> list[fx.Node]:
+    """What may be a view of `value`, directly."""
+    return [user for user in value.users if _may_be_view(user)]
+
+
+def _aliases(value: fx.Node) -> list[fx.Node]:
+    """Its views, and what it may be a view of."""
+    return [*_views(value), *(value.all_input_nodes[:1] if _may_be_view(value) else ())]
 
 
 def _may_be_view(node: fx.Node) -> bool:

@@ -11,10 +11,12 @@ from torch import fx
 from qsweep.errors import ExportFailure
 from qsweep.hub.fixed import with_fixed_weights
 from qsweep.hub.form import (
+    CONVOLUTIONS,
     LINEARS,
     NAMESPACES,
     POINTWISE,
     RECTIFIERS,
+    TRANSPOSED,
     arguments,
     aten,
     attributes,
@@ -23,23 +25,37 @@ from qsweep.hub.form import (
     source,
 )
 from qsweep.hub.functional import functional
+from qsweep.hub.parts import without_tuples
+from qsweep.hub.pools import with_plain_borders, with_pools
+from qsweep.hub.regions import without_regions
+from qsweep.hub.sizes import sizes_of, with_fixed_shapes, with_sizes_of_tensors
+from qsweep.hub.traced import line_of, replace_by, shape_of
 
+_IDLE = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+}
 _WHOLE = 2**63 - 1
 """`slice` up to this index takes everything."""
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
+_SIZED: dict[Any, Any] = {aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default}
+_BATCHED = CONVOLUTIONS | TRANSPOSED | {*_SIZED, aten.conv3d.default}
 
 
 def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """One tensor in, one tensor out, in place: no in-place ops, no ops that do nothing, dropout left out.
 
-    Raises ExportFailure for models with several inputs or outputs, for writes into a part of a tensor, and for ops that
-    a saved graph cannot name.
+    Raises ExportFailure for models with several inputs or outputs, for writes through views that are no slices, for
+    autocast, for sizes that no tensor has, and for ops that a saved graph cannot name.
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    rewrites = functional, _with_reshapes, with_fixed_weights, _without_idle, _without_tuples, _with_fixed_shapes
-    layers = _with_pools, _with_plain_borders, _with_sized_paddings, _with_heads, _with_flat_linears, _rectified_first
-    for rewrite in (*rewrites, *layers):
+    rewrites = without_regions, _without_idle, without_tuples, functional, _with_reshapes, with_fixed_weights
+    sizes = with_fixed_shapes, with_sizes_of_tensors
+    layers = with_pools, with_plain_borders, _with_batches, _with_sized_paddings, _with_heads, _with_flat_linears
+    for rewrite in (*rewrites, *sizes, *layers, _rectified_first):
         rewrite(graph)
         graph.graph.eliminate_dead_code()
     _check_ops(graph)
@@ -63,7 +79,8 @@ def _one_in_one_out(graph: fx.GraphModule) -> None:
 def _check_ops(graph: fx.GraphModule) -> None:
     for node in [node for node in graph.graph.nodes if node.op == "call_function"]:
         if node.target is operator.getitem:
-            raise ExportFailure(f"`{source(node).target}`: gives several tensors; the hub form has ops that give one")
+            op, line = source(node).target, line_of(source(node))
+            raise ExportFailure(f"`{op}`: gives several tensors; the hub form has ops that give one (`{line}`)")
         if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace not in NAMESPACES:
             raise ExportFailure(f"`{node.target}`: must be an op of PyTorch's `aten` to be stored in the hub form")
 
@@ -81,16 +98,15 @@ def _with_reshapes(graph: fx.GraphModule) -> None:
     for node in nodes_of(graph, {aten.view.default, aten.view_as.default, aten.reshape_as.default}):
         if node.target is aten.view.default:
             node.target = aten.reshape.default
-        elif (shape := _shape(node)) is not None:
+        elif (shape := shape_of(node)) is not None:
             node.target, node.args = aten.reshape.default, (node.args[0], shape)
 
 
 def _without_idle(graph: fx.GraphModule) -> None:
     for node in nodes_of(graph, {aten._assert_tensor_metadata.default}):  # of the types that were traced
         graph.graph.erase_node(node)
-    idle = {aten.dropout.default, aten.feature_dropout.default, aten.detach.default, aten.alias.default}
     for node in list(graph.graph.nodes):
-        if node.target in idle or (node.target is aten.slice.Tensor and _takes_all(node)):
+        if node.target in _IDLE or (node.target is aten.slice.Tensor and _takes_all(node)):
             node.replace_all_uses_with(source(node))
             graph.graph.erase_node(node)  # dead code with a random effect would stay
 
@@ -100,46 +116,25 @@ def _takes_all(node: fx.Node) -> bool:
     return given["start"] in (None, 0) and given["end"] in (None, _WHOLE) and given["step"] == 1
 
 
-def _without_tuples(graph: fx.GraphModule) -> None:
-    """One part of a tensor that was split, as the op that takes this part alone."""
-    for node in [node for node in graph.graph.nodes if node.target is operator.getitem]:
-        split, index = source(node), cast(int, node.args[1])
+def _with_batches(graph: fx.GraphModule) -> None:
+    """Convolutions of one sample as those of a batch of one, which kernels know."""
+    for node in nodes_of(graph, _BATCHED):
+        value, weight = source(node).meta["val"], source(node, 1).meta["val"]
+        if value.dim() == weight.dim():
+            continue
         with graph.graph.inserting_before(node):
-            part = _part(graph, split, index)
-        if part is not None:
-            _replace(node, part)
-
-
-def _part(graph: fx.GraphModule, split: fx.Node, index: int) -> fx.Node | None:
-    if split.target is aten.unbind.int:
-        return graph.graph.call_function(aten.select.int, (split.args[0], arguments(split)["dim"], index))
-    if split.target not in _SPLITS or (shape := _shape(source(split))) is None:
-        return None
-    _, sizes, dim = arguments(split).values()
-    if shape[dim] < 0 or index < 0 or split.all_input_nodes != [source(split)]:  # sizes known at run time only
-        return None
-    if split.target is aten.chunk.default:
-        sizes = -(-shape[dim] // sizes)
-    if isinstance(sizes, int):
-        sizes = [sizes] * (index + 1)
-    start = sum(sizes[:index])
-    return graph.graph.call_function(aten.slice.Tensor, (split.args[0], dim, start, start + sizes[index]))
-
-
-def _with_fixed_shapes(graph: fx.GraphModule) -> None:
-    """Shapes that count samples at run time as shapes with one -1, which reads no tensor."""
-    for node in nodes_of(graph, {aten.reshape.default}):
-        shape, sizes = _shape(node), [*arguments(node).values()][1]
-        if shape is not None and any(isinstance(size, fx.Node) for size in sizes):
-            node.args = (node.args[0], shape)
+            one = graph.graph.call_function(aten.unsqueeze.default, (source(node), 0))
+            one.meta["val"] = value.unsqueeze(0)
+            batch = graph.graph.call_function(cast(Any, node.target), (one, *node.args[1:]), node.kwargs)
+            batch.meta["val"] = node.meta["val"].unsqueeze(0)
+            replace_by(node, graph.graph.call_function(aten.squeeze.dim, (batch, 0)))
 
 
 def _with_sized_paddings(graph: fx.GraphModule) -> None:
     """Convolutions that are padded to the "same" size, or as "valid", as those with numbers, which kernels know; where
     one side needs more than the other, behind a pad of zeros."""
     call = graph.graph.call_function
-    known: dict[Any, Any] = {aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default}
-    for node in nodes_of(graph, {*known}):
+    for node in nodes_of(graph, _SIZED):
         given, weight = arguments(node), source(node, 1).meta["val"]
         around = [
             dilation * (size - 1)
@@ -154,73 +149,13 @@ def _with_sized_paddings(graph: fx.GraphModule) -> None:
                 wider = [size + extra % 2 for size, extra in zip(traced.shape[2:], around, strict=True)]
                 value.meta["val"] = traced.new_empty([*traced.shape[:2], *wider])
             rest = given["stride"], [size // 2 for size in around], given["dilation"], given["groups"]
-            _replace(node, call(known[node.target], (value, node.args[1], given["bias"], *rest)))
+            replace_by(node, call(_SIZED[node.target], (value, node.args[1], given["bias"], *rest)))
 
 
 def _each(given: dict[str, Any], name: str, weight: torch.Tensor) -> list[int]:
     """For every dimension of an image; one number may stand for all."""
     sizes = list(given[name])
     return sizes * (weight.dim() - 2) if len(sizes) == 1 else sizes
-
-
-def _with_pools(graph: fx.GraphModule) -> None:
-    """Means over an image as the pooling op, and adaptive pools of equal windows as plain ones: these have integer
-    kernels in runtimes."""
-    for node in nodes_of(graph, {aten.mean.dim, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default}):
-        shape = _shape(source(node))
-        if shape is None:
-            continue
-        if node.target is aten.mean.dim:
-            _replace_mean(graph, node, len(shape))
-        elif node.target is aten.adaptive_avg_pool2d.default:
-            _replace_adaptive(graph, node, shape)
-        elif arguments(node)["output_size"] == [1]:
-            with graph.graph.inserting_before(node):
-                _replace(node, _global_pool(graph, source(node), 3, keep=True))
-
-
-def _replace_mean(graph: fx.GraphModule, node: fx.Node, rank: int) -> None:
-    given = arguments(node)
-    over = sorted(dim % rank for dim in given["dim"] or [])
-    if (rank, over) in ((4, [2, 3]), (3, [2])) and given["dtype"] is None:
-        keep = given["keepdim"]
-        with graph.graph.inserting_before(node):
-            _replace(node, _global_pool(graph, source(node), rank, keep=keep))
-
-
-def _global_pool(graph: fx.GraphModule, value: fx.Node, rank: int, *, keep: bool) -> fx.Node:
-    call = graph.graph.call_function
-    if rank == 3:
-        value = call(aten.unsqueeze.default, (value, 2))
-    pooled = call(aten.adaptive_avg_pool2d.default, (value, [1, 1]))
-    if not keep:
-        return call(aten.flatten.using_ints, (pooled, 1))
-    return call(aten.squeeze.dim, (pooled, 2)) if rank == 3 else pooled
-
-
-def _replace_adaptive(graph: fx.GraphModule, node: fx.Node, shape: list[int]) -> None:
-    sizes = arguments(node)["output_size"]
-    if list(sizes) == [1, 1] or any(size % wanted for size, wanted in zip(shape[-2:], sizes, strict=True)):
-        return
-    window = [size // wanted for size, wanted in zip(shape[-2:], sizes, strict=True)]
-    with graph.graph.inserting_before(node):
-        _replace(node, graph.graph.call_function(aten.avg_pool2d.default, (node.args[0], window, window)))
-
-
-def _with_plain_borders(graph: fx.GraphModule) -> None:
-    """Average pools of `ceil_mode` that count the padding, behind a pad of zeros instead: runtimes do not agree on what
-    windows past the padding count."""
-    call = graph.graph.call_function
-    for node in nodes_of(graph, {aten.avg_pool2d.default}):
-        given = arguments(node)
-        if not (given["ceil_mode"] and given["count_include_pad"] and given["divisor_override"] is None):
-            continue
-        with graph.graph.inserting_before(node):
-            value, padding = source(node), (list(given["padding"]) * 2)[:2]
-            if any(padding):
-                value = call(aten.pad.default, (value, [padding[1], padding[1], padding[0], padding[0]]))
-            window = given["kernel_size"], given["stride"]
-            _replace(node, call(aten.avg_pool2d.default, (value, *window, [0, 0], True, False)))
 
 
 def _with_heads(graph: fx.GraphModule) -> None:
@@ -233,7 +168,7 @@ def _with_heads(graph: fx.GraphModule) -> None:
             with graph.graph.inserting_before(node):
                 heads = [call(aten.unsqueeze.default, (value, 1)) for value in given]
                 attended = call(aten.scaled_dot_product_attention.default, (*heads, *node.args[3:]), node.kwargs)
-                _replace(node, call(aten.squeeze.dim, (attended, 1)))
+                replace_by(node, call(aten.squeeze.dim, (attended, 1)))
             graph.graph.erase_node(node)  # nothing else does: it may draw what it drops
 
 
@@ -243,14 +178,15 @@ def _with_flat_linears(graph: fx.GraphModule) -> None:
     call = graph.graph.call_function
     flat: dict[fx.Node, fx.Node] = {}
     for node in nodes_of(graph, LINEARS):
-        before, after = _shape(source(node)), _shape(node)
-        if before is None or after is None or len(before) == 2:
+        given, value = source(node), source(node).meta.get("val")
+        if value is None or value.dim() == 2:
             continue
         with graph.graph.inserting_before(node):
-            if source(node) not in flat:
-                flat[source(node)] = call(aten.reshape.default, (node.args[0], [-1, before[-1]]))
-            linear = call(aten.linear.default, (flat[source(node)], *node.args[1:]))
-            _replace(node, call(aten.reshape.default, (linear, after)))
+            if given not in flat:
+                flat[given] = call(aten.reshape.default, (given, [-1, value.shape[-1]]))
+            linear = call(aten.linear.default, (flat[given], *node.args[1:]))
+            after = shape_of(node) or [*sizes_of(graph, given)[:-1], node.meta["val"].shape[-1]]
+            replace_by(node, call(aten.reshape.default, (linear, after)))
 
 
 def _rectified_first(graph: fx.GraphModule) -> None:
@@ -266,17 +202,3 @@ def _rectified_first(graph: fx.GraphModule) -> None:
             user.replace_input_with(node, source(node))
             node.replace_input_with(source(node), user)
             node.prepend(user)
-
-
-def _replace(node: fx.Node, new: fx.Node) -> None:
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-
-
-def _shape(node: fx.Node) -> list[int] | None:
-    """The traced shape with -1 for the one size that depends on the batch; None where there are more, or none known."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return None
-    sizes = [size if isinstance(size, int) else -1 for size in value.shape]
-    return sizes if sizes.count(-1) <= 1 else None

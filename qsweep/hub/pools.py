@@ -1,0 +1,118 @@
+"""Means and maxima over images, and adaptive pools, as the pools that have integer kernels in runtimes."""
+
+from __future__ import annotations
+
+import operator
+from itertools import pairwise
+
+from torch import fx
+
+from qsweep.hub.form import arguments, aten, nodes_of, source
+from qsweep.hub.traced import replace_by, shape_of
+
+_MEANS = {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default}
+_MAXIMA = {aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default}
+
+Windows = list[tuple[int, int]]
+"""Where each window of a pool begins and ends, along one dimension."""
+
+
+def with_pools(graph: fx.GraphModule) -> None:
+    """Pools whose windows are all of one size, and one op for means of whole images, in place; sequences are images
+    one pixel high."""
+    for node in nodes_of(graph, {operator.getitem, *_MEANS}):
+        pool = node if node.target in _MEANS else source(node)
+        if pool is node or (pool.target in _MAXIMA and node.args[1] == 0):
+            _replace_adaptive(graph, node, pool)
+    for node in nodes_of(graph, {aten.avg_pool2d.default}):
+        _replace_global(graph, node)
+    for node in nodes_of(graph, {aten.mean.dim, aten.amax.default}):
+        _replace_reduction(graph, node)
+
+
+def _replace_reduction(graph: fx.GraphModule, node: fx.Node) -> None:
+    given, shape, largest = arguments(node), shape_of(source(node)), node.target is aten.amax.default
+    if shape is None or given.get("dtype") is not None:
+        return
+    over, flat = sorted(dim % len(shape) for dim in given["dim"] or []), len(shape) == 3
+    if (len(shape), over) not in ((4, [2, 3]), (3, [2])) or (largest and min(shape[2:]) < 0):
+        return
+    call = graph.graph.call_function
+    with graph.graph.inserting_before(node):
+        image = call(aten.unsqueeze.default, (source(node), 2)) if flat else source(node)
+        pooled = _pooled(graph, image, [[(0, size)] for size in (1, *shape[2:])[-2:]], largest=largest)
+        assert pooled is not None
+        if not given["keepdim"]:
+            pooled = call(aten.flatten.using_ints, (pooled, 1))
+        elif flat:
+            pooled = call(aten.squeeze.dim, (pooled, 2))
+        replace_by(node, pooled)
+
+
+def _replace_adaptive(graph: fx.GraphModule, node: fx.Node, pool: fx.Node) -> None:
+    """`node`: the values that `pool` gives."""
+    shape, counts = shape_of(source(pool)), list(arguments(pool)["output_size"])
+    flat = len(counts) == 1
+    if shape is None or len(shape) < 3 or min(shape[-len(counts) :]) < 0:
+        return
+    call, sizes = graph.graph.call_function, shape[-len(counts) :]
+    windows = [_windows(size, count) for size, count in zip(sizes, counts, strict=True)]
+    with graph.graph.inserting_before(node):
+        image = call(aten.unsqueeze.default, (source(pool), 2)) if flat else source(pool)
+        pooled = _pooled(graph, image, [[(0, 1)], *windows][-2:], largest=pool.target in _MAXIMA)
+        if pooled is not None:
+            replace_by(node, call(aten.squeeze.dim, (pooled, 2)) if flat else pooled)
+
+
+def _replace_global(graph: fx.GraphModule, node: fx.Node) -> None:
+    """An average pool whose window is the image."""
+    given, shape = arguments(node), shape_of(source(node))
+    if shape is None or any(given["padding"]) or given["divisor_override"] is not None:
+        return
+    if (list(given["kernel_size"]) * 2)[:2] == shape[-2:]:
+        with graph.graph.inserting_before(node):
+            pooled = _pooled(graph, source(node), [[(0, size)] for size in shape[-2:]], largest=False)
+            assert pooled is not None
+            replace_by(node, pooled)
+
+
+def _windows(size: int, count: int) -> Windows:
+    return [(place * size // count, -(-(place + 1) * size // count)) for place in range(count)]
+
+
+def _pooled(graph: fx.GraphModule, image: fx.Node, windows: list[Windows], *, largest: bool) -> fx.Node | None:
+    """`image` pooled over `windows` of its height and width; None for means over windows that differ in size."""
+    call = graph.graph.call_function
+    if not largest and all(len(each) == 1 for each in windows):
+        return call(aten.adaptive_avg_pool2d.default, (image, [1, 1]))
+    even = [found for each in windows if (found := _even(each)) is not None]
+    if len(even) == len(windows):
+        kernel, stride = ([*sizes] for sizes in zip(*even, strict=True))
+        return call(aten.max_pool2d.default if largest else aten.avg_pool2d.default, (image, kernel, stride))
+    for dim, each in zip((-2, -1), windows, strict=True) if largest else ():
+        parts = [call(aten.slice.Tensor, (image, dim, start, end)) for start, end in each]
+        image = call(aten.cat.default, ([call(aten.amax.default, (part, [dim], True)) for part in parts], dim))
+    return image if largest else None
+
+
+def _even(windows: Windows) -> tuple[int, int] | None:
+    """Size and stride, where all windows have one."""
+    starts, sizes = [start for start, _ in windows], {end - start for start, end in windows}
+    strides = {after - start for start, after in pairwise(starts)} or {*sizes}
+    return (sizes.pop(), strides.pop()) if len(sizes) == len(strides) == 1 else None
+
+
+def with_plain_borders(graph: fx.GraphModule) -> None:
+    """Average pools of `ceil_mode` that count the padding, behind a pad of zeros instead: runtimes do not agree on what
+    windows past the padding count."""
+    call = graph.graph.call_function
+    for node in nodes_of(graph, {aten.avg_pool2d.default}):
+        given = arguments(node)
+        if not (given["ceil_mode"] and given["count_include_pad"] and given["divisor_override"] is None):
+            continue
+        with graph.graph.inserting_before(node):
+            value, padding = source(node), (list(given["padding"]) * 2)[:2]
+            if any(padding):
+                value = call(aten.pad.default, (value, [padding[1], padding[1], padding[0], padding[0]]))
+            window = given["kernel_size"], given["stride"]
+            replace_by(node, call(aten.avg_pool2d.default, (value, *window, [0, 0], True, False)))

@@ -1,0 +1,255 @@
+"""Ways of writing models that tracing makes into other ops: the graph gives what the model gives, at any batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qsweep.errors import ExportFailure
+from qsweep.hub.export import export
+from qsweep.hub.form import POOLS, aten, nodes_of, source
+
+INPUTS = torch.randn(5, 6, 8, 14, generator=torch.Generator().manual_seed(0))
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, *self.layers)
+
+
+def exported(function: Callable[..., Any], *layers: nn.Module) -> torch.fx.GraphModule:
+    """The graph of `function`, which has been seen to give what it gives."""
+    model = Function(function, *layers).eval()
+    with torch.no_grad():
+        graph = export(model, INPUTS[:2]).graph
+        torch.testing.assert_close(graph(INPUTS), model(INPUTS))
+    return graph
+
+
+def written_and_read_before(x: Tensor) -> Tensor:
+    y = x * 2
+    before, top = y + 0.5, y[:, :, 0]
+    F.relu_(y)
+    return before + y + top.unsqueeze(2)
+
+
+def written_part(x: Tensor) -> Tensor:
+    y = x * 2
+    y[:, 0].add_(1)
+    return y
+
+
+def written_twice(x: Tensor) -> Tensor:
+    y = x * 2
+    part = y[:, 1:4, ::2]
+    rest = y[:, 3:].transpose(2, 3)
+    part[..., 0].mul_(3).sub_(1)
+    part[:, -1] = 7.0
+    return y + rest.sum() + part.sum()
+
+
+def shifted(x: Tensor) -> Tensor:
+    """As the temporal shift module does."""
+    out = torch.zeros_like(x)
+    out[:, :2, :-1] = x[:, :2, 1:]
+    out[:, 2:4, 1:] = x[:, 2:4, :-1]
+    out[:, 4:] = x[:, 4:]
+    return out
+
+
+def masked(x: Tensor) -> Tensor:
+    mask = torch.ones(x.shape[0], 8, 14, dtype=torch.bool)
+    mask[:, 2:4, 3] = False
+    mask[0] &= True
+    return x.masked_fill(~mask.unsqueeze(1), 0.0)
+
+
+def indexed(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, torch.tensor([0, 2])] = 1.0
+    y[y > 1] = 0.5
+    return y
+
+
+def half_written(x: Tensor) -> Tensor:
+    left, right = (x * 2).chunk(2, 1)
+    return torch.cat([F.relu_(left), right, left], 1)
+
+
+def sinusoids(x: Tensor) -> Tensor:
+    places = torch.zeros(8, 14)
+    angles = torch.arange(8).unsqueeze(1) * torch.exp(torch.arange(0, 14, 2) * -0.3)
+    places[:, 0::2], places[:, 1::2] = torch.sin(angles), torch.cos(angles)
+    return x + places
+
+
+def dropped(x: Tensor) -> Tensor:
+    y = x * 2
+    F.dropout(y, 0.5, False).add_(1)
+    return y
+
+
+WRITES = [
+    written_and_read_before, written_part, written_twice, shifted, masked, indexed, half_written, sinusoids, dropped,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", WRITES, ids=lambda function: function.__name__)
+def test_who_reads_later_reads_what_was_written_and_who_read_before_does_not(function: Callable[..., Tensor]) -> None:
+    graph = exported(function)
+    assert not any(node.target._schema.is_mutable for node in graph.graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize(
+    ("function", "op"),
+    [
+        (lambda x: x.max(1)[0], aten.amax.default),
+        (lambda x: x.min(dim=-1, keepdim=True).values, aten.amin.default),
+        (lambda x: x.max(1)[1], aten.argmax.default),
+        (lambda x: torch.var_mean(x, (2, 3), correction=0)[0], aten.var.correction),
+        (lambda x: torch.std_mean(x, 1, unbiased=False)[0], aten.std.dim),
+        (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], aten.max_pool2d.default),
+        (lambda x: F.max_pool1d(x[:, 0], 2, return_indices=True)[0], aten.max_pool1d.default),
+    ],
+)
+def test_one_of_several_tensors_is_what_an_op_gives_that_gives_it_alone(function: Any, op: Any) -> None:
+    assert len(nodes_of(exported(function), {op})) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.adaptive_max_pool2d(x, 1),
+        lambda x: F.adaptive_max_pool2d(x, (None, 1)),
+        lambda x: F.adaptive_max_pool2d(x[:, 0], (7, 7)),
+        lambda x: F.adaptive_max_pool1d(x[:, 0], 7),
+        lambda x: x.amax((2, 3)),
+        lambda x: x.amax((-1, -2), keepdim=True),
+        lambda x: x.flatten(2).max(-1)[0],
+        lambda x: x.flatten(2).max(2, keepdim=True)[0],
+    ],
+)
+def test_largest_pixels_are_max_pools_which_have_integer_kernels(function: Callable[[Tensor], Tensor]) -> None:
+    graph = exported(function)
+    assert len(nodes_of(graph, {aten.max_pool2d.default})) == 1
+    assert not nodes_of(graph, {aten.amax.default, aten.cat.default})
+
+
+@pytest.mark.parametrize("counts", [(3, 14), (3, 5)])
+def test_largest_pixels_of_windows_that_differ_in_size(counts: tuple[int, int]) -> None:
+    exported(lambda x: F.adaptive_max_pool2d(x, counts))
+
+
+@pytest.mark.parametrize(
+    ("function", "pools"),
+    [
+        (lambda x: F.adaptive_avg_pool2d(x, (2, 7)), 1),
+        (lambda x: F.adaptive_avg_pool2d(x[..., :7], (4, 3)), 1),  # windows of 3 at strides of 2
+        (lambda x: F.adaptive_avg_pool1d(x[:, 0], 7), 1),
+        (lambda x: F.adaptive_avg_pool2d(x, (3, 5)), 0),
+    ],
+)
+def test_means_of_windows_of_one_size_are_plain_pools(function: Callable[[Tensor], Tensor], pools: int) -> None:
+    assert len(nodes_of(exported(function), {aten.avg_pool2d.default})) == pools
+
+
+def test_an_average_pool_of_the_whole_image_is_the_global_one() -> None:
+    graph = exported(lambda x: F.avg_pool2d(x, x.shape[2:]) + F.avg_pool2d(x, (8, 14), padding=(1, 1))[..., :1, :1])
+    assert [node.target for node in nodes_of(graph, POOLS)] == [
+        aten.adaptive_avg_pool2d.default,
+        aten.avg_pool2d.default,
+    ]
+
+
+def islands(x: Tensor, conv: nn.Module) -> Tensor:
+    with torch.no_grad():
+        scale = torch.tensor([0.5, 2.0]).mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            y = conv(x.float())
+            with torch.enable_grad():
+                y = y / (y.norm(dim=1, keepdim=True) + scale)
+    return y + x
+
+
+def test_what_runs_without_gradients_or_without_autocast_is_a_part_of_the_graph() -> None:
+    graph = exported(islands, nn.Conv2d(6, 6, 3, padding=1))
+    assert len(nodes_of(graph, {aten.conv2d.default})) == 1
+
+
+SIZES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, p: x.reshape(x.shape[0] * 6, 1, 8, 14) + p.expand(x.shape[0] * 6, -1, -1, -1),
+    lambda x, p: p.expand(x.shape[0] * 6, -1, -1, -1) + x.reshape(x.shape[0] * 6, 1, 8, 14),
+    lambda x, p: torch.zeros(x.shape[0] * x.shape[1] * x.shape[2], 14) + x.flatten(0, 2),
+    lambda x, p: x.sum((0, 1)) / (x.shape[0] * x.shape[1]),
+    lambda x, p: x.reshape(-1, 4, 14)[: x.shape[0] * 12].sum(0),
+    lambda x, p: p.repeat(x.shape[0], 1, 1, 1).roll(1, 3) * x.flatten(0, 1).unflatten(0, (x.shape[0], 6)),
+]
+
+
+@pytest.mark.parametrize("function", SIZES)
+def test_sizes_computed_from_the_batch_are_those_of_tensors(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(1, 1, 8, 14))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x, self.p)
+
+    model = Sized().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(export(model, INPUTS[:2]).graph(INPUTS), model(INPUTS))
+
+
+def test_layers_without_a_batch_or_with_two_are_those_with_one() -> None:
+    def function(x: Tensor, conv: nn.Module, same: nn.Module, up: nn.Module, linear: nn.Module) -> Any:
+        pairs = x.mean((2, 3)).unsqueeze(0) + x.mean((2, 3)).unsqueeze(1)
+        image = up(same(conv(x.mean(0))))
+        return image[None, :, :8] + linear(pairs).mean(0).reshape(-1, 6, 1, 1)
+
+    convs = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, (2, 3), padding="same"), nn.ConvTranspose2d(6, 6, 1)
+    graph = exported(function, *convs, nn.Linear(6, 6))
+    (linear,) = nodes_of(graph, {aten.linear.default})
+    assert source(linear).args[1] == [-1, 6]
+
+
+class OneMore(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        more = x.shape[0] + 1
+        return x + torch.ones(more).sum()
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        x.transpose(1, 2)[:, 0] = 1.0
+        return x
+
+
+REFUSED: list[tuple[nn.Module, str]] = [
+    (OneMore(), r"from the size of the batch \(`more = x\.shape\[0\] \+ 1`\), and no tensor before it has this size"),
+    (Function(lambda x: x * x.shape[0] ** 0.5), "write sizes of tensors, their products, or -1 in a reshape"),
+    (Function(lambda x: x.view(int(x.shape[0] / 1), -1)), r"write `x\.shape\[0\] // n`"),
+    (Function(lambda x: torch.stack([x[i] for i in range(x.shape[0])])), "nor a loop over its samples"),
+    (
+        Transposed(),
+        r"read elsewhere \(`x\.transpose\(1, 2\)\[:, 0\] = 1\.0`, `aten\.fill_\.Tensor`\): write into slices",
+    ),
+    (Function(lambda x: x.topk(2)[0]), r"`aten\.topk\.default`: gives several tensors"),
+    (Function(lambda x: torch.autocast("cpu", torch.bfloat16)(torch.relu)(x)), "turns autocast on"),
+]
+
+
+@pytest.mark.parametrize(("model", "said"), REFUSED)
+def test_what_cannot_be_traced_is_refused_with_what_to_write_instead(model: nn.Module, said: str) -> None:
+    with pytest.raises(ExportFailure, match=said):
+        export(model.eval(), INPUTS[:2])

@@ -85,8 +85,8 @@ def _check_samples(task: Task, model: nn.Module, split: SplitName, inputs: Tenso
     given = task.transform(inputs)
     if not given.is_floating_point():
         raise TaskFailure(
-            "`transform` must give floating point: token numbers are not supported, embed them in it "
-            f"(got {given.dtype})"
+            "`transform` must give floating point: numbers of tokens as float32, of which the model makes indices "
+            f"(`tokens.long()`) (got {given.dtype})"
         )
     if given.dtype != torch.float32:
         raise TaskFailure(f"`transform` must give float32 (got {given.dtype})")

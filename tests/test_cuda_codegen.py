@@ -23,14 +23,19 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Facts about every kernel, compiled in a process without the interpreter."""
+    """Facts about every kernel, compiled without the interpreter, for each capability in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     script = Path(__file__).with_name("generated_code.py")
-    command = [sys.executable, str(script), *map(str, SHARED_MEMORY)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    commands = [[sys.executable, str(script), str(capability)] for capability in SHARED_MEMORY]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(command, env=environment, text=True, **pipes) for command in commands]
+    found = list[dict[str, Any]]()
+    for process in processes:
+        printed, errors = process.communicate()
+        assert process.returncode == 0, errors
+        found += map(json.loads, printed.splitlines())
+    return found
 
 
 @pytest.fixture(params=SHARED_MEMORY)

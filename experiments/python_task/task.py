@@ -4,9 +4,10 @@ Data: Breast Cancer Wisconsin (Diagnostic), 569 rows, bundled with scikit-learn.
 `model`, `samples`, `loss` and `score`, and takes `transform` where inputs need more than a cast to float32.
 
 What qsweep asks of them, and says before it trains where one does not hold: the model is float32, takes one float32
-tensor (N, ...) and gives one tensor (N, ...), such as logits (N, C), maps (N, C, H, W) or numbers (N,); token numbers
-are embedded in `transform`. Scores go from 0 to 1, one a sample, as their mean is shown in per cent: for a regression
-take, say, the share of its outputs within a tolerance. Data that are read from files belong into `depends_on`.
+tensor (N, ...) and gives one tensor (N, ...), such as logits (N, C), maps (N, C, H, W) or numbers (N,); numbers of
+tokens come as float32, too, and the model makes indices of them (`self.embedding(tokens.long())`). Scores go from 0 to
+1, one a sample, as their mean is shown in per cent: for a regression take, say, the share of its outputs within a
+tolerance. Data that are read from files belong into `depends_on`.
 """
 
 from __future__ import annotations

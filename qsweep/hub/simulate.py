@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, QuantizedModel, aten, set_constant
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED, dynamic_fake_quantize, row_fake_quantize
@@ -76,16 +77,24 @@ def simulation(model: QuantizedModel) -> fx.GraphModule:
     return graph if model.dtype == torch.float32 else _in_dtype(graph, model.dtype, model.example)
 
 
+def _is_real(node: fx.Node) -> bool:
+    meta = node.meta.get("tensor_meta")
+    return not isinstance(meta, TensorMetadata) or meta.dtype.is_floating_point
+
+
 def _in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.GraphModule:
     """`graph` with constants and arithmetic in `dtype`, in place; input and output stay float32.
 
-    What a model itself computes in float32, such as a norm, stays so; layers, products and norms read `dtype`.
+    What a model itself computes in float32, such as a norm, stays so; layers, products and norms read `dtype`. So do
+    what reads the input, but for what makes indices or masks of it: numbers of words are more than bf16 can count.
     """
-    graph.to(dtype)
     (given,) = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        ShapeProp(graph).propagate(example)
+    graph.to(dtype)
     with graph.graph.inserting_after(given):
         cast = graph.graph.call_function(_TO, (given, dtype))
-    given.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    given.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast and _is_real(user))
     with torch.no_grad():
         _Typed(graph, dtype).run(example)
     output = graph.graph.output_node()

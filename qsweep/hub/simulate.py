@@ -90,7 +90,7 @@ def _in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.
     """
     (given,) = [node for node in graph.graph.nodes if node.op == "placeholder"]
     with torch.no_grad():
-        ShapeProp(graph).propagate(example)
+        ShapeProp(graph.float()).propagate(example)
     graph.to(dtype)
     with graph.graph.inserting_after(given):
         cast = graph.graph.call_function(_TO, (given, dtype))

@@ -72,6 +72,7 @@ class Preparation:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self._processes = []
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def has(self, name: str, batch: int, label: str) -> bool:

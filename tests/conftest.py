@@ -16,6 +16,14 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What modules of tests have to begin long before their own turn."""
+    if not session.config.option.collectonly:
+        for module in dict.fromkeys(getattr(item, "module", None) for item in session.items):
+            if hasattr(module, "begin"):
+                module.begin()
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where tests of kernels have their tensors."""

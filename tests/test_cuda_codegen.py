@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -21,21 +23,30 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that one block may have (CUDA C++ programming guide, compute capabilities)."""
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Facts about every kernel, compiled without the interpreter, for each capability in a process of its own."""
+_folder: TemporaryDirectory[str] | None = None
+_process: subprocess.Popen[bytes] | None = None
+
+
+def begin() -> None:
+    """Compile every kernel, in a process without the interpreter: a minute, beside the tests before these."""
+    global _folder, _process
+    _folder = TemporaryDirectory()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = _folder.name
     script = Path(__file__).with_name("generated_code.py")
-    commands = [[sys.executable, str(script), str(capability)] for capability in SHARED_MEMORY]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    processes = [subprocess.Popen(command, env=environment, text=True, **pipes) for command in commands]
-    found = list[dict[str, Any]]()
-    for process in processes:
-        printed, errors = process.communicate()
-        assert process.returncode == 0, errors
-        found += map(json.loads, printed.splitlines())
-    return found
+    command = [sys.executable, str(script), *map(str, SHARED_MEMORY)]
+    with (Path(_folder.name) / "facts").open("w") as facts, (Path(_folder.name) / "errors").open("w") as errors:
+        _process = subprocess.Popen(command, env=environment, stdout=facts, stderr=errors)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[list[dict[str, Any]]]:
+    """Facts about every kernel."""
+    assert _process is not None
+    assert _folder is not None
+    with _folder:
+        assert _process.wait() == 0, (Path(_folder.name) / "errors").read_text()
+        yield [json.loads(line) for line in (Path(_folder.name) / "facts").read_text().splitlines()]
 
 
 @pytest.fixture(params=SHARED_MEMORY)

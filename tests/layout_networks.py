@@ -79,6 +79,17 @@ class Summed(nn.Module):
         return (self.first(x[:, 0]) + self.second(x[:, 0])).view(x.shape[0], -1)
 
 
+class Bordered(nn.Module):
+    """A max pool whose window is as large as the image, but begins outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(1, 8, 1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.max_pool2d(self.first(x), 8, 8, 1).flatten(1))
+
+
 class NormedSequence(nn.Module):
     """A layer norm that a convolution of sequences reads."""
 

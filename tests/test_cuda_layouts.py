@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 import torch
 from layout_networks import (
+    Bordered,
     ConvNeXt,
     Deep,
     Drawn,
@@ -51,7 +52,7 @@ def assert_equal(model: QuantizedModel, batch: int, device: str, tolerance: floa
         torch.testing.assert_close(found, reference(inputs), rtol=0, atol=tolerance)
 
 
-KINDS = [ConvNeXt, Deep, Gated, NormedParts, NormedSequence, Series, Spectrogram, Summed, Viewed, Windowed]
+KINDS = [Bordered, ConvNeXt, Deep, Gated, NormedParts, NormedSequence, Series, Spectrogram, Summed, Viewed, Windowed]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -60,7 +61,7 @@ def test_any_layout_gives_what_the_reference_gives(
     kind: type[nn.Module], batch: int, tmp_path: Path, device: str
 ) -> None:
     torch.manual_seed(0)
-    exact = kind in (Spectrogram, Summed, Viewed)
+    exact = kind in (Bordered, Spectrogram, Summed, Viewed)
     assert_equal(quantized(kind(), tmp_path), batch, device, tolerance=0.0 if exact else 0.02)
 
 

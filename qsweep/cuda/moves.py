@@ -111,7 +111,7 @@ def _in_memory_order(given: Value, shape: torch.Size) -> Value | None:
 def _max_pool(node: fx.Node, given: Value, out: Value) -> Launch:
     kernel, stride, padding = windows(node)
     dilation = _pair(arguments(node)["dilation"])
-    if kernel == given.pixels.shape[1:3] and out.pixels.shape[1:3] == (1, 1):
+    if kernel == given.pixels.shape[1:3] and not any(padding):
         return partial(pool.global_max_pool, given.pixels, out.pixels[:, 0, 0])
     return partial(
         pool.max_pool2d, given.pixels, out.pixels, kernel=kernel, stride=stride, padding=padding, dilation=dilation

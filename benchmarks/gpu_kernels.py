@@ -11,6 +11,7 @@ import gpu_asked as asked
 import torch
 from gpu_asked import Shape
 from gpu_clock import Bench, Call, reason
+from gpu_fused import conv_relu
 from gpu_models import HALVES, folded, quantized
 from gpu_rows import Rows
 from torch import Tensor, nn
@@ -166,13 +167,9 @@ def baselines(shape: Shape, batch: int, bench: Bench) -> dict[str, Call]:
             x = x.contiguous(memory_format=memory)
             found[f"{label} conv, relu{layout}"] = partial(conv, x)
             if bench.gpu and not layout:
-                found[f"{label} cudnn fused"] = partial(_cudnn, x, conv[0])
+                window = conv[0].stride, conv[0].padding, conv[0].dilation, conv[0].groups
+                found[f"{label} cudnn fused"] = partial(conv_relu, x, conv[0].weight, conv[0].bias, *window)
     return {label: call for label, call in found.items() if _runs(call)}
-
-
-def _cudnn(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    window = conv.stride, conv.padding, conv.dilation, conv.groups
-    return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *window)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import gpu_asked as asked
 import torch
 from gpu_clock import Bench
-from gpu_prepare import Case, Preparation
+from gpu_prepare import Preparation, Wanted
 from gpu_rows import Rows
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Session:
 
     def prepare(self, parts: Sequence[str]) -> None:
         """Begin to compile the networks that `parts` will time, but for what is settled."""
-        cases: list[Case] = [(*asked.MAIN, False), (*asked.MAIN, True)] if "main" in parts else []
+        cases: list[Wanted] = [(*asked.MAIN, False), (*asked.MAIN, True)] if "main" in parts else []
         if "networks" in parts and not self.bench.tiny:
             cases += [(name, batch, False) for name, batch in self._others()]
         cases = [case for case in cases if not self.rows.settled(asked.network(*case[:2]))]

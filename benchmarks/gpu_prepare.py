@@ -25,15 +25,14 @@ _MOST = 6
 _THREADS = 4
 _LOG = "log"
 
-
-Case = tuple[str, int, bool]
+Wanted = tuple[str, int, bool]
 """A network, its batch size, and whether it is for `max-autotune`."""
 
 
 class Preparation:
     """Begun at once, the first cases first."""
 
-    def __init__(self, cases: Sequence[Case], device: str, *, tiny: bool) -> None:
+    def __init__(self, cases: Sequence[Wanted], device: str, *, tiny: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="qsweep-prepared-"))
         count = max(1, min(_MOST, len(cases), (os.cpu_count() or 1) // 2))
         options = ["--tiny"] * tiny + ["--device", device]
@@ -80,11 +79,11 @@ class Preparation:
         return _mark(name, batch, label) in self.done
 
 
-def _told(case: Case) -> str:
+def _told(case: Wanted) -> str:
     return "/".join(map(str, case))
 
 
-def _read(text: str) -> Case:
+def _read(text: str) -> Wanted:
     name, batch, tuned = text.split("/")
     return name, int(batch), tuned == "True"
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,17 @@ class Computed(nn.Module):
         x = F.relu(self.bn(self.conv(x))).mean((2, 3)) * torch.sigmoid(self.gate)
         logits: Tensor = self.linear(x) * self.logit_scale + self.bias_table[self.places].sum(0) + self.my_zero_point
         return logits
+
+
+class Function(nn.Module):
+    """A model made of a function and its layers."""
+
+    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, *self.layers)
 
 
 def mlp() -> nn.Module:

@@ -155,9 +155,18 @@ def test_shutdown_leaves_no_process(tmp_path: Path) -> None:
     until(lambda: not any(alive(pid) for pid in (worker.pid, child, server)))
 
 
+def ran(text: str, folder: Path, cwd: Path | None = None) -> tuple[subprocess.CompletedProcess[bytes], str]:
+    """`text` run as a script that drives jobs of these tests, and the path of modules that it was given; ends with all
+    that it has started."""
+    path = os.pathsep.join((str(Path(worker_jobs.__file__).parent), str(folder), *sys.path))
+    script = folder / "script.py"
+    script.write_text(text)
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, script], env=environment, capture_output=True, cwd=cwd, check=False), path
+
+
 def test_workers_import_neither_the_main_script_nor_its_noise(tmp_path: Path) -> None:
-    script = tmp_path / "unguarded.py"
-    script.write_text(
+    script = (
         "import time; from pathlib import Path; from qsweep.executors.local import Local\n"
         f"folder = Path({str(tmp_path)!r}); open(folder / 'imports', 'a').write('x')\n"
         f"local = Local(('noisy_module',), folder / 'server.log'); w = local.start(folder, '{JOBS}:good', 'good')\n"
@@ -166,12 +175,9 @@ def test_workers_import_neither_the_main_script_nor_its_noise(tmp_path: Path) ->
     )
     noisy = "import os; os.write(1, b'noise\\n'); os.write(2, b'noise\\n'); os.write(2, repr(os.environ).encode())"
     (tmp_path / "noisy_module.py").write_text(noisy)
-    path = os.pathsep.join((str(Path(worker_jobs.__file__).parent), str(tmp_path), *sys.path))
     (tmp_path / "astray").mkdir()
     (tmp_path / "astray/worker_jobs.py").write_text("raise ImportError('of the working directory')")
-    done = subprocess.run(
-        [sys.executable, script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, cwd=tmp_path / "astray"
-    )
+    done, path = ran(script, tmp_path, cwd=tmp_path / "astray")
     assert (done.stdout, done.stderr) == (b"done\n", b"")
     assert (tmp_path / "imports").read_text() == "x"
     log = (tmp_path / "server.log").read_text()
@@ -181,14 +187,12 @@ def test_workers_import_neither_the_main_script_nor_its_noise(tmp_path: Path) ->
 
 
 def test_a_worker_that_is_killed_with_a_semaphore_is_no_news_for_the_terminal(tmp_path: Path) -> None:
-    script = tmp_path / "kills.py"
-    script.write_text(
+    script = (
         "import time; from pathlib import Path; from qsweep.executors.local import Local\n"
         f"folder = Path({str(tmp_path)!r}); local = Local((), folder / 'server.log')\n"
         f"worker = local.start(folder, '{JOBS}:holds', 'holds')\n"
         "while not (folder / 'held').exists(): time.sleep(0.01)\n"
         "local.shutdown()"
     )
-    path = os.pathsep.join((str(Path(worker_jobs.__file__).parent), *sys.path))
-    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    done, _ = ran(script, tmp_path)
     assert (done.returncode, done.stderr) == (0, b"")  # stderr is closed once the tracker, which holds it, has ended

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import NETWORKS, Noise, context, network
+from networks import NETWORKS, Function, Noise, context, network
 from torch import Tensor, nn
 
 from qsweep.devices import on_device
@@ -43,17 +43,6 @@ def quantized(root: Path) -> QuantizedModel:
 def folded(model: nn.Module, inputs: Tensor) -> QuantizedModel:
     live = export(model, inputs[:2])
     return QuantizedModel(fold_batch_norm(live.graph), live.example)
-
-
-class Function(nn.Module):
-    """A model made of a function and its layers."""
-
-    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x, *self.layers)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

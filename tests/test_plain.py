@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Function
 from torch import Tensor, nn
 
 from qsweep.errors import ExportFailure
@@ -15,15 +16,6 @@ from qsweep.hub.export import export
 from qsweep.hub.form import POOLS, aten, nodes_of, source
 
 INPUTS = torch.randn(5, 6, 8, 14, generator=torch.Generator().manual_seed(0))
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x, *self.layers)
 
 
 def exported(function: Callable[..., Any], *layers: nn.Module) -> torch.fx.GraphModule:

@@ -135,16 +135,13 @@ class Watch:
         from qsweep.errors import SweepError
         from qsweep.ship import Selector, best
 
-        bounds = "--max accuracy_drop_pp=1 --by latency_ms"
+        most, by = "accuracy_drop_pp=1", "latency_ms"
         try:
-            best(
-                list(self.records.values()),
-                Selector(max={"accuracy_drop_pp": 1}, by="latency_ms"),
-                self.spec.constraints,
-            )
+            best(list(self.records.values()), Selector.parse(max=[most], by=by), self.spec.constraints)
         except SweepError as error:
             return [f"  {error}"]
-        return [f"  qsweep best {sweep} {bounds}", f"  qsweep promote {sweep} {bounds} --name {self.spec.name}"]
+        options = f"{sweep} --max {most} --by {by}"
+        return [f"  qsweep best {options}", f"  qsweep promote {options} --name {self.spec.name}"]
 
 
 def _place(number: int | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import COMPUTE, QuantizedModel, aten, nodes_of, set_constant
+from qsweep.hub.form import COMPUTE, QuantizedModel, aten, nodes_of, reached, set_constant
 from qsweep.hub.ops import STORED
 
 _READERS = COMPUTE | {aten.batch_norm.default}
@@ -64,11 +64,7 @@ def _computed_layers(graph: fx.GraphModule) -> dict[fx.Node, None]:
 
 def _values(graph: fx.GraphModule, wanted: list[fx.Node]) -> dict[fx.Node, Tensor]:
     """What `wanted` give, in this order; nothing else is computed but what goes into them."""
-    needed, reached = set(wanted), [*wanted]
-    while reached:
-        new = set(reached.pop().all_input_nodes) - needed
-        needed |= new
-        reached += new
+    needed = reached(wanted, lambda node: node.all_input_nodes)
     interpreter = fx.Interpreter(graph, garbage_collect_values=False)
     with torch.no_grad():
         for node in [node for node in graph.graph.nodes if node in needed]:

@@ -10,13 +10,13 @@ beside integer activations are float32 multiples of their accumulator's step. Wh
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from qsweep.hub.macs import counted
 from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT, LOOK_UP, QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED
@@ -167,6 +167,23 @@ class QuantizedModel:
 def nodes_of(graph: fx.GraphModule, targets: Collection[Any]) -> list[fx.Node]:
     """The nodes that call one of `targets`, in order of execution."""
     return [node for node in graph.graph.nodes if node.target in targets]
+
+
+def reached(start: Iterable[fx.Node], near: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """`start`, what is near it, and so on."""
+    found = set(start)
+    ends = [*found]
+    while ends:
+        new = set(near(ends.pop())) - found
+        ends += new
+        found |= new
+    return found
+
+
+def is_real(node: fx.Node) -> bool:
+    """Whether it is a tensor of real numbers, no indices or masks, as ShapeProp has seen it."""
+    meta = node.meta.get("tensor_meta")
+    return isinstance(meta, TensorMetadata) and meta.dtype.is_floating_point
 
 
 def source(node: fx.Node, index: int = 0) -> fx.Node:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import fx
 
 from qsweep.errors import ExportFailure
-from qsweep.hub.form import aten, source
+from qsweep.hub.form import aten, reached, source
 from qsweep.hub.traced import line_of
 
 _SOMETIMES_VIEWS = {aten.reshape.default, aten.contiguous.default, aten.type_as.default}
@@ -44,8 +43,8 @@ def _without_write(graph: fx.GraphModule, node: fx.Node, schema: torch._C.Functi
     while base.target in _PARTS:
         parts.append(base)
         base = source(base)
-    views = _reached(base, _views)
-    if any(user in later for other in _reached(base, _aliases) - views for user in other.users):
+    views = reached([base], _views)
+    if any(user in later for other in reached([base], _aliases) - views for user in other.users):
         raise ExportFailure(
             f"the model writes into a tensor that is read elsewhere (`{line_of(node)}`, `{node.target}`): write into "
             "slices of the tensor itself, or make a new one (`torch.where`, `torch.cat`)"
@@ -91,16 +90,6 @@ def _stale(graph: fx.GraphModule, views: set[fx.Node], later: set[fx.Node], also
         if view in views and (view in also or any(user in later or user in found for user in view.users)):
             found.append(view)
     return found[::-1]
-
-
-def _reached(value: fx.Node, near: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """`value`, what is near it, and so on."""
-    found, reached = {value}, [value]
-    while reached:
-        new = set(near(reached.pop())) - found
-        reached += new
-        found |= new
-    return found
 
 
 def _views(value: fx.Node) -> list[fx.Node]:

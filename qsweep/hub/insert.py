@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.hub.fixed import fixed_nodes
 from qsweep.hub.form import (
@@ -30,6 +30,7 @@ from qsweep.hub.form import (
     arguments,
     aten,
     constant,
+    is_real,
     keeps_grid,
     nodes_of,
     source,
@@ -134,7 +135,7 @@ def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.
 def _wanted(graph: fx.GraphModule) -> set[fx.Node]:
     wanted: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
-        if not _fixed(node) and _is_real(node) and any(_reads_integers(user, node, wanted) for user in node.users):
+        if not _fixed(node) and is_real(node) and any(_reads_integers(user, node, wanted) for user in node.users):
             wanted.add(node)
     return wanted
 
@@ -150,12 +151,6 @@ def _reads_integers(user: fx.Node, value: fx.Node, wanted: set[fx.Node]) -> bool
         both = all(isinstance(argument, fx.Node) and not _fixed(argument) for argument in user.args)
         return both and len(user.args) == 2 and not user.kwargs
     return user.target in POOLS or (user in wanted and (user.target in POINTWISE or _moves(user)))
-
-
-def _is_real(node: fx.Node) -> bool:
-    """Whether it holds real numbers, no indices."""
-    meta = node.meta.get("tensor_meta")
-    return isinstance(meta, TensorMetadata) and meta.dtype.is_floating_point
 
 
 def _fixed(node: fx.Node) -> bool:

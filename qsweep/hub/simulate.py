@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, QuantizedModel, aten, set_constant
+from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, QuantizedModel, aten, is_real, set_constant
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED, dynamic_fake_quantize, row_fake_quantize
 from qsweep.hub.weights import real_weight
 
@@ -77,11 +77,6 @@ def simulation(model: QuantizedModel) -> fx.GraphModule:
     return graph if model.dtype == torch.float32 else _in_dtype(graph, model.dtype, model.example)
 
 
-def _is_real(node: fx.Node) -> bool:
-    meta = node.meta.get("tensor_meta")
-    return not isinstance(meta, TensorMetadata) or meta.dtype.is_floating_point
-
-
 def _in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.GraphModule:
     """`graph` with constants and arithmetic in `dtype`, in place; input and output stay float32.
 
@@ -94,7 +89,7 @@ def _in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.
     graph.to(dtype)
     with graph.graph.inserting_after(given):
         cast = graph.graph.call_function(_TO, (given, dtype))
-    given.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast and _is_real(user))
+    given.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast and is_real(user))
     with torch.no_grad():
         _Typed(graph, dtype).run(example)
     output = graph.graph.output_node()

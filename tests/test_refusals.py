@@ -14,6 +14,7 @@ import yaml
 from small_sweep import CONTENT, small_spec, sweep
 from test_cli import failing
 
+from qsweep.machine import cores
 from qsweep.spec import BOUNDED
 from qsweep.study import SweepFolder
 from qsweep.study.driver import run as drive
@@ -144,6 +145,23 @@ def test_an_engine_that_is_not_installed(refused: Any, monkeypatch: pytest.Monke
     said = refused()
     assert said.startswith("`target.engine`: `onnxruntime` does not work on this machine: ")
     assert "pip install onnxruntime" in said
+
+
+def test_more_threads_than_there_are_cores(refused: Any) -> None:
+    most = cores()
+    assert refused(target={"engine": "onnxruntime", "threads": most + 1}) == (
+        "`target.engine`: `onnxruntime` does not work on this machine: "
+        f"`threads` must be at most {most}, the cores that may be used (got {most + 1})"
+    )
+
+
+def test_of_several_numbers_of_threads_those_that_fit_are_measured(tmp_path: Path) -> None:
+    target = {"engine": "onnxruntime", "threads": {"choice": [1, cores() + 1]}}
+    records = sweep(tmp_path, small_spec({"method": "ptq"}, target=target))
+    trials = [record for record in records.values() if record.kind == "trial"]
+    assert [record.state for record in trials] == ["complete", "refused"]
+    assert "`threads` must be at most" in str(trials[1].failure)
+    assert all(record.config["target"]["threads"] == 1 for record in records.values() if record.kind == "baseline")
 
 
 def test_another_spec_under_the_name_of_a_sweep_that_is_there(refused: Any, tmp_path: Path) -> None:

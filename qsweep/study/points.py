@@ -15,6 +15,7 @@ from qsweep.config import content_hash
 from qsweep.domains import Choice, Domain, Range, Suggest, assignments, resolve
 from qsweep.engines import EngineConfig
 from qsweep.errors import SpecError
+from qsweep.machine import cores
 from qsweep.space import complaint
 from qsweep.spec import Spec, TrialConfig
 
@@ -76,14 +77,16 @@ def candidate(spec: Spec, suggest: Suggest) -> Candidate:
 
 
 def unavailable(engine: EngineConfig) -> str | None:
-    """Why `engine` cannot work on this machine, or None."""
+    """Why `engine` cannot work on this machine, or not as it is asked to be measured, or None."""
     reason = engine.available()
+    if reason is None and engine.threads > cores():
+        reason = f"`threads` must be at most {cores()}, the cores that may be used (got {engine.threads})"
     return reason and f"`{engine.engine}` does not work on this machine: {reason}"
 
 
 def working(spec: Spec) -> list[EngineConfig]:
     """Those of `targets` that work on this machine."""
-    return [engine for engine in targets(spec) if engine.available() is None]
+    return [engine for engine in targets(spec) if unavailable(engine) is None]
 
 
 def accepted(config: TrialConfig, refusal: str | None = None) -> Candidate:

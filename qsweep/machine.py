@@ -31,6 +31,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cache_folder() -> Path:
+    """What this machine has made once and may make again: `$XDG_CACHE_HOME/qsweep`, by default `~/.cache/qsweep`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsweep"
+
+
 def pin(threads: int) -> None:
     """Keep all threads of this process on as many cores as are to be used, the last ones that may be: they do not
     wander then. Where the system cannot, nothing is done."""

@@ -19,7 +19,7 @@ import triton
 from qsweep.cuda.arithmetic import Tile
 from qsweep.cuda.capture import graph_of
 from qsweep.cuda.layers import FEW_ROWS, Product
-from qsweep.machine import cores
+from qsweep.machine import cache_folder, cores
 
 MOST = 4
 """Block shapes that are tried for a layer, each also with its sums cut into parts where that may pay."""
@@ -38,11 +38,6 @@ multiprocessors to it without sums that must be added up by one more kernel. Not
 
 DEPTHWISE = ((32, 64, 32, 4, 1), (64, 32, 32, 4, 1), (16, 128, 32, 4, 1), (32, 32, 32, 2, 1))
 """Of convolutions channel by channel: 64 sums a thread each. Not measured yet."""
-
-
-def cache_folder() -> Path:
-    """Where measured block shapes are kept: `$XDG_CACHE_HOME/qsweep`, by default `~/.cache/qsweep`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsweep"
 
 
 class Tiles:

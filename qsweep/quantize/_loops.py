@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qsweep.machine import fingerprint
+from qsweep.machine import cache_folder, fingerprint
 
 BLOCK = 2048
 """Elements of which each sum is one of; that of `_loops.c`."""
@@ -163,7 +163,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     flags = [*_FLAGS, *(["-DBF16"] if dtype is torch.bfloat16 else [])]
     content = repr((_SOURCE.read_text(), flags, os.path.realpath(compiler), fingerprint(), *map(str, pool)))
     name = f"loops-{hashlib.sha256(content.encode()).hexdigest()[:32]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsweep"
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / name).exists():

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 import torch
 from networks import Noise, context
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from qsweep.engines._onnx import complete
 from qsweep.engines.base import EngineConfig
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
+from qsweep.hub.convert import convert
 from qsweep.hub.export import float_graph
-from qsweep.hub.form import QuantizedModel
+from qsweep.hub.form import EMBEDDING, QuantizedModel, attributes, constant, nodes_of, source, weight_bits_of
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.ops import STORED
+from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
+from qsweep.hub.weights import real_weight
+from qsweep.measure.sizes import file_sizes, work
+from qsweep.quantize._training import finished, prepared, start
+from qsweep.quantize.apot import APoT
+from qsweep.quantize.base import LowBit
+from qsweep.quantize.codebook import Codebook
 from qsweep.quantize.lsq import LSQ
 from qsweep.quantize.ptq import PTQ
+from qsweep.quantize.qat import QAT
 
 WORDS, LENGTH = 5000, 12
 
@@ -47,11 +61,11 @@ def texts(count: int) -> Tensor:
     return torch.where(torch.arange(LENGTH) < lengths, numbers, 0).float()
 
 
-def quantized(folder: Path) -> tuple[QuantizedModel, nn.Module, Tensor]:
+def quantized(folder: Path, **fields: Any) -> tuple[QuantizedModel, nn.Module, Tensor]:
     torch.manual_seed(0)
     model, inputs = Classifier().eval(), texts(40)
     found = context(folder, task=Noise(inputs=inputs))
-    return PTQ(calibration_samples=40).apply(model, found), model, inputs
+    return PTQ.model_validate({"calibration_samples": 40} | fields).apply(model, found), model, inputs
 
 
 @pytest.mark.parametrize(
@@ -91,3 +105,125 @@ def test_words_are_trained_with_quantization(tmp_path: Path) -> None:
     found = context(tmp_path, task=Noise(inputs=inputs))
     model = LSQ(epochs=1, calibration_samples=40, learning_rate=0.01).apply(Classifier(), found)
     assert IntegerInterpreter(model.graph)(inputs).isfinite().all()
+
+
+def rows_of(model: QuantizedModel) -> Tensor | None:
+    """The table that the words are looked up in, as it is stored."""
+    (node,) = nodes_of(model.graph, {EMBEDDING})
+    return constant(model.graph, node.args[0])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rows_of_words_are_nearest_integers_with_a_scale_each(bits: int, tmp_path: Path) -> None:
+    model, plain, _ = quantized(tmp_path, embedding_bits=bits)
+    (node,) = nodes_of(model.graph, {EMBEDDING})
+    table = plain.get_parameter("words.weight").detach()
+    step = table.abs().amax(1, keepdim=True) / ((1 << (bits - 1)) - 1)
+    error = (real_weight(model.graph, source(node)) - table).abs()
+    assert (error <= step * 0.5001).all()
+    assert weight_bits_of(source(node)) == bits
+    (saved := tmp_path / "saved").mkdir()
+    save(model, saved)
+    torch.testing.assert_close(rows_of(load(saved)), rows_of(model), atol=0, rtol=0)
+    rows = WORDS * 16 * bits / 8 + 4 * WORDS
+    assert rows < file_sizes(saved)["size_bytes"] < rows + 60_000
+    assert rows < work(model)["size_theoretical_bytes"] < rows + 10_000
+
+
+@pytest.mark.parametrize("config", [PTQ, Codebook, APoT, LSQ, QAT], ids=lambda config: config.__name__)
+def test_every_method_stores_them_so_or_leaves_them(config: type[LowBit], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = Classifier().eval(), texts(64)
+    found = context(tmp_path, task=Noise(inputs=inputs))
+    for bits in (5, None):
+        made = config.model_validate({"embedding_bits": bits}).apply(model, found)
+        table = rows_of(made)
+        assert table is not None
+        assert table.dtype == (torch.float32 if bits is None else torch.int8)
+        assert bits is None or int(table.abs().max()) == 15
+
+
+def test_training_sees_the_rows_that_are_shipped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = texts(64)
+    found = context(tmp_path, task=Noise(inputs=inputs))
+    config = QAT(embedding_bits=2, activation_bits=None)
+    live = prepared(config, Classifier(), found)
+    start(live.graph, 2, None)
+    with torch.no_grad():
+        seen = live.graph(inputs)
+        (saved := tmp_path / "saved").mkdir()
+        save(convert(finished(live)), saved)
+        shipped = simulation(load(saved))(inputs)
+    torch.testing.assert_close(shipped, seen, atol=1e-5, rtol=0)
+
+
+def test_onnx_makes_the_rows_real_that_it_reads(tmp_path: Path) -> None:
+    model, _, inputs = quantized(tmp_path)
+    found, artifact = context(tmp_path, task=Noise(inputs=inputs)), tmp_path / "artifact"
+    artifact.mkdir()
+    OnnxRuntime(batch_size=40).lower(model, artifact, found.store)
+    content = complete(artifact)
+    onnx.checker.check_model(content)
+    readers = [node.op_type for node in content.graph.node if "words.weight" in node.input]
+    assert readers == ["Gather"]
+    (table,) = [tensor for tensor in content.graph.initializer if tensor.name == "words.weight"]
+    assert table.data_type == onnx.TensorProto.INT8
+
+
+class Tied(nn.Module):
+    """Which word comes next: the table of words is the last layer's weight, too."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(50, 16), nn.Linear(16, 50, bias=bias)
+        self.head.weight = self.words.weight
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.head(self.words(numbers.long()).mean(1).tanh())
+
+
+@pytest.mark.parametrize("engine", [Reference, Inductor, OnnxRuntime], ids=["reference", "inductor", "ort"])
+@pytest.mark.parametrize(("bits", "tables"), [(8, 1), (4, 2)])
+def test_a_tied_table_is_stored_once_where_both_have_the_same_integers(
+    bits: int, tables: int, engine: type[EngineConfig], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    inputs = texts(40) % 50
+    model, found = Tied(bias=True).eval(), context(tmp_path, task=Noise(inputs=inputs))
+    made = PTQ(calibration_samples=40, embedding_bits=bits).apply(model, found)
+    assert len({str(source(node).target) for node in nodes_of(made.graph, STORED)}) == tables
+    (tmp_path / "artifact").mkdir()
+    config = engine(batch_size=len(inputs))
+    config.lower(made, tmp_path / "artifact", found.store)
+    expected = simulation(made)(inputs)
+    torch.testing.assert_close(config.load(tmp_path / "artifact")(inputs), expected, atol=0.03, rtol=0)
+
+
+def test_a_table_of_fixed_places_stays_as_it_is(tmp_path: Path) -> None:
+    class Placed(Tied):
+        def __init__(self) -> None:
+            super().__init__(bias=False)
+            self.places = nn.Embedding(LENGTH, 16)
+
+        def forward(self, numbers: Tensor) -> Tensor:
+            x = self.words(numbers.long()) + self.places(torch.arange(LENGTH))
+            return self.head(x.mean(1).tanh())
+
+    inputs = texts(40) % 50
+    made = PTQ(calibration_samples=40).apply(Placed().eval(), context(tmp_path, task=Noise(inputs=inputs)))
+    (places,) = [value for name, value in attributes(made.graph) if name == "places.weight"]
+    assert places.dtype == torch.float32
+    assert len(nodes_of(made.graph, STORED)) == 2
+
+
+def test_the_label_says_it() -> None:
+    assert PTQ(embedding_bits=4).label() == "ptq-w8s-a8a-emb4"
+    assert PTQ(embedding_bits=None).label() == "ptq-w8s-a8a-emb32"
+    assert Codebook(embedding_bits=4).label() == "codebook-w4-emb4"
+
+
+@pytest.mark.parametrize("bits", [1, 9, 16])
+def test_other_widths_are_refused(bits: int) -> None:
+    with pytest.raises(ValidationError, match="embedding_bits"):
+        PTQ.model_validate({"embedding_bits": bits})

@@ -50,7 +50,7 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _spell_out(content, weights)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 5, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 6, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
@@ -161,6 +161,9 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
             integers = once("QuantizeLinear", [node.input[0], scale, zero], f"quantized{int(factor)}")
             nodes.append(helper.make_node("DequantizeLinear", [integers, scale, zero], node.output, name=node.name))
             continue
+        if node.op_type == "Gather" and node.input[0] in weights:
+            nodes += _looked_up(content, node)
+            continue
         for i, name in enumerate(node.input):
             if name in weights:
                 node.input[i] = once("DequantizeLinear", [name, one], f"{name}.real")
@@ -168,6 +171,23 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
     ordered = [copy.deepcopy(node) for node in nodes]
     del content.graph.node[:], content.graph.value_info[:]
     content.graph.node.extend(ordered)
+
+
+def _looked_up(content: onnx.ModelProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """A Gather of integer rows: made real behind it, and not the whole table before it."""
+    from onnx import TensorProto, helper
+
+    table, places = node.input
+    names = {part: f"{node.output[0]}.{part}" for part in ("integers", "cast", "scale", "column")}
+    last = add(content, f"{node.output[0]}.last", np.array([-1]))
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("Gather", [table, places], names["integers"], {}),
+        ("Cast", [names["integers"]], names["cast"], {"to": TensorProto.FLOAT}),
+        ("Gather", [f"{table}_scale", places], names["scale"], {}),
+        ("Unsqueeze", [names["scale"], last], names["column"], {}),
+        ("Mul", [names["cast"], names["column"]], node.output[0], {}),
+    ]
+    return [helper.make_node(kind, given, [result], name=result, **more) for kind, given, result, more in steps]
 
 
 def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:

@@ -11,6 +11,7 @@ from qsweep.errors import NotFinite
 from qsweep.hub.form import (
     BINARY,
     DEQUANTIZE,
+    EMBEDDING,
     POOLS,
     QUANTIZE,
     RECTIFIERS,
@@ -28,7 +29,7 @@ from qsweep.hub.insert import ActivationObserver, WeightObserver
 from qsweep.hub.norm import own_name
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS
 from qsweep.hub.ties import settle_again, settle_mean, settle_sum
-from qsweep.hub.weights import Channels
+from qsweep.hub.weights import Channels, Stored, same
 
 
 def convert(model: QuantizedModel) -> QuantizedModel:
@@ -46,8 +47,9 @@ def convert(model: QuantizedModel) -> QuantizedModel:
             _convert_activation(graph, node, grid)
         else:
             _convert_dynamic(graph, node)
+    tables: dict[str, list[tuple[Stored, fx.Node]]] = {}
     for node in weights:
-        _convert_weight(graph, node)
+        _convert_weight(graph, node, tables)
     for name in {str(node.target) for node in observers}:
         graph.delete_submodule(name)
     graph.graph.eliminate_dead_code()
@@ -112,7 +114,8 @@ def _convert_dynamic(graph: fx.GraphModule, node: fx.Node) -> None:
 
 
 @torch.no_grad()
-def _convert_weight(graph: fx.GraphModule, node: fx.Node) -> None:
+def _convert_weight(graph: fx.GraphModule, node: fx.Node, tables: dict[str, list[tuple[Stored, fx.Node]]]) -> None:
+    """`tables`: of embeddings, by name, as they are stored and read. A layer with the same integers shares them."""
     (compute,) = node.users
     given, original = source(compute), str(source(node).target)
     bias = constant(graph, compute.args[2]) if len(compute.args) > 2 else None
@@ -121,8 +124,15 @@ def _convert_weight(graph: fx.GraphModule, node: fx.Node) -> None:
     smallest = least_scales(weight, None if bias is None else _finite(graph, source(compute, 2)), step)
     observer = cast(WeightObserver, graph.get_submodule(str(node.target)))
     stored = observer.stored(weight, smallest)
-    dequantized = stored.write(graph, own_name(graph, original, compute), before=node)
-    node.replace_all_uses_with(dequantized)
+    known = next((real for table, real in tables.get(original, []) if same(table, stored)), None)
+    if known is None:
+        real = stored.write(graph, own_name(graph, original, compute), before=node)
+    else:
+        with graph.graph.inserting_before(node):
+            real = graph.graph.node_copy(known)
+    if compute.target is EMBEDDING:
+        tables.setdefault(original, []).append((stored, real))
+    node.replace_all_uses_with(real)
     graph.graph.erase_node(node)
     if bias is not None and step is not None and isinstance(stored, Channels):
         _snap_bias(graph, compute, bias, torch.tensor(step) * stored.scale)

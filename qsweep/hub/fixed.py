@@ -38,7 +38,7 @@ def with_computed_layers(model: QuantizedModel) -> QuantizedModel:
 
 
 def with_constants(graph: fx.GraphModule) -> fx.GraphModule:
-    """All that no input goes into as constants, in place, but for weights that are stored as integers."""
+    """All that no input goes into as constants, in place, but for weights of layers that are stored as integers."""
     _fold(graph, fixed_nodes(graph))
     return graph
 
@@ -46,11 +46,15 @@ def with_constants(graph: fx.GraphModule) -> fx.GraphModule:
 def _fold(graph: fx.GraphModule, nodes: dict[fx.Node, None]) -> None:
     """Constants for those of `nodes` that others read, in place."""
     read = [node for node in nodes if not nodes.keys() >= node.users.keys()]
-    computed = [node for node in read if node.op != "get_attr" and node.target not in STORED]
+    computed = [node for node in read if node.op != "get_attr" and not _weight(node)]
     for node, value in _values(graph, computed).items():
         _as_constant(graph, node, f"{node.name}_computed", value.detach())
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _weight(node: fx.Node) -> bool:
+    return node.target in STORED and any(user.target in COMPUTE for user in node.users)
 
 
 def _computed_layers(graph: fx.GraphModule) -> dict[fx.Node, None]:

@@ -33,6 +33,8 @@ CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default}
 LINEARS = {aten.linear.default}
 COMPUTE = CONVOLUTIONS | LINEARS
 """Ops that multiply activations (argument 0) by a weight (argument 1) and add a bias (argument 2)."""
+EMBEDDING = aten.embedding.default
+"""Looks rows up in a table (argument 0)."""
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 SIZE = aten.sym_size.int
 """A number that depends on the batch."""
@@ -202,6 +204,11 @@ def weight_bits_of(node: fx.Node) -> int:
         return cast(int, node.args[3])
     low, high = (3, 4) if node.target is DEQUANTIZE_GROUPS else (4, 5)
     return (cast(int, node.args[high]) - cast(int, node.args[low])).bit_length()
+
+
+def stored_bits(graph: fx.GraphModule) -> dict[str, int]:
+    """Bit widths of the weights that are stored as integers, by name."""
+    return {str(source(node).target): weight_bits_of(node) for node in nodes_of(graph, STORED)}
 
 
 def beside_weights(graph: fx.GraphModule) -> set[str]:

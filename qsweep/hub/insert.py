@@ -19,6 +19,7 @@ from qsweep.hub.fixed import fixed_nodes
 from qsweep.hub.form import (
     BINARY,
     COMPUTE,
+    EMBEDDING,
     LINEARS,
     POINTWISE,
     POOLS,
@@ -70,16 +71,18 @@ def insert_observers(
     model: QuantizedModel,
     activation: Callable[[Place], nn.Module | None],
     weight: Callable[[Place], nn.Module | None],
+    embedding: Callable[[], nn.Module | None] = lambda: None,
     *,
     apart: Callable[[Place], bool] = lambda place: False,
     layers_only: bool = False,
 ) -> None:
     """Put observers (or fake quantizers) on every value that will be quantized, in place.
 
-    `activation(place)` and `weight(place)` make them; None leaves the value as it is. A group of values on one grid
-    shares one observer, named after the first: `observe_relu_3`. Where sums or pools read a value beside layers, and
-    `apart(place)`, the layers have an observer of their own behind it, `observe_relu_3_layers`. With `layers_only` they
-    stand only on what layers read, for them alone.
+    `activation(place)` and `weight(place)` make them, and `embedding()` that of a table in which what follows from the
+    input is looked up; None leaves the value as it is. A group of values on one grid shares one observer, named after
+    the first: `observe_relu_3`. Where sums or pools read a value beside layers, and `apart(place)`, the layers have an
+    observer of their own behind it, `observe_relu_3_layers`. With `layers_only` they stand only on what layers read,
+    for them alone.
     """
     graph = model.graph
     ShapeProp(graph).propagate(model.example)
@@ -111,16 +114,22 @@ def insert_observers(
             graph.add_submodule(f"{name}{OF_LAYERS}", observer)
             for value in observed:
                 _observe(graph, value, f"{name}{OF_LAYERS}", [user for user in value.users if user in layers])
-    for node, layer in layers.items():
-        if (observer := weight(Place((layer,), node in edges))) is not None:
+    stored = [(node, 1, weight(Place((layer,), node in edges))) for node, layer in layers.items()]
+    stored += [(node, 0, embedding()) for node in nodes_of(graph, {EMBEDDING}) if _looks_up(graph, node)]
+    for node, index, observer in stored:
+        if observer is not None:
             name = f"observe_{node.name}_weight"
             graph.add_submodule(name, observer)
-            _observe(graph, source(node, 1), name, [node])
+            _observe(graph, source(node, index), name, [node])
     graph.recompile()
 
 
 def _has_weight(graph: fx.GraphModule, node: fx.Node) -> bool:
     return constant(graph, node.args[1]) is not None
+
+
+def _looks_up(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return constant(graph, node.args[0]) is not None and not _fixed(node)
 
 
 def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.Node]) -> fx.Node:

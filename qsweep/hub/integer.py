@@ -19,6 +19,7 @@ from qsweep.hub.form import (
     BINARY,
     COMPUTE,
     DEQUANTIZE,
+    EMBEDDING,
     LINEARS,
     POINTWISE,
     POOLS,
@@ -164,6 +165,8 @@ class IntegerInterpreter(fx.Interpreter):
             return quantize_rows(_real(given), args[2])
         if target is DEQUANTIZE_WEIGHT:
             return Weight(given.double(), args[1])
+        if target is EMBEDDING and isinstance(given, Weight):  # the rows that are read, not the whole table
+            return target(given.q, args[1]).float() * target(given.scale.unsqueeze(1), args[1])
         if target in COMPUTE:
             return self._compute(target, args, kwargs)
         if target in BINARY and isinstance(given, Integers) and isinstance(args[1], Integers) and not kwargs:

@@ -17,12 +17,10 @@ from qsweep.hub.form import (
     QuantizedModel,
     attributes,
     idle_zero_points,
-    nodes_of,
     set_constant,
-    source,
-    weight_bits_of,
+    stored_bits,
 )
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.packing import pack, unpack
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
@@ -60,7 +58,7 @@ def structure(model: QuantizedModel, *, widths: bool = False) -> str:
 
 def save_weights(model: QuantizedModel, folder: Path) -> dict[str, Any]:
     """Write `weights.safetensors`; returns {name: [bits, shape]} of the tensors that were packed."""
-    bits, idle = _bits(model.graph), idle_zero_points(model.graph)
+    bits, idle = stored_bits(model.graph), idle_zero_points(model.graph)
     tensors, packed = {}, {}
     for name, value in attributes(model.graph):
         if name in bits and bits[name] < 8:
@@ -105,11 +103,6 @@ def _constants(folder: Path, packed: dict[str, Any], rows: list[list[Any]]) -> t
     for name, value in tensors.items():
         set_constant(root, name, value)
     return root
-
-
-def _bits(graph: fx.GraphModule) -> dict[str, int]:
-    """Bit width of the integer weights, by name."""
-    return {str(source(node).target): weight_bits_of(node) for node in nodes_of(graph, STORED)}
 
 
 def _node(node: fx.Node, names: dict[fx.Node, str]) -> list[Any]:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qsweep.hub.form import DEQUANTIZE, Layer, QuantizedModel, attributes, beside_weights, idle_zero_points, source
+from qsweep.hub.form import (
+    DEQUANTIZE,
+    Layer,
+    QuantizedModel,
+    attributes,
+    beside_weights,
+    idle_zero_points,
+    source,
+    stored_bits,
+)
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
 
@@ -48,7 +57,7 @@ def work(model: QuantizedModel) -> dict[str, float]:
     What is no layer, such as a product of two activations, counts at the bits of the model's type.
     """
     layers = model.layers()
-    bits = {layer.name: layer.weight_bits for layer in layers}
+    bits = stored_bits(model.graph)
     weights = {layer.name: _real(model, layer) for layer in layers}
     idle, beside = idle_zero_points(model.graph), beside_weights(model.graph)
     constants = {name: value for name, value in attributes(model.graph) if name not in idle}

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from qsweep.errors import DataError, NotFinite
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import OF_LAYERS, insert_observers
-from qsweep.quantize._observers import NearestWeight, RangeObserver, activation_observer, apart
+from qsweep.quantize._observers import NearestWeight, RangeObserver, activation_observer, apart, embedding_observer
 from qsweep.quantize._prepare import preparation, prepared
 from qsweep.quantize._ranges import BINS
 from qsweep.quantize.base import Grids, Uniform
@@ -32,6 +32,7 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
         observed,
         lambda place: activation_observer(config, place),
         lambda place: NearestWeight(config, place),
+        lambda: embedding_observer(config),
         apart=lambda place: apart(config, place),
         layers_only=config.activation_mode != "static",
     )

@@ -13,7 +13,8 @@ from qsweep.hub.insert import Place
 from qsweep.hub.weights import Channels, Groups, Stored
 from qsweep.quantize._arithmetic import WeightLevels, activation_grid, weight_levels
 from qsweep.quantize._ranges import BINS, Histogram, fitted_range
-from qsweep.quantize.base import Grids, Uniform
+from qsweep.quantize.base import Grids, LowBit, Uniform
+from qsweep.quantize.ptq import PTQ
 
 _PART = 1 << 22
 """Values counted at once: counting takes six times their memory."""
@@ -168,6 +169,12 @@ def activation_observer(config: Grids, place: Place) -> RangeObserver | BatchObs
     if config.activation_mode == "token":
         return RowObserver(config, place) if place.rows else None
     return BatchObserver(config, place) if config.activation_mode == "dynamic" else RangeObserver(config, place)
+
+
+def embedding_observer(config: LowBit) -> NearestWeight | None:
+    """What stands on the tables of embeddings; None leaves them as they are."""
+    bits = config.embedding_bits
+    return None if bits is None else NearestWeight(PTQ(weight_bits=bits), Place((), edge=False))
 
 
 class NearestWeight(nn.Module):

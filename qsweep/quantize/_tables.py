@@ -16,6 +16,7 @@ from qsweep.hub.insert import insert_observers
 from qsweep.hub.weights import Codebook
 from qsweep.quantize._arithmetic import weight_levels
 from qsweep.quantize._kmeans import errors, kmeans, nearest, starts
+from qsweep.quantize._observers import embedding_observer
 from qsweep.quantize.base import NO_LAYER
 from qsweep.quantize.codebook import Granularity
 from qsweep.quantize.table import Table
@@ -44,7 +45,12 @@ def weights_only(config: Table, model: nn.Module, context: Context, fit: Fit) ->
     found = float_graph(model, context)
     if not found.layers():
         raise Refused(NO_LAYER)
-    insert_observers(found, lambda place: None, lambda place: TableWeight(fit, config.bits_of(edge=place.edge)))
+    insert_observers(
+        found,
+        lambda place: None,
+        lambda place: TableWeight(fit, config.bits_of(edge=place.edge)),
+        lambda: embedding_observer(config),
+    )
     return convert(found)
 
 

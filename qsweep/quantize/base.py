@@ -58,7 +58,21 @@ class Quantization(Stage):
         return False
 
 
-class Grids(Quantization):
+class LowBit(Quantization):
+    """Stores weights in few bits."""
+
+    edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
+    """Bits of the first and the last layer, where they are to have more: weights and, where they are quantized, the
+    activations they read."""
+    embedding_bits: Annotated[int, Field(ge=2, le=8)] | None = 8
+    """Of the tables of embeddings: symmetric integers with a scale for each row, which are made real where they are
+    looked up. null: they stay in floating point."""
+
+    def _embedding_label(self) -> list[str]:
+        return [] if self.embedding_bits == 8 else [f"emb{self.embedding_bits or 32}"]
+
+
+class Grids(LowBit):
     """Equally spaced levels: q = clamp(round(x / scale) + zero_point, low, high), half to even.
 
     Integer kernels take symmetric weights, per channel or tensor, of 8 bits at most. Scales are float32; zero points
@@ -93,8 +107,6 @@ class Grids(Quantization):
     point, and there is no calibration. token: as dynamic, but each row that a linear reads (a token of a transformer)
     sets a symmetric range of its own, so that no result depends on others; convolutions read floating point. Counts
     where `activation_bits` is not null."""
-    edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
-    """Bits of the first and the last layer, where they are to have more: weights and the activations they read."""
     layer_bits: dict[str, Bits] = {}
     """Bits of the weights of some layers, by a pattern of their names, such as `layer1.*: 6`; of several patterns that
     match, the longest counts. Goes before `edge_bits`. Each pattern must match a layer."""
@@ -210,6 +222,7 @@ class Grids(Quantization):
             parts.append(f"edge{self.edge_bits}")
         if self.layer_bits:
             parts.append("layers" + ".".join(str(bits) for _, bits in sorted(self.layer_bits.items())))
+        parts += self._embedding_label()
         if self.activation_bits is not None and self.activation_mode != "static":
             parts.append(self.activation_mode)
         elif self.activation_bits is not None:

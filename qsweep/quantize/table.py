@@ -4,17 +4,15 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from qsweep.quantize.base import Quantization
+from qsweep.quantize.base import LowBit
 
 
-class Table(Quantization):
+class Table(LowBit):
     """Weights as indices into a table of values; activations and arithmetic stay in floating point."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     weight_bits: Annotated[int, Field(ge=2, le=8)] = 4
     """Of an index: the table has 2^bits values."""
-    edge_bits: Annotated[int, Field(ge=8, le=8)] | None = None
-    """Bits of the first and the last layer, where they are to have more."""
 
     def canonical(self) -> Self:
         return super().canonical().with_defaults(*["edge_bits"] * (self.weight_bits == 8))
@@ -33,4 +31,5 @@ class Table(Quantization):
 
     def label(self) -> str:
         """Such as `apot-w4`, with `-edge8` where the first and last layer have 8 bits."""
-        return f"{self.method}-w{self.weight_bits}" + (f"-edge{self.edge_bits}" if self.edge_bits else "")
+        edge = [f"edge{self.edge_bits}"] if self.edge_bits else []
+        return "-".join([self.method, f"w{self.weight_bits}", *edge, *self._embedding_label()])

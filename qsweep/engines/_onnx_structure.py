@@ -50,7 +50,7 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _spell_out(content, weights)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 6, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 7, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
@@ -162,8 +162,11 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
             nodes.append(helper.make_node("DequantizeLinear", [integers, scale, zero], node.output, name=node.name))
             continue
         if node.op_type == "Gather" and node.input[0] in weights:
-            nodes += _looked_up(content, node)
-            continue
+            table = f"{node.input[0]}.rows"
+            if table not in seen:
+                seen.add(table)
+                nodes += _real_table(content, node.input[0], table)
+            node.input[0] = table
         for i, name in enumerate(node.input):
             if name in weights:
                 node.input[i] = once("DequantizeLinear", [name, one], f"{name}.real")
@@ -173,21 +176,18 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
     content.graph.node.extend(ordered)
 
 
-def _looked_up(content: onnx.ModelProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """A Gather of integer rows: made real behind it, and not the whole table before it."""
+def _real_table(content: onnx.ModelProto, name: str, result: str) -> list[onnx.NodeProto]:
+    """The rows of integers `name`, each times its scale, as ops that the runtime computes when it loads the model; a
+    DequantizeLinear it would compute in every call, and for the whole table."""
     from onnx import TensorProto, helper
 
-    table, places = node.input
-    names = {part: f"{node.output[0]}.{part}" for part in ("integers", "cast", "scale", "column")}
-    last = add(content, f"{node.output[0]}.last", np.array([-1]))
-    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
-        ("Gather", [table, places], names["integers"], {}),
-        ("Cast", [names["integers"]], names["cast"], {"to": TensorProto.FLOAT}),
-        ("Gather", [f"{table}_scale", places], names["scale"], {}),
-        ("Unsqueeze", [names["scale"], last], names["column"], {}),
-        ("Mul", [names["cast"], names["column"]], node.output[0], {}),
+    last = add(content, f"{result}.last", np.array([-1]))
+    steps: list[tuple[str, list[str], str, dict[str, int]]] = [
+        ("Cast", [name], f"{result}.integers", {"to": TensorProto.FLOAT}),
+        ("Unsqueeze", [f"{name}_scale", last], f"{result}.scale", {}),
+        ("Mul", [f"{result}.integers", f"{result}.scale"], result, {}),
     ]
-    return [helper.make_node(kind, given, [result], name=result, **more) for kind, given, result, more in steps]
+    return [helper.make_node(kind, given, [output], name=output, **more) for kind, given, output, more in steps]
 
 
 def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:

@@ -341,8 +341,9 @@ def user(root: Path, old: str = "", new: str = "", **fields: Any) -> Task:
     return Python(file="mine.py:Mine", **fields).open(root)
 
 
-def test_a_task_of_ones_own_needs_four_methods(tmp_path: Path) -> None:
-    task = user(tmp_path, arguments={"size": 5})
+@pytest.mark.parametrize("base", ["", "(Task)"])
+def test_a_task_of_ones_own_needs_four_methods(base: str, tmp_path: Path) -> None:
+    task = user(tmp_path, "class Mine:", f"from qsweep.tasks import Task\n\nclass Mine{base}:", arguments={"size": 5})
     check(task, task.model())
     assert task.transform(torch.zeros(2, 5, dtype=torch.uint8)).dtype == torch.float32
 

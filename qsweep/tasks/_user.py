@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from qsweep.errors import QsweepError, TaskFailure
-from qsweep.tasks.base import Samples, SplitName
+from qsweep.tasks.base import Samples, SplitName, Task
 
 METHODS = ("model", "samples", "loss", "score")
 
@@ -91,7 +91,9 @@ class UserTask:
         return Samples(inputs.detach(), labels.detach())
 
     def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
-        if not hasattr(self._task, "transform"):  # other whole numbers stay, for `check` to refuse
+        own = getattr(self._task, "transform", None)
+        if own is None or getattr(own, "__func__", None) is Task.transform:
+            # other whole numbers stay, for `check` to refuse
             return inputs.float() if inputs.is_floating_point() or inputs.dtype == torch.uint8 else inputs
         found = self._ask("transform", inputs, generator)
         fits = isinstance(found, Tensor) and found.dim() > 0 and len(found) == len(inputs)

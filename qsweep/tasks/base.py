@@ -39,7 +39,8 @@ class Task(Protocol):
         """One of three disjoint splits. Calibration and training see `train`, the search `validation`."""
 
     def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
-        """Stored inputs (B, ...) as the model takes them, float32. With a `generator`: augmented by it."""
+        """Stored inputs (B, ...) as the model takes them, float32. With a `generator`: augmented by it. A class of the
+        user's own may be without: its inputs are cast."""
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Scalar to train on, of the arguments alone: quantization-aware training on a GPU records what it does once

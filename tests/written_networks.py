@@ -151,5 +151,21 @@ class Related(nn.Module):
         return logits
 
 
-WRITTEN: list[type[nn.Module]] = [Attended, Pyramid, Clips, Shifted, Rotated, Related]
+class Compared(nn.Module):
+    """Products of two activations whose sides are sums and means that nothing else reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(1, 8, 3, padding=1)
+        self.third, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        summed = (self.one(x) + self.other(x)).flatten(2)
+        pooled = F.avg_pool2d(self.third(x), 2).flatten(2)
+        alike = summed @ summed.transpose(1, 2) / 64
+        found: Tensor = self.last(torch.cat([alike.flatten(1), (alike @ pooled / 8)[:, :, :8].flatten(1)], 1))
+        return found
+
+
+WRITTEN: list[type[nn.Module]] = [Attended, Pyramid, Clips, Shifted, Rotated, Related, Compared]
 """Each takes (B, 1, 8, 8) and gives (B, 10)."""

@@ -24,9 +24,14 @@ def grid_arguments(output: Output | None, bounds: tuple[float, float] = (-torch.
     return {"y_zero": output.zero_point, "low": float(low), "high": float(high)}
 
 
+def check_result(out: Tensor, output: Output | None) -> None:
+    """Asserts that `out` holds what a kernel writes onto `output`: int8, or floating point of any width for None."""
+    assert out.is_floating_point() if output is None else out.dtype == torch.int8
+
+
 def finish_arguments(requantize: Requantize, residual: Residual | None, out: Tensor) -> dict[str, Any]:
     """What `finish` takes, for `out` (N, OH, OW, OC)."""
-    assert out.is_floating_point() if requantize.output is None else out.dtype == torch.int8
+    check_result(out, requantize.output)
     assert out.stride(3) == 1 or out.shape[3] == 1
     given = {
         "y_ptr": out,

@@ -21,7 +21,7 @@ from qsweep.cuda._elements import (
     quantize_pixels,
     rescale_elements,
 )
-from qsweep.cuda._launch import EXACT, check_offsets, grid_arguments, power_of_two
+from qsweep.cuda._launch import EXACT, check_offsets, check_result, grid_arguments, power_of_two
 from qsweep.cuda.arithmetic import Operand, Output
 from qsweep.errors import Refused
 
@@ -111,9 +111,9 @@ def add(
 ) -> Tensor:
     """Write the sum of two integer tensors into `out`, and return it: two products and one sum in float32.
 
-    `output` None: float32 results within `bounds`, and the operands' multipliers are their scales.
+    `output` None: real results within `bounds`, and the operands' multipliers are their scales.
     """
-    assert out.dtype == (torch.float32 if output is None else torch.int8)
+    check_result(out, output)
     blocks, arguments = _layout(l=left.values, r=right.values, y=out)
     add_elements[blocks](
         left.values,

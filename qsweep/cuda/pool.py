@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qsweep.cuda._launch import EXACT, check_offsets, grid_arguments, power_of_two
+from qsweep.cuda._launch import EXACT, check_offsets, check_result, grid_arguments, power_of_two
 from qsweep.cuda._pools import average_all, average_windows, max_all, max_windows
 from qsweep.cuda.arithmetic import Output
 
@@ -47,9 +47,9 @@ def avg_pool2d(
     """Write f32(sum of x - zero_point over each window) * multiplier into `out`, onto `output`, and return it.
 
     `x`: int8 (N, H, W, C) without its halo; pixels outside count as the real 0. `out`: (N, OH, OW, C), int8, or
-    float32 where `output` is None. `multiplier`: f32(s_x / (s_y * count)); for float32 results f32(s_x / count).
+    floating point where `output` is None. `multiplier`: f32(s_x / (s_y * count)); for real results f32(s_x / count).
     """
-    assert out.dtype == (torch.float32 if output is None else torch.int8)
+    check_result(out, output)
     blocks, arguments = _layout(x, out)
     windows = _windows(kernel, stride, padding)
     average_windows[blocks](x, out, zero_point, multiplier, **grid_arguments(output), **arguments, **windows, **EXACT)
@@ -65,7 +65,7 @@ def global_max_pool(x: Tensor, out: Tensor) -> Tensor:
 
 def global_avg_pool(x: Tensor, zero_point: int, multiplier: float, output: Output | None, out: Tensor) -> Tensor:
     """As `avg_pool2d` over all pixels; `out` (N, C), any row stride."""
-    assert out.dtype == (torch.float32 if output is None else torch.int8)
+    check_result(out, output)
     blocks, arguments = _whole(x, out)
     average_all[blocks](x, out, zero_point, multiplier, **grid_arguments(output), **arguments, **EXACT)
     return out

@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +67,9 @@ def main() -> None:
     options = arguments()
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    # PyTorch's compiler would move it, in each process at another moment: what one compiles another would not find
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was started ends, too
     import gpu_asked as asked
     import torch
     from gpu_clock import Bench
@@ -84,7 +88,6 @@ def main() -> None:
     kept = known if options.parts or options.missing else None
     rows = Rows(asked.rows(), options.out, HEADING, about(device), kept, settle=options.missing)
     bench = Bench(device, options.tiny, options.budget, BEGUN)
-    watch(bench.left + _GRACE, rows)
     run(bench, rows, options)
     rows.fill(rows.pending(), "not measured", None)
     print(f"{time.monotonic() - BEGUN:.0f} s", flush=True)
@@ -115,8 +118,9 @@ def about(device: torch.device) -> str:
     return f"{date.today()}, {where}, {versions}." + " Tiny sizes, interpreted: no figures." * (device.type == "cpu")
 
 
-def watch(seconds: float, rows: Rows) -> None:
-    """End the process after `seconds`, with every row written: a compiler cannot be interrupted otherwise."""
+def watch(seconds: float, rows: Rows, stop: Callable[[], None]) -> None:
+    """End the process after `seconds`, with every row written and after `stop`: a compiler cannot be interrupted
+    otherwise."""
 
     from gpu_rows import OUT_OF_TIME
 
@@ -124,6 +128,7 @@ def watch(seconds: float, rows: Rows) -> None:
         with rows.lock:
             rows.fill(rows.pending(), OUT_OF_TIME, None)
             print("out of time", flush=True)
+            stop()
             os._exit(0)
 
     timer = threading.Timer(seconds, end)
@@ -138,6 +143,7 @@ def run(bench: Bench, rows: Rows, options: argparse.Namespace) -> None:
 
     torch.backends.cudnn.benchmark = True  # baselines are to be as fast as cuDNN can be
     session = Session(bench, rows)
+    watch(bench.left + _GRACE, rows, session.stop)
     parts = [part for part in PARTS if part in (options.parts or PARTS)]
     session.prepare(parts)
     try:

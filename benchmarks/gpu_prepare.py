@@ -1,7 +1,7 @@
 """Compiles what will be timed, in processes beside the one that checks equality and times nothing meanwhile.
 
 Compiling is most of the benchmark's time and runs on the CPU: the caches on disk, of Triton and of PyTorch's compiler,
-take it from one process to the next. Block shapes, which are chosen by timing, are not taken over.
+take it from one process to the next. What is chosen by timing, block shapes and the compiler's own, is not taken over.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -92,6 +93,13 @@ def _mark(name: str, batch: int, label: str) -> str:
     return f"{name} {batch} {label}"
 
 
+def _end_with(parent: int) -> None:
+    """End this process, and what it has started, once it is no longer the child of `parent`."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -100,19 +108,20 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", type=_read)
     options = parser.parse_args()
     sys.path[:0] = [str(HERE.parent), str(HERE)]
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import torch
+    import torch._inductor.config as settings
     from gpu_baselines import Baselines, compiled
     from gpu_clock import Bench, reason
 
+    settings.autotune_local_cache = False  # blocks of kernels that were timed beside other processes are not kept
     bench = Bench(torch.device(options.device), options.tiny, float("inf"))
-    baselines, parent = Baselines(bench), os.getppid()
+    baselines = Baselines(bench)
     for name, batch, tuned in options.cases:
         steps = {} if tuned else {"int8": partial(baselines.chain, name, batch)}
         for way in compiled(name, batch, tuned=tuned):
             steps[way.label] = partial(baselines.compiled, name, batch, way)
         for label, step in steps.items():
-            if os.getppid() != parent:
-                return
             begun = time.monotonic()
             try:
                 with torch.no_grad():

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from qsweep import jobs
 from qsweep.cli.main import app
+from qsweep.cuda.capture import captured
 from qsweep.cuda.device import refusal
 from qsweep.engines.cuda import Cuda
 from qsweep.engines.float import Float
@@ -285,6 +286,24 @@ def test_a_gpu_that_pytorch_has_no_kernels_for_is_refused(tmp_path: Path) -> Non
     failure = json.loads((folder / "measure.json").read_text())["failure"]
     assert failure["kind"] == "Refused"
     assert "has no kernels for this GPU" in failure["message"]
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("CUDA error: operation not permitted when stream is capturing", Refused),
+        ("CUDA error: an illegal memory access was encountered", torch.AcceleratorError),
+    ],
+)
+def test_a_call_that_cannot_be_captured_is_refused(
+    said: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(call: Callable[[], object]) -> None:
+        raise torch.AcceleratorError(said)
+
+    monkeypatch.setattr("qsweep.cuda.capture.graph_of", capture)
+    with pytest.raises(kind, match="CUDA"):
+        captured(torch.abs, torch.zeros(2))
 
 
 @pytest.mark.parametrize(("free", "kind"), [(1, "OutOfMemory"), (50, "TaskFailure")])

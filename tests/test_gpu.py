@@ -64,6 +64,16 @@ def test_the_float_engine_gives_the_models_outputs_on_a_gpu(compile: bool, captu
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_a_call_that_looks_at_a_result_is_refused_and_the_device_works_on() -> None:
+    from qsweep.cuda.capture import captured
+
+    example = torch.ones(4, device="cuda")
+    with pytest.raises(Refused, match="cannot be captured in a CUDA graph"):
+        captured(lambda x: x * float(x.sum()), example)
+    assert captured(lambda x: x * 2, example)(example).tolist() == [2.0] * 4
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_what_a_graph_keeps_for_its_replays_counts_and_what_was_tried_before_does_not() -> None:
     from qsweep.cuda.capture import captured
 

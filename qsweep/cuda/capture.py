@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qsweep.errors import Refused, why
 from qsweep.replay import own_stream
 
 _WARM_UP_CALLS = 3
@@ -26,8 +27,16 @@ def graph_of(call: Callable[[], object], repeat: int = 1) -> torch.cuda.CUDAGrap
 
 
 def captured(call: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
-    """`call` as one graph: takes inputs shaped as `example`, gives a buffer that the next call overwrites."""
-    return _Captured(call, example)
+    """`call` as one graph: takes inputs shaped as `example`, gives a buffer that the next call overwrites.
+
+    Raises Refused for a call that looks at what it has computed, which a graph cannot.
+    """
+    try:
+        return _Captured(call, example)
+    except torch.AcceleratorError as error:
+        if "captur" not in str(error):  # the device's fault, not the call's
+            raise
+        raise Refused(f"a call of the model cannot be captured in a CUDA graph: {why(error)}") from None
 
 
 class _Captured:

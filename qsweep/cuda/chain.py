@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,7 +18,22 @@ from qsweep.cuda.tune import tune
 from qsweep.errors import Refused
 from qsweep.hub.form import QuantizedModel
 
+_REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 _PRODUCTS = {"cuda": torch.float16, "cpu": torch.float32}
+
+
+@contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """Products of 16-bit numbers whose sums are float32 to their end: cuBLAS may add parts of them in 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    kept = {name: getattr(matmul, name) for name in _REDUCED}
+    try:
+        for name in _REDUCED:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(matmul, name, value)
 
 
 class Chain:
@@ -26,7 +42,7 @@ class Chain:
     `tiles`: block shapes by the name of a layer's weight; None: those that are fastest on this GPU, measured once and
     kept on disk, and on the CPU the kernels' own choice. `products`: the type of what products of two activations read,
     as attention has them; None: float16 on a GPU, float32 on the CPU. `keep`: no two values share memory, so that
-    `integers` can show them. Raises Refused for what int8 does not hold.
+    `integers` can show them. Raises Refused for what int8 does not hold, and for ops that a CUDA graph does not.
     """
 
     def __init__(
@@ -52,7 +68,8 @@ class Chain:
             with torch.cuda.device(self.device), torch.no_grad():
                 if tiles is None:
                     tune(self._binding.products, self.device)
-                self._call = captured(self._run, torch.zeros(self._shape, device=self.device))
+                with _sums_in_float32():
+                    self._call = captured(self._run, torch.zeros(self._shape, device=self.device))
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:

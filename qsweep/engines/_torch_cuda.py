@@ -34,12 +34,10 @@ def gpu_runner(folder: Path, engine: EngineConfig, *, compile: bool, capture: bo
     try:
         call = compiled(graph, example) if compile else graph
         return fixed(captured(call, example) if capture else call, example)
-    except torch.OutOfMemoryError:
+    except Refused as error:
+        raise Refused(f"{error}; `capture: false` launches its kernels one by one") from None
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except torch.AcceleratorError as error:
-        if "captur" not in str(error):  # not the model's fault: the device's
-            raise
-        raise Refused(f"a call of the model cannot be captured; `capture: false` launches it: {why(error)}") from None
     except Exception as error:  # the compiler raises dozens of types; all mean that it cannot take the model
         instead = "; without the compiler (`compile`, of `cuda` `compile_baselines`) it may" if compile else ""
         raise Refused(f"the model cannot run on the GPU: {why(error)}{instead}") from error

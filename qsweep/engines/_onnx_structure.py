@@ -182,7 +182,7 @@ def _real_table(content: onnx.ModelProto, name: str, result: str) -> list[onnx.N
     from onnx import TensorProto, helper
 
     last = add(content, f"{result}.last", np.array([-1]))
-    steps: list[tuple[str, list[str], str, dict[str, int]]] = [
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Cast", [name], f"{result}.integers", {"to": TensorProto.FLOAT}),
         ("Unsqueeze", [f"{name}_scale", last], f"{result}.scale", {}),
         ("Mul", [f"{result}.integers", f"{result}.scale"], result, {}),

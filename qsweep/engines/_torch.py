@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx
 
-from qsweep.engines._torch_graph import unsigned, with_grid_input, with_image_convolutions
+from qsweep.engines._torch_graph import for_patterns, with_grid_input
 from qsweep.errors import Refused, why
 from qsweep.hub.fixed import with_constants
 from qsweep.hub.form import DEQUANTIZE, TRANSPOSED, nodes_of, source
@@ -30,7 +30,7 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool, integers: bool)
     """The artifact in PyTorch, on integer kernels or in floating point, called once: all that is lazy has happened."""
     torch.set_num_threads(engine.threads)
     model = load(folder)
-    graph = with_constants(with_image_convolutions(unsigned(model.graph)) if integers else simulation(model))
+    graph = with_constants(for_patterns(model.graph) if integers else simulation(model))
     example = torch.zeros(engine.batch_size, *model.example.shape[1:])
     call: Any = None
 

@@ -24,6 +24,11 @@ from qsweep.hub.form import (
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
 
+def for_patterns(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same graph as Inductor's patterns of integer kernels are written, in place."""
+    return with_image_convolutions(with_own_weights(unsigned(graph)))
+
+
 def unsigned(graph: fx.GraphModule) -> fx.GraphModule:
     """The same graph with uint8 activations from 0, which oneDNN's kernels take; in place and exact.
 
@@ -38,6 +43,22 @@ def unsigned(graph: fx.GraphModule) -> fx.GraphModule:
                 bounded = graph.graph.call_function(aten.clamp_max.default, (node, high - low))
             for reader in [user for user in node.users if user is not bounded]:
                 reader.replace_input_with(node, bounded)
+    graph.recompile()
+    return graph
+
+
+def with_own_weights(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of its integer weights for each layer, in place: PyTorch's compiler makes one of equal dequantize ops, and
+    its patterns want one that a single layer reads."""
+    seen = set()
+    for node in nodes_of(graph, {DEQUANTIZE_WEIGHT}):
+        name, integers = str(source(node).target), constant(graph, node)
+        if name in seen and integers is not None:
+            name = f"{name}_{node.name}"
+            set_constant(graph, name, integers.clone())
+            with graph.graph.inserting_before(node):
+                node.update_arg(0, graph.graph.get_attr(name))
+        seen.add(name)
     graph.recompile()
     return graph
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from qsweep.errors import NotFinite
 from qsweep.hub.form import (
     BINARY,
+    COMPUTE,
     DEQUANTIZE,
-    EMBEDDING,
     POOLS,
     QUANTIZE,
     RECTIFIERS,
@@ -29,7 +29,7 @@ from qsweep.hub.insert import ActivationObserver, WeightObserver
 from qsweep.hub.norm import own_name
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS
 from qsweep.hub.ties import settle_again, settle_mean, settle_sum
-from qsweep.hub.weights import Channels, Stored, same
+from qsweep.hub.weights import Channels
 
 
 def convert(model: QuantizedModel) -> QuantizedModel:
@@ -47,9 +47,8 @@ def convert(model: QuantizedModel) -> QuantizedModel:
             _convert_activation(graph, node, grid)
         else:
             _convert_dynamic(graph, node)
-    tables: dict[str, list[tuple[Stored, fx.Node]]] = {}
     for node in weights:
-        _convert_weight(graph, node, tables)
+        _convert_weight(graph, node)
     for name in {str(node.target) for node in observers}:
         graph.delete_submodule(name)
     graph.graph.eliminate_dead_code()
@@ -114,28 +113,36 @@ def _convert_dynamic(graph: fx.GraphModule, node: fx.Node) -> None:
 
 
 @torch.no_grad()
-def _convert_weight(graph: fx.GraphModule, node: fx.Node, tables: dict[str, list[tuple[Stored, fx.Node]]]) -> None:
-    """`tables`: of embeddings, by name, as they are stored and read. A layer with the same integers shares them."""
-    (compute,) = node.users
-    given, original = source(compute), str(source(node).target)
-    bias = constant(graph, compute.args[2]) if len(compute.args) > 2 else None
-    weight = _finite(graph, source(node))
-    step = grid_of(given).scale if given.target is DEQUANTIZE else None
-    smallest = least_scales(weight, None if bias is None else _finite(graph, source(compute, 2)), step)
-    observer = cast(WeightObserver, graph.get_submodule(str(node.target)))
-    stored = observer.stored(weight, smallest)
-    known = next((real for table, real in tables.get(original, []) if same(table, stored)), None)
-    if known is None:
-        real = stored.write(graph, own_name(graph, original, compute), before=node)
-    else:
-        with graph.graph.inserting_before(node):
-            real = graph.graph.node_copy(known)
-    if compute.target is EMBEDDING:
-        tables.setdefault(original, []).append((stored, real))
-    node.replace_all_uses_with(real)
+def _convert_weight(graph: fx.GraphModule, node: fx.Node) -> None:
+    readers = list(node.users)
+    weight, original = _finite(graph, source(node)), str(source(node).target)
+    layers = {reader: _Sums.of(graph, reader) for reader in readers if reader.target in COMPUTE}
+    smallest = torch.zeros(len(weight))
+    for sums in layers.values():
+        smallest = torch.maximum(smallest, least_scales(weight, sums.bias, sums.step))
+    stored = cast(WeightObserver, graph.get_submodule(str(node.target))).stored(weight, smallest)
+    real = stored.write(graph, own_name(graph, original, *readers), before=node)
+    for reader in readers:  # runtimes match each with a dequantize of its own
+        with graph.graph.inserting_before(reader):
+            reader.replace_input_with(node, graph.graph.node_copy(real))
     graph.graph.erase_node(node)
-    if bias is not None and step is not None and isinstance(stored, Channels):
-        _snap_bias(graph, compute, bias, torch.tensor(step) * stored.scale)
+    for reader, sums in layers.items():
+        if sums.bias is not None and sums.step is not None and isinstance(stored, Channels):
+            _snap_bias(graph, reader, sums.bias, torch.tensor(sums.step) * stored.scale)
+
+
+class _Sums(NamedTuple):
+    """What a layer's sums start from, and the step of what it reads where that is on a fixed grid."""
+
+    bias: Tensor | None
+    step: float | None
+
+    @staticmethod
+    def of(graph: fx.GraphModule, layer: fx.Node) -> _Sums:
+        bias = constant(graph, layer.args[2]) if len(layer.args) > 2 else None
+        given = source(layer)
+        step = grid_of(given).scale if given.target is DEQUANTIZE else None
+        return _Sums(None if bias is None else _finite(graph, source(layer, 2)), step)
 
 
 def least_scales(weight: Tensor, bias: Tensor | None, step: float | None) -> Tensor:

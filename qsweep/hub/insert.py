@@ -79,8 +79,9 @@ def insert_observers(
     """Put observers (or fake quantizers) on every value that will be quantized, in place.
 
     `activation(place)` and `weight(place)` make them, and `embedding()` that of a table in which what follows from the
-    input is looked up; None leaves the value as it is. A group of values on one grid shares one observer, named after
-    the first: `observe_relu_3`. Where sums or pools read a value beside layers, and `apart(place)`, the layers have an
+    input is looked up; None leaves the value as it is. A weight that several layers read has one observer, and one that
+    is a table, too, that of the layers. A group of values on one grid shares one observer, named after the first:
+    `observe_relu_3`. Where sums or pools read a value beside layers, and `apart(place)`, the layers have an
     observer of their own behind it, `observe_relu_3_layers`. With `layers_only` they stand only on what layers read,
     for them alone.
     """
@@ -114,13 +115,14 @@ def insert_observers(
             graph.add_submodule(f"{name}{OF_LAYERS}", observer)
             for value in observed:
                 _observe(graph, value, f"{name}{OF_LAYERS}", [user for user in value.users if user in layers])
-    stored = [(node, 1, weight(Place((layer,), node in edges))) for node, layer in layers.items()]
-    stored += [(node, 0, embedding()) for node in nodes_of(graph, {EMBEDDING}) if _looks_up(graph, node)]
-    for node, index, observer in stored:
+    tables = {node: str(source(node).target) for node in nodes_of(graph, {EMBEDDING}) if _looks_up(graph, node)}
+    for constant_name in dict.fromkeys([*layers.values(), *tables.values()]):
+        users = [node for node, read in layers.items() if read == constant_name]
+        looked_up = [node for node, read in tables.items() if read == constant_name]
+        edge = not edges.isdisjoint(users)
+        observer = weight(Place((constant_name,), edge)) if users else embedding()
         if observer is not None:
-            name = f"observe_{node.name}_weight"
-            graph.add_submodule(name, observer)
-            _observe(graph, source(node, index), name, [node])
+            _observe_constant(graph, observer, [(node, 1) for node in users] + [(node, 0) for node in looked_up])
     graph.recompile()
 
 
@@ -139,6 +141,17 @@ def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.
     for reader in readers:
         reader.replace_input_with(value, observed)
     return observed
+
+
+def _observe_constant(graph: fx.GraphModule, observer: nn.Module, readings: list[tuple[fx.Node, int]]) -> None:
+    """Put `observer` on the constant that all of `readings`, nodes and their arguments, are."""
+    (first, index), *_ = readings
+    name = f"observe_{first.name}_weight"
+    graph.add_submodule(name, observer)
+    with graph.graph.inserting_after(source(first, index)):
+        observed = graph.graph.call_module(name, (source(first, index),))
+    for node, index in readings:
+        node.update_arg(index, observed)
 
 
 def _wanted(graph: fx.GraphModule) -> set[fx.Node]:

@@ -72,10 +72,10 @@ def replace_weight(graph: fx.GraphModule, compute: fx.Node, weight: Tensor, bias
     compute.args = (source(compute), *new, *compute.args[3:])
 
 
-def own_name(graph: fx.GraphModule, name: str, compute: fx.Node) -> str:
-    """`name` if `compute` alone reads it (through an observer, if there is one), else one made for `compute`."""
+def own_name(graph: fx.GraphModule, name: str, *computes: fx.Node) -> str:
+    """`name` if `computes` alone read it (through an observer, if there is one), else one made for their first."""
     constants = [node for node in graph.graph.nodes if node.op == "get_attr" and node.target == name]
     direct = {user for node in constants for user in node.users}
     observers = {user for user in direct if user.op == "call_module" and str(user.target).startswith("observe_")}
     readers = (direct - observers) | {reader for observer in observers for reader in observer.users}
-    return name if readers <= {compute} else f"{name}_{compute.name}"
+    return name if readers <= {*computes} else f"{name}_{computes[0].name}"

@@ -95,14 +95,6 @@ def _write(
         return graph.graph.call_function(op, (*parts, *rest))  # type: ignore[arg-type]
 
 
-def same(one: Stored, other: Stored) -> bool:
-    """Whether both are the same numbers, stored in the same way."""
-    if type(one) is not type(other):
-        return False
-    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
-
-
 def real_weight(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     """The values (float32) that a node of STORED gives."""
     integers, second, third = (constant(graph, argument) for argument in node.args[:3])

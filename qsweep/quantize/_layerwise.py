@@ -103,7 +103,7 @@ class _Walk(fx.Interpreter):
         self.found: dict[str, Rounded] = {}
         self.observers = {node: found for node in nodes_of(graph, COMPUTE) if (found := _observer(graph, node))}
         self.smallest = _smallest(graph, self.observers)
-        self.done: dict[tuple[str, int], Rounded] = {}
+        self.done: dict[str, Rounded] = {}
 
     def run_node(self, n: fx.Node) -> _Pair:
         if n in self.observers:
@@ -138,13 +138,13 @@ class _Walk(fx.Interpreter):
         if not (weight.isfinite().all() and _finite(target)):
             what = "an activation is NaN or infinite on the calibration samples"
             raise NotFinite(what if weight.isfinite().all() else f"`{name}`: must hold finite numbers")
-        if (name, observer.bits) not in self.done:
+        if name not in self.done:
             self.progress(f"rounding, layer {len(self.found) + 1} of {len(self.observers)}")
             levels = observer.fitted(weight, self.smallest[name])
             bias = rest[1] if len(rest) > 1 else None
             layer = Layer(node, weight, bias, args[0].rounded, target, levels)
-            self.done[name, observer.bits] = Rounded(self.rounding(layer, self.generator), levels)
-        self.found[node.name] = chosen = self.done[name, observer.bits]
+            self.done[name] = Rounded(self.rounding(layer, self.generator), levels)
+        self.found[node.name] = chosen = self.done[name]
         real = chosen.levels.real(chosen.integers)
         return _Pair(target, op(args[0].rounded, real, *rest[1:], **named))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, cast
 
@@ -154,6 +155,8 @@ def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
         bias, *rest = compute.args[2:] or (None,)
         quantizer = graph.get_submodule(str(observed.target))
         assert isinstance(quantizer, FakeWeight)
+        shared = len(observed.users) > 1
+        quantizer = copy.deepcopy(quantizer) if shared else quantizer
         name = f"folded_{compute.name}"
         joined = FoldedNorm(compute.target, tuple(rest), arguments(norm), quantizer, fold_scales=fold_scales)
         graph.add_submodule(name, joined)
@@ -161,9 +164,10 @@ def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
             call = graph.graph.call_module(name, (source(compute), source(observed), bias, *norm.args[1:5]))
         call.meta = dict(norm.meta)
         norm.replace_all_uses_with(call)
-        for node in (norm, compute, observed):
+        for node in (norm, compute, *([] if shared else [observed])):
             graph.graph.erase_node(node)
-        graph.delete_submodule(str(observed.target))
+        if not shared:
+            graph.delete_submodule(str(observed.target))
     graph.recompile()
 
 
@@ -221,11 +225,10 @@ def ship_weights(graph: fx.GraphModule) -> None:
         quantizer = graph.get_submodule(str(node.target))
         if not isinstance(quantizer, FakeWeight) or not quantizer.enabled:
             continue
-        (compute,) = node.users
         weight = constant(graph, source(node))
         assert weight is not None
         integers, levels = quantizer.integers(weight)
-        name = own_name(graph, str(source(node).target), compute)
+        name = own_name(graph, str(source(node).target), *node.users)
         set_constant(graph, name, levels.real(integers), trainable=True)
         graph.set_submodule(str(node.target), _shipped(quantizer, levels))
         with graph.graph.inserting_before(node):

@@ -70,7 +70,7 @@ def set_rounded(graph: fx.GraphModule, rounded: dict[str, Rounded]) -> None:
             continue
         chosen, observed = rounded[node.name], source(node, 1)
         original = str(source(observed).target)
-        name = own_name(graph, original, node)
+        name = own_name(graph, original, *observed.users)
         set_constant(graph, name, chosen.levels.real(chosen.integers))
         if name != original:
             with graph.graph.inserting_before(observed):

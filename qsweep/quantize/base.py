@@ -65,8 +65,8 @@ class LowBit(Quantization):
     """Bits of the first and the last layer, where they are to have more: weights and, where they are quantized, the
     activations they read."""
     embedding_bits: Annotated[int, Field(ge=2, le=8)] | None = 8
-    """Of the tables of embeddings: symmetric integers with a scale for each row, which are made real where they are
-    looked up. null: they stay in floating point."""
+    """Of the tables of embeddings: symmetric integers with a scale for each row. A table that is a layer's weight, too,
+    is stored as that. null: they stay in floating point."""
 
     def _embedding_label(self) -> list[str]:
         return [] if self.embedding_bits == 8 else [f"emb{self.embedding_bits or 32}"]

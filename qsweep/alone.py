@@ -1,16 +1,24 @@
 """A job that must be alone on this host asks for it; the driver of its sweep pauses all others and grants it.
 
-Two files in the job's folder say how far that is, so a later driver knows what an earlier one has granted.
+Two files in the job's folder say how far that is, so a later driver knows what an earlier one has granted. While it is
+alone a job has a lock, of which there is one for all sweeps of a user on this host: their drivers pause for it, too.
 """
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import platform
 import time
 from pathlib import Path
+from typing import IO
+
+from qsweep.machine import cache_folder
 
 _ASKED, _GRANTED = "alone.asked", "alone.granted"
 _POLL_SECONDS = 0.005
+_held: list[IO[str]] = []
+"""The host's lock, while this process has it: to its end."""
 
 
 def ask(folder: Path) -> None:
@@ -26,6 +34,31 @@ def ask(folder: Path) -> None:
         if not driver.is_alive():
             raise SystemExit(f"the driver ended before `{folder.name}` could have the machine for itself")
         time.sleep(_POLL_SECONDS)
+    if not _held:
+        try:
+            _held.append(_lock())
+            fcntl.flock(_held[0], fcntl.LOCK_EX)
+        except OSError:  # no place for a lock: alone among the jobs of its sweep
+            _held.clear()
+
+
+def elsewhere() -> bool:
+    """Whether a job of another sweep is alone on this host, asked where none of this sweep is."""
+    try:
+        with _lock() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _lock() -> IO[str]:
+    """A home may be that of many hosts."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / f"alone-{platform.node()}.lock").open("a")
 
 
 def asked(folder: Path) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 
 from qsweep.machine import no_compiler
 
+_cache = tempfile.TemporaryDirectory(prefix="qsweep-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
+"""A user's sweeps, and other tests, have locks of their own."""
 ON_GPU = os.environ.get("QSWEEP_GPU") == "1"
 """Whether the kernels' tests run on a GPU; else in Triton's interpreter, which must be chosen before its import."""
 if not ON_GPU:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,15 @@ search: {trials: 6}
 REAL = {"method": "ptq", "weight_bits": 4, "calibration_samples": {"range": [1, 100000]}}
 """A `quantize` with more points than any test runs: the sampler is asked."""
 
+_DRIVER = """
+import sys
+from pathlib import Path
+from small_sweep import small_spec
+from qsweep.study import run
+for record in run(small_spec(run={"workers": 2}), Path(sys.argv[1]), jobs="arithmetic_jobs", preload=("numpy",)):
+    print(record.number, flush=True)
+"""
+
 
 def small_spec(quantize: Any = None, **changes: Any) -> Spec:
     content = yaml.safe_load(CONTENT) | changes
@@ -41,6 +53,13 @@ def sweep(root: Path, spec: Spec, **tell: str) -> dict[int, Record]:
     space (`build_0003="die"`)."""
     told(root, **tell)
     return {record.number: record for record in run(spec, root, jobs="arithmetic_jobs", preload=("numpy",))}
+
+
+def start(root: Path) -> subprocess.Popen[bytes]:
+    """A driver of the sweep in a process of its own."""
+    path = os.pathsep.join((str(Path(__file__).parent), *sys.path))
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen([sys.executable, "-c", _DRIVER, str(root)], env=environment, start_new_session=True)
 
 
 def told(root: Path, **tell: str) -> None:

@@ -7,34 +7,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small_sweep
-from small_sweep import calls, small_spec, states, told
+from small_sweep import calls, small_spec, start, states, told
 
 from qsweep import alone
 from qsweep.executors.local import LOCK, holder
 from qsweep.executors.orphans import DRIVER_LOCK, resume
 from qsweep.study import SweepFolder, run
-
-DRIVER = """
-import sys
-from pathlib import Path
-from small_sweep import small_spec
-from qsweep.study import run
-for record in run(small_spec(run={"workers": 2}), Path(sys.argv[1]), jobs="arithmetic_jobs", preload=("numpy",)):
-    print(record.number, flush=True)
-"""
-
-
-def start(root: Path) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join((str(Path(small_sweep.__file__).parent), *sys.path))
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.Popen([sys.executable, "-c", DRIVER, str(root)], env=environment, start_new_session=True)
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:

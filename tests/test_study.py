@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import optuna
 import pytest
 from arithmetic_jobs import build
 from pydantic import ValidationError
-from small_sweep import REAL, calls, small_spec, states, sweep, told
+from small_sweep import REAL, calls, small_spec, start, states, sweep, told
 
 from qsweep.domains import Choice, Range
 from qsweep.errors import DataError, DiskFull, SpecError, SweepError, TaskFailure, TrialFailure
+from qsweep.records import Record
 from qsweep.spec import TrialConfig
 from qsweep.study import SweepFolder, baselines, plan, run
 from qsweep.study.search import encode, suggested, violations
@@ -146,15 +148,29 @@ def test_a_trial_past_its_limit_is_killed(tmp_path: Path) -> None:
     assert records[5].state == "complete"
 
 
+def check_alone(records: Collection[Record], folder: Path) -> None:
+    """No two were measured at once, and none was built meanwhile."""
+    spans = sorted((record.seconds["began"], record.seconds["ended"]) for record in records)
+    for (_, ended), (began, _) in pairwise(spans):
+        assert ended <= began
+    ticks = [float(t) for path in folder.rglob("trials/*/ticks.txt") for t in path.read_text().split()]
+    assert len(ticks) == 50 * len(records)
+    assert not [tick for tick in ticks for began, ended in spans if began + 0.2 < tick < ended]
+
+
 def test_nothing_else_of_the_sweep_runs_while_one_is_measured(tmp_path: Path) -> None:
     spec = small_spec(run={"workers": 3}, search={"trials": 2})
-    records = sweep(tmp_path, spec, build="tick", measure="slow")
-    spans = sorted((record.seconds["began"], record.seconds["ended"]) for record in records.values())
-    for (_, end), (start, _) in pairwise(spans):
-        assert end <= start
-    ticks = [float(t) for path in tmp_path.glob("sweeps/small/trials/*/ticks.txt") for t in path.read_text().split()]
-    assert len(ticks) == 50 * len(records)
-    assert not [tick for tick in ticks for start, end in spans if start + 0.2 < tick < end]
+    check_alone(sweep(tmp_path, spec, build="tick", measure="slow").values(), tmp_path)
+
+
+def test_nothing_of_another_sweep_runs_while_one_is_measured(tmp_path: Path) -> None:
+    roots = [tmp_path / name for name in ("one", "other")]
+    for root in roots:
+        root.mkdir()
+        told(root, build="tick", measure_0000="slow", measure_0004="slow")
+    drivers = [start(root) for root in roots]
+    assert [driver.wait(timeout=120) for driver in drivers] == [0, 0]
+    check_alone([record for root in roots for record in SweepFolder(root, "small").records()], tmp_path)
 
 
 def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ class Evaluation:
 
 
 class Pipeline:
-    """At most `run.workers` evaluations at a time; a job that has asked to be alone runs with all others paused."""
+    """At most `run.workers` evaluations at a time; a job that has asked to be alone runs with all others paused, and so
+    does one of another sweep on this host."""
 
     def __init__(self, executor: Local, jobs: str, run: Run) -> None:
         self.executor, self.jobs, self.run = executor, jobs, run
@@ -104,9 +105,9 @@ class Pipeline:
             self._continue(evaluation)
         if not self.measuring:
             asking = [e for e in self.active if e.worker and alone.asked(e.folder) and e.after not in self.active]
-            for evaluation in asking[:1]:
-                self._give_way(to=evaluation)
-                alone.grant(evaluation.folder)
+            if asking and not alone.elsewhere():
+                self._give_way(to=asking[0])
+                alone.grant(asking[0].folder)
         self.executor.wait(_IDLE_SECONDS if self.measuring else _POLL_SECONDS)
         for evaluation in self.active:
             self._advance(evaluation)
@@ -177,20 +178,21 @@ class Pipeline:
         evaluation.count(on=True)
 
     def _give_way(self, to: Evaluation | None = None) -> None:
-        """Pause all others while one is alone, or is about to be; let them go on after it.
+        """Pause all others while one is alone, or is about to be, or one of another sweep is; let them go on after it.
 
         The clock of `seconds` rests for those that are paused or wait to be alone.
         """
         first = to or next((e for e in self.active if e.worker is not None and alone.granted(e.folder)), None)
+        side_by_side = first is None and not alone.elsewhere()
         for evaluation in self.active:
             worker = evaluation.worker
             if worker is None:
                 continue
-            if first is not None and evaluation is not first:
-                worker.pause()
-            else:
+            if side_by_side or evaluation is first:
                 worker.resume()
-            evaluation.count(on=evaluation is first or (first is None and not alone.asked(evaluation.folder)))
+            else:
+                worker.pause()
+            evaluation.count(on=evaluation is first or (side_by_side and not alone.asked(evaluation.folder)))
 
 
 def _failed(error: Crashed | TimedOut) -> Failure:

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,13 @@ def start(root: Path) -> subprocess.Popen[bytes]:
     path = os.pathsep.join((str(Path(__file__).parent), *sys.path))
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.Popen([sys.executable, "-c", _DRIVER, str(root)], env=environment, start_new_session=True)
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 def told(root: Path, **tell: str) -> None:

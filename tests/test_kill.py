@@ -7,24 +7,15 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_sweep import calls, small_spec, start, states, told
+from small_sweep import calls, small_spec, start, states, told, until
 
 from qsweep import alone
 from qsweep.executors.local import LOCK, holder
 from qsweep.executors.orphans import DRIVER_LOCK, resume
 from qsweep.study import SweepFolder, run
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def check_all_done_once(root: Path) -> None:

@@ -13,8 +13,9 @@ import optuna
 import pytest
 from arithmetic_jobs import build
 from pydantic import ValidationError
-from small_sweep import REAL, calls, small_spec, start, states, sweep, told
+from small_sweep import REAL, calls, small_spec, start, states, sweep, told, until
 
+from qsweep import alone
 from qsweep.domains import Choice, Range
 from qsweep.errors import DataError, DiskFull, SpecError, SweepError, TaskFailure, TrialFailure
 from qsweep.records import Record
@@ -171,6 +172,19 @@ def test_nothing_of_another_sweep_runs_while_one_is_measured(tmp_path: Path) -> 
     drivers = [start(root) for root in roots]
     assert [driver.wait(timeout=120) for driver in drivers] == [0, 0]
     check_alone([record for root in roots for record in SweepFolder(root, "small").records()], tmp_path)
+
+
+def test_a_sweep_says_that_it_waits_for_another(tmp_path: Path) -> None:
+    one, other = SweepFolder(tmp_path / "one", "small"), SweepFolder(tmp_path / "other", "small")
+    for folder in (one, other):
+        folder.root.mkdir()
+        told(folder.root, measure_0000="held")
+    driver = start(one.root)
+    until(alone.elsewhere)
+    assert (one.waits(), other.waits()) == (False, True)
+    told(one.root)
+    assert driver.wait(timeout=60) == 0
+    assert not other.waits()
 
 
 def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ class Watch:
 
         records = list(self.records.values())
         trials = sum(record.kind == "trial" for record in records)
-        lines = [Text(f"{trials} of {self.spec.search.trials} trials", style="bold")]
+        waits = ", paused while another sweep measures on this machine" if self.folder.waits() else ""
+        lines = [Text(f"{trials} of {self.spec.search.trials} trials{waits}", style="bold")]
         lines += [Text(f"  {_place(live.number)}{live.job}: {live.progress}") for live in self.folder.live()]
         return Group(*lines, grid(front_table(records, self.spec)))
 

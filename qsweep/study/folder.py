@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from qsweep import alone
 from qsweep.config import content_hash
 from qsweep.errors import DiskFull, SweepError
 from qsweep.executors.local import holder
@@ -143,7 +144,7 @@ class SweepFolder:
     def live(self) -> list[Live]:
         """What the sweep's workers are doing now; from any process."""
         found = []
-        for folder in sorted([self.path / "prepare", *self.path.glob("trials/*"), *self.path.glob("repeats/*")]):
+        for folder in self._folders():
             if (who := holder(folder)) is not None:
                 progress = folder / "progress.txt"
                 text = progress.read_text(errors="replace").strip() if progress.exists() else ""
@@ -151,6 +152,14 @@ class SweepFolder:
                 job = f"{who[1]} again" if round else who[1]
                 found.append(Live(int(number) if number.isdigit() else None, job, text))
         return found
+
+    def waits(self) -> bool:
+        """Whether it is paused because another sweep on this host measures; from any process."""
+        return alone.elsewhere() and not any(alone.granted(folder) and holder(folder) for folder in self._folders())
+
+    def _folders(self) -> list[Path]:
+        """Those of its jobs."""
+        return sorted([self.path / "prepare", *self.path.glob("trials/*"), *self.path.glob("repeats/*")])
 
 
 Read = TypeVar("Read")

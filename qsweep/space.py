@@ -52,12 +52,15 @@ class Space(Generic[T]):
     """A pydantic field type: `compress: Space[Compression]` takes a Compression with domains in it."""
 
     def __init__(self, raw: Any, adapter: TypeAdapter[T], path: str) -> None:
-        """Raises DomainError, or ValidationError for a config in the space that its model refuses."""
+        """Raises DomainError, or PydanticCustomError for a config in the space that its model refuses."""
         self.raw = raw.model_dump(mode="json", exclude_defaults=True) if isinstance(raw, BaseModel) else raw
         self.adapter, self.path = adapter, path
         self.tree = self._typed(parse(self.raw, path))
         for config in corners(self.tree, _shown):
-            adapter.validate_python(config)
+            try:
+                adapter.validate_python(config)
+            except ValidationError as error:
+                raise _wrong(complaint_at(error, (path,) if path else (), self.raw, config)) from None
 
     def _typed(self, tree: Any) -> Any:
         """Make every range real or integer as its field is. What is neither stays as it is, to be refused so: `2.0` is
@@ -111,11 +114,9 @@ class Space(Generic[T]):
             path = info.field_name or ""
             try:
                 return cls(raw.raw if isinstance(raw, Space) else raw, adapter, path)
-            except ValidationError as error:
-                message = complaint(error, path)
             except DomainError as error:
-                message = str(error)
-            raise PydanticCustomError("search_space", "{message}", {"message": message})
+                keys = str(error).split("`")[1].split(".")
+                raise _wrong((tuple(int(key) if key.isdigit() else key for key in keys), str(error))) from None
 
         return core_schema.with_info_plain_validator_function(
             check, serialization=core_schema.plain_serializer_function_ser_schema(lambda space: space.raw)
@@ -137,31 +138,91 @@ _WORDS = {
 }
 
 
-def complaint(error: ValidationError, path: str = "") -> str:
-    """The first thing a pydantic error complains of, in qsweep's words: path, what must hold, what came."""
+Where = tuple[str | int, ...]
+"""Keys and numbers that lead to a value."""
+
+
+def complaint(error: ValidationError, path: str = "", content: Any = None) -> str:
+    """The first thing a pydantic error complains of, in qsweep's words: path, what must hold, what came.
+
+    `content`: what was validated, in which the path leads to what is wrong; None: as pydantic names it.
+    """
+    return complaint_at(error, (path,) if path else (), content, content)[1]
+
+
+def complaint_at(error: ValidationError, path: Where, raw: Any, value: Any) -> tuple[Where, str]:
+    """Where in `raw`, of which `value` is made by choosing in its domains, lies what is wrong; and the `complaint`."""
     first = error.errors()[0]
     if first["type"] == "search_space":
-        return first["msg"]
-    where = ".".join(str(part) for part in (path, *first["loc"], _discriminator(first)) if part != "")
-    if first["type"] in ("missing", "union_tag_not_found"):
-        return f"`{where}`: is required and was not given"
+        return tuple(first["ctx"]["where"]), first["msg"]
+    missing = first["type"] == "missing"
+    found = first["loc"] if raw is None else _place(raw, value, first["loc"], missing=missing)
+    place: Where = (*path, *found, *_discriminator(first))
+    where = ".".join(map(str, place))
+    if missing or first["type"] == "union_tag_not_found":
+        return place, f"`{where}`: is required and was not given"
     if first["type"] == "unknown_key":
         key, known = first["ctx"]["key"], first["ctx"]["known"]
-        where = ".".join(filter(None, (where, str(key))))
-        return f"`{where}`: there is no such key; there are {known} (got {_short(first['input'][key])})"
+        where = ".".join(map(str, (*place, key)))
+        return (*place, key), f"`{where}`: there is no such key; there are {known} (got {_short(first['input'][key])})"
     if first["type"] == "union_tag_invalid":
-        return f"`{where}`: must be one of {first['ctx']['expected_tags']} (got {_short(first['ctx']['tag'])})"
+        return place, f"`{where}`: must be one of {first['ctx']['expected_tags']} (got {_short(first['ctx']['tag'])})"
     if not where:  # the whole: what came is all of it
-        return _must(first["msg"])
+        return place, _must(first["msg"])
     if first["type"] == "model_attributes_type":  # a family: its members are told apart by one key
         key = "engine" if where.rpartition(".")[2] == "target" else "method"
-        return f"`{where}`: must be a mapping such as {{{key}: …}} (got {_short(first['input'])})"
-    return f"`{where}`: {_must(first['msg'])} (got {_short(first['input'])})"
+        return place, f"`{where}`: must be a mapping such as {{{key}: …}} (got {_short(first['input'])})"
+    return place, f"`{where}`: {_must(first['msg'])} (got {_short(first['input'])})"
 
 
-def _discriminator(first: ErrorDetails) -> str:
+def _wrong(complaint: tuple[Where, str]) -> PydanticCustomError:
+    where, message = complaint
+    return PydanticCustomError("search_space", "{message}", {"message": message, "where": list(where)})
+
+
+def _place(raw: Any, value: Any, named: Where, *, missing: bool) -> Where:
+    """The keys that lead through `raw` to what pydantic has `named` in `value`: it names members of families, too, and
+    knows nothing of choices. `missing`: the last one is a key that there is not."""
+    found: list[str | int] = []
+    for number, key in enumerate(named):
+        raw = _chosen(raw, value, found)
+        here = range(len(value)) if isinstance(value, list | tuple) else value if isinstance(value, dict) else ()
+        if key in here and isinstance(raw, dict | list | tuple):
+            found.append(key)
+            raw, value = raw[key], value[key]  # type: ignore[index]
+        elif missing and number == len(named) - 1:
+            found.append(key)
+    if not missing:
+        _chosen(raw, value, found)
+    return tuple(found)
+
+
+def _chosen(raw: Any, value: Any, found: list[str | int]) -> Any:
+    """The option of `raw`, if that is a choice, that gives `value`; its place is added to `found`."""
+    while isinstance(raw, dict) and "choice" in raw:
+        number = next(i for i, option in enumerate(raw["choice"]) if _gives(option, value))
+        found += ["choice", number]
+        raw = raw["choice"][number]
+    return raw
+
+
+def _gives(raw: Any, value: Any) -> bool:
+    """Whether `value` can be made of `raw`."""
+    if isinstance(raw, dict) and "choice" in raw:
+        return any(_gives(option, value) for option in raw["choice"])
+    if isinstance(raw, dict) and "range" in raw:
+        return isinstance(value, int | float) and raw["range"][0] <= value <= raw["range"][1]
+    if isinstance(raw, dict):
+        return isinstance(value, dict) and list(raw) == list(value) and all(_gives(raw[key], value[key]) for key in raw)
+    if isinstance(raw, list | tuple):
+        same = isinstance(value, list | tuple) and len(raw) == len(value)
+        return same and all(_gives(one, other) for one, other in zip(raw, value, strict=True))
+    return type(raw) is type(value) and bool(raw == value)
+
+
+def _discriminator(first: ErrorDetails) -> Where:
     """The field that names the method, where it is what is wrong."""
-    return first["ctx"]["discriminator"].strip("'") if first["type"].startswith("union_tag_") else ""
+    return (first["ctx"]["discriminator"].strip("'"),) if first["type"].startswith("union_tag_") else ()
 
 
 def _must(message: str) -> str:

@@ -18,9 +18,9 @@ from qsweep.prune import Prune
 from qsweep.quantize import Quantize
 from qsweep.quantize.trained import Trained
 from qsweep.records import SHARES, Metrics
-from qsweep.space import Space, complaint
+from qsweep.space import Space, complaint_at
 from qsweep.tasks import AnyTask
-from qsweep.yamlfile import read_mapping
+from qsweep.yamlfile import line_of, read_mapping
 
 
 class Compression(Config):
@@ -226,10 +226,13 @@ class Spec(Config):
 
 
 def load_spec(path: str | Path) -> Spec:
-    """Read and validate a YAML spec. Raises SpecError with the path in the spec, what must hold, what came."""
+    """Read and validate a YAML spec. Raises SpecError with line and path in the spec, what must hold, what came."""
+    content = read_mapping(Path(path))
     try:
-        return Spec.model_validate(read_mapping(Path(path)))
+        return Spec.model_validate(content)
     except ValidationError as error:
-        raise SpecError(f"`{path}`: {complaint(error)}") from None
+        where, said = complaint_at(error, (), content, content)
+        line = f", line {line_of(Path(path), where)}" if where else ""
+        raise SpecError(f"`{path}`{line}: {said}") from None
     except RecursionError:
         raise SpecError(f"`{path}`: must not contain itself (an anchor refers to what holds it)") from None

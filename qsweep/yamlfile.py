@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise SpecError(f"`{path}`: must hold a mapping of keys to values (got {type(data).__name__})")
     return data
+
+
+def line_of(path: Path, where: Sequence[str | int]) -> int:
+    """The line, from 1, of what the keys `where` lead to in a YAML file, or of the last of them that is there."""
+    node, line = yaml.compose(path.read_text(encoding="utf-8"), _Loader), 0
+    for key in where:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((name.start_mark.line, value) for name, value in node.value if name.value == str(key)), None)
+        else:
+            items = node.value if isinstance(node, yaml.SequenceNode) else []
+            found = next(((item.start_mark.line, item) for i, item in enumerate(items) if i == key), None)
+        if found is None:
+            break
+        line, node = found
+    return line + 1

@@ -83,7 +83,7 @@ def trial_config(source: TrialConfig | Mapping[str, Any] | str | Path, uri: str 
     try:
         return TrialConfig.model_validate(content)
     except ValidationError as error:
-        raise SpecError(complaint(error)) from None
+        raise SpecError(complaint(error, content=content)) from None
 
 
 def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, training: Training, seed: int) -> Record:

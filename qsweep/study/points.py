@@ -72,7 +72,7 @@ def candidate(spec: Spec, suggest: Suggest) -> Candidate:
     try:
         config = TrialConfig.model_validate(plain)
     except ValidationError as error:
-        return Candidate(plain, None, complaint(error), content_hash(plain))
+        return Candidate(plain, None, complaint(error, content=plain), content_hash(plain))
     return accepted(config, unavailable(config.target) or config.target.refuses(config.compress))
 
 

@@ -304,7 +304,7 @@ def test_a_range_of_real_numbers_has_no_list_of_points() -> None:
         ),
         (
             {"step": {"choice": [None, {"method": "dear", "bits": {"choice": [4, 9]}}]}},
-            "`recipe.step.bits`: must be less than or equal to 8 (got 9)",
+            "`recipe.step.choice.1.bits.choice.1`: must be less than or equal to 8 (got 9)",
         ),
         (
             {"step": {"choice": [None, {"method": "dear", "bits": {"choice": []}}]}},
@@ -332,7 +332,7 @@ def test_a_range_of_real_numbers_has_no_list_of_points() -> None:
         ({"step": {"method": "dear", "bits": 4.0}}, "`recipe.step.bits`: must be an integer (got 4.0)"),
         (
             {"step": {"method": "dear", "bits": {"choice": [2, 4.0]}}},
-            "`recipe.step.bits`: must be an integer (got 4.0)",
+            "`recipe.step.bits.choice.1`: must be an integer (got 4.0)",
         ),
         (
             {"step": {"method": "dear", "bits": {"range": [2.0, 8]}}},
@@ -342,7 +342,7 @@ def test_a_range_of_real_numbers_has_no_list_of_points() -> None:
             {"step": {"method": "dear", "bits": {"range": [2, 8.0]}}},
             "`recipe.step.bits`: must be an integer (got 8.0)",
         ),
-        ({"step": {"method": "dear", "sizes": [4, "8"]}}, "`recipe.step.dear.sizes.1`: must be an integer (got '8')"),
+        ({"step": {"method": "dear", "sizes": [4, "8"]}}, "`recipe.step.sizes.1`: must be an integer (got '8')"),
         ({"heat": {"range": [True, 2]}}, "`recipe.heat.range`: must be two numbers, the lower first (got [True, 2])"),
         (
             {"step": {"method": "cheap", "group": {"range": [8, 32]}}},

@@ -65,7 +65,7 @@ def test_they_are_stored_once_by_every_method(config: Quantization, tmp_path: Pa
     assert simulation(made)(INPUTS).isfinite().all()
 
 
-@pytest.mark.parametrize("config", METHODS[:4], ids=lambda config: config.label())
+@pytest.mark.parametrize("config", [METHODS[0], METHODS[3]], ids=lambda config: config.label())
 @pytest.mark.parametrize("engine", [Inductor, OnnxRuntime, None], ids=["inductor", "ort", "cuda"])
 def test_engines_run_them_on_integers(
     config: Quantization, engine: type[EngineConfig] | None, tmp_path: Path, device: str

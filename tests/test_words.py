@@ -200,15 +200,12 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("engine", [Reference, Inductor, OnnxRuntime], ids=["reference", "inductor", "ort"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_tied_table_is_stored_once_as_the_weight_that_it_is(
-    bits: int, engine: type[EngineConfig], tmp_path: Path
-) -> None:
+def test_a_tied_table_is_stored_once_as_the_weight_that_it_is(engine: type[EngineConfig], tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = texts(40) % 50
     model, found = Tied(bias=True).eval(), context(tmp_path, task=Noise(inputs=inputs))
-    made = PTQ(calibration_samples=40, weight_bits=bits).apply(model, found)
-    assert stored_bits(made.graph) == {"head.weight": bits}
+    made = PTQ(calibration_samples=40, weight_bits=4).apply(model, found)
+    assert stored_bits(made.graph) == {"head.weight": 4}
     (tmp_path / "artifact").mkdir()
     config = engine(batch_size=len(inputs))
     config.lower(made, tmp_path / "artifact", found.store)

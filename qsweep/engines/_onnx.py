@@ -40,8 +40,10 @@ def lower(model: QuantizedModel, folder: Path, store: Store) -> None:
     ):
         raise Refused("ONNX has no average pools with `divisor_override`")
     model = with_computed_layers(model)
-    onnx.save(without_weights(model, store), folder / MODEL)
-    (folder / PACKED).write_text(json.dumps(save_weights(model, folder)))
+    content = without_weights(model, store)
+    onnx.save(content, folder / MODEL)
+    read = {name for node in content.graph.node for name in node.input}
+    (folder / PACKED).write_text(json.dumps(save_weights(model, folder, read)))
 
 
 def complete(folder: Path) -> onnx.ModelProto:

@@ -45,12 +45,13 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
     def compute(folder: Path) -> None:
         marked, weights = _marked(model)
         content = _export(marked, model.example)
+        _with_rows(content, marked, weights)
         _keep_changed(content, marked, _of_layers(model))
         _with_global_pools(content)
         _spell_out(content, weights)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 7, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 8, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
@@ -117,6 +118,42 @@ def _keep_changed(content: onnx.ModelProto, graph: torch.fx.GraphModule, own: se
         node.input[:] = [changed.get(name, name) for name in node.input]
 
 
+def _with_rows(content: onnx.ModelProto, graph: torch.fx.GraphModule, weights: set[str]) -> None:
+    """Constants (directions, gates, inputs) of gated layers, which the exporter has made of integer weights by
+    sorting the gates, as rows of these, in place."""
+    from onnx import numpy_helper
+
+    known = {name: value.detach().numpy() for name, value in attributes(graph) if name in weights and value.dim() == 2}
+    places = {row.tobytes(): (name, place) for name, value in known.items() for place, row in enumerate(value)}
+    nodes: list[onnx.NodeProto] = []
+    constants = list(content.graph.initializer)
+    del content.graph.initializer[:]
+    for tensor in constants:
+        rows = numpy_helper.to_array(tensor) if len(tensor.dims) == 3 else np.empty((0, 0, 0))
+        found = [[places[row.tobytes()] for row in direction if row.tobytes() in places] for direction in rows]
+        if found and list(map(len, found)) == [len(direction) for direction in rows]:
+            nodes += _sorted_rows(content, found, tensor.name)
+        else:
+            content.graph.initializer.append(tensor)
+    ordered = [*nodes, *map(copy.deepcopy, content.graph.node)]
+    del content.graph.node[:]
+    content.graph.node.extend(ordered)
+
+
+def _sorted_rows(content: onnx.ModelProto, found: list[list[tuple[str, int]]], result: str) -> list[onnx.NodeProto]:
+    """For each direction the rows of the weight that it names."""
+    from onnx import helper
+
+    first, nodes, parts = add(content, f"{result}.first", np.array([0])), [], []
+    for number, rows in enumerate(found):
+        order = add(content, f"{result}.order{number}", np.array([place for _, place in rows]))
+        one, part = f"{result}.rows{number}", f"{result}.direction{number}"
+        nodes.append(helper.make_node("Gather", [rows[0][0], order], [one], name=one))
+        nodes.append(helper.make_node("Unsqueeze", [one, first], [part], name=part))
+        parts.append(part)
+    return [*nodes, helper.make_node("Concat", parts, [result], name=result, axis=0)]
+
+
 def _with_global_pools(content: onnx.ModelProto) -> None:
     """Means over images as the pool that has an integer kernel, in place."""
     known = (*content.graph.input, *content.graph.value_info, *content.graph.output)
@@ -161,7 +198,7 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
             integers = once("QuantizeLinear", [node.input[0], scale, zero], f"quantized{int(factor)}")
             nodes.append(helper.make_node("DequantizeLinear", [integers, scale, zero], node.output, name=node.name))
             continue
-        if node.op_type == "Gather" and node.input[0] in weights:
+        if node.op_type in ("Gather", "Slice") and node.input[0] in weights:
             table = f"{node.input[0]}.rows"
             if table not in seen:
                 seen.add(table)
@@ -177,8 +214,8 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
 
 
 def _real_table(content: onnx.ModelProto, name: str, result: str) -> list[onnx.NodeProto]:
-    """The rows of integers `name`, each times its scale, as ops that the runtime computes when it loads the model; a
-    DequantizeLinear it would compute in every call, and for the whole table."""
+    """The rows of integers `name`, each times its scale, as ops that the runtime computes when it loads the model, with
+    what follows from them alone; a DequantizeLinear it would compute in every call, and for all rows."""
     from onnx import TensorProto, helper
 
     last = add(content, f"{result}.last", np.array([-1]))

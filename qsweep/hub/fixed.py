@@ -46,14 +46,15 @@ def with_constants(graph: fx.GraphModule) -> fx.GraphModule:
 def _fold(graph: fx.GraphModule, nodes: dict[fx.Node, None]) -> None:
     """Constants for those of `nodes` that others read, in place."""
     read = [node for node in nodes if not nodes.keys() >= node.users.keys()]
-    computed = [node for node in read if node.op != "get_attr" and not _weight(node)]
+    computed = [node for node in read if node.op != "get_attr" and not _of_layer(node)]
     for node, value in _values(graph, computed).items():
         _as_constant(graph, node, f"{node.name}_computed", value.detach())
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
 
-def _weight(node: fx.Node) -> bool:
+def _of_layer(node: fx.Node) -> bool:
+    """Whether it gives a convolution or linear its weight."""
     return node.target in STORED and any(user.target in COMPUTE for user in node.users)
 
 

@@ -36,6 +36,10 @@ COMPUTE = CONVOLUTIONS | LINEARS
 EMBEDDING = aten.embedding.default
 """Looks rows up in a table (argument 0)."""
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+GATED = {aten.lstm.input, aten.gru.input}
+"""Recurrent layers (parameters: argument 2) whose weights are stored in few bits and made real to compute with."""
+RECURRENT = GATED | {aten.rnn_tanh.input, aten.rnn_relu.input}
+"""In floating point everywhere; the only ops that give several tensors."""
 SIZE = aten.sym_size.int
 """A number that depends on the batch."""
 BINARY = {aten.add.Tensor}

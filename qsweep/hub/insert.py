@@ -8,9 +8,9 @@ Layers may read a coarser grid than sums and pools do: then they read the value 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
@@ -20,6 +20,7 @@ from qsweep.hub.form import (
     BINARY,
     COMPUTE,
     EMBEDDING,
+    GATED,
     LINEARS,
     POINTWISE,
     POOLS,
@@ -115,15 +116,26 @@ def insert_observers(
             graph.add_submodule(f"{name}{OF_LAYERS}", observer)
             for value in observed:
                 _observe(graph, value, f"{name}{OF_LAYERS}", [user for user in value.users if user in layers])
-    tables = {node: str(source(node).target) for node in nodes_of(graph, {EMBEDDING}) if _looks_up(graph, node)}
-    for constant_name in dict.fromkeys([*layers.values(), *tables.values()]):
-        users = [node for node, read in layers.items() if read == constant_name]
-        looked_up = [node for node, read in tables.items() if read == constant_name]
-        edge = not edges.isdisjoint(users)
-        observer = weight(Place((constant_name,), edge)) if users else embedding()
+    for name, readers_of_it in _weights(graph).items():
+        table = all(reader.target is EMBEDDING for reader, _ in readers_of_it)
+        edge = any(reader in edges for reader, _ in readers_of_it)
+        observer = embedding() if table else weight(Place((name,), edge))
         if observer is not None:
-            _observe_constant(graph, observer, [(node, 1) for node in users] + [(node, 0) for node in looked_up])
+            _observe_weight(graph, observer, readers_of_it)
     graph.recompile()
+
+
+def _weights(graph: fx.GraphModule) -> dict[str, list[tuple[fx.Node, fx.Node]]]:
+    """Those of layers, gated ones too, then tables that are looked up in; by name: who reads them, and as what."""
+    read = [(node, source(node, 1)) for node in nodes_of(graph, COMPUTE) if _has_weight(graph, node)]
+    for node in nodes_of(graph, GATED):
+        parameters = [(given, constant(graph, given)) for given in cast(Sequence[fx.Node], node.args[2])]
+        read += [(node, given) for given, value in parameters if value is not None and value.dim() > 1]
+    read += [(node, source(node)) for node in nodes_of(graph, {EMBEDDING}) if _looks_up(graph, node)]
+    found: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
+    for reader, given in read:
+        found.setdefault(str(given.target), []).append((reader, given))
+    return found
 
 
 def _has_weight(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -143,15 +155,16 @@ def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.
     return observed
 
 
-def _observe_constant(graph: fx.GraphModule, observer: nn.Module, readings: list[tuple[fx.Node, int]]) -> None:
-    """Put `observer` on the constant that all of `readings`, nodes and their arguments, are."""
-    (first, index), *_ = readings
-    name = f"observe_{first.name}_weight"
+def _observe_weight(graph: fx.GraphModule, observer: nn.Module, readers: list[tuple[fx.Node, fx.Node]]) -> None:
+    """Put `observer` on the constant that all `readers` read, each by a node of its own or all by one."""
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
+    given = min((read for _, read in readers), key=order.__getitem__)
+    name = f"observe_{given.name}"
     graph.add_submodule(name, observer)
-    with graph.graph.inserting_after(source(first, index)):
-        observed = graph.graph.call_module(name, (source(first, index),))
-    for node, index in readings:
-        node.update_arg(index, observed)
+    with graph.graph.inserting_after(given):
+        observed = graph.graph.call_module(name, (given,))
+    for reader, read in readers:
+        reader.replace_input_with(read, observed)
 
 
 def _wanted(graph: fx.GraphModule) -> set[fx.Node]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 DAMAGE = (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError)
 """What reading a damaged file raises."""
 _FORMAT = 1
+_PART = "getitem"
+"""Stands for the op that takes one of several tensors."""
 
 
 def save(model: QuantizedModel, folder: Path) -> None:
@@ -56,11 +60,14 @@ def structure(model: QuantizedModel, *, widths: bool = False) -> str:
     return json.dumps([rows, shapes, list(model.example.shape), str(model.dtype) if widths else ""])
 
 
-def save_weights(model: QuantizedModel, folder: Path) -> dict[str, Any]:
-    """Write `weights.safetensors`; returns {name: [bits, shape]} of the tensors that were packed."""
+def save_weights(model: QuantizedModel, folder: Path, read: Collection[str] | None = None) -> dict[str, Any]:
+    """Write `weights.safetensors`, those that are `read` if that is told; returns {name: [bits, shape]} of the tensors
+    that were packed."""
     bits, idle = stored_bits(model.graph), idle_zero_points(model.graph)
     tensors, packed = {}, {}
     for name, value in attributes(model.graph):
+        if read is not None and name not in read:
+            continue
         if name in bits and bits[name] < 8:
             packed[name] = [bits[name], list(value.shape)]
             value = pack(value, bits[name])
@@ -118,7 +125,8 @@ def _node(node: fx.Node, names: dict[fx.Node, str]) -> list[Any]:
         return value
 
     arguments = [encode(argument) for argument in node.args]
-    content: list[Any] = [node.op, str(node.target), arguments]
+    target = _PART if node.target is operator.getitem else str(node.target)
+    content: list[Any] = [node.op, target, arguments]
     return [*content, {key: encode(value) for key, value in node.kwargs.items()}] if node.kwargs else content
 
 
@@ -145,6 +153,8 @@ def _graph(rows: list[list[Any]]) -> fx.Graph:
 
 
 def _op(target: str) -> Any:
+    if target == _PART:
+        return operator.getitem
     if target.split(".")[0] not in NAMESPACES:
         raise ValueError(f"op `{target}` is not one that a graph may call")
     value: Any = torch.ops

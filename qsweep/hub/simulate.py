@@ -9,25 +9,29 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, QuantizedModel, aten, is_real, set_constant
+from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, RECURRENT, QuantizedModel, aten, is_real, set_constant
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED, dynamic_fake_quantize, row_fake_quantize
 from qsweep.hub.weights import real_weight
 
 _TO = aten.to.dtype
-_ONE_TYPE = COMPUTE | {
-    aten.conv3d.default,
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten.scaled_dot_product_attention.default,
-    aten.layer_norm.default,
-    aten.group_norm.default,
-    aten.batch_norm.default,
-}
+_ONE_TYPE = (
+    COMPUTE
+    | RECURRENT
+    | {
+        aten.conv3d.default,
+        aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input,
+        aten.matmul.default,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.scaled_dot_product_attention.default,
+        aten.layer_norm.default,
+        aten.group_norm.default,
+        aten.batch_norm.default,
+    }
+)
 """Ops that want all they read in one type."""
 
 

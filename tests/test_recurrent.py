@@ -191,6 +191,16 @@ def test_onnx_has_them_as_integers_and_computes_with_real_ones(
     assert all(node.input[1] in constants and node.input[2] in constants for node in layers)
 
 
+@pytest.mark.parametrize("kind", [Spoken, Gated])
+def test_pytorch_alone_runs_an_exported_one(kind: type[nn.Module], tmp_path: Path) -> None:
+    model = quantized(kind, PTQ(calibration_samples=40), tmp_path)
+    (artifact := tmp_path / "artifact").mkdir()
+    Inductor(batch_size=40).lower(model, artifact, context(tmp_path, task=Noise(inputs=INPUTS)).store)
+    Inductor(batch_size=40).export(artifact, tmp_path)
+    found = torch.export.load(tmp_path / "model.pt2").module()(INPUTS[:3])
+    torch.testing.assert_close(found, simulation(model)(INPUTS[:3]), atol=1e-4, rtol=0)
+
+
 def test_other_ops_that_give_several_tensors_are_refused(tmp_path: Path) -> None:
     class Sorted(nn.Module):
         def forward(self, x: Tensor) -> Any:

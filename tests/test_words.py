@@ -187,6 +187,17 @@ def test_onnx_has_the_integers_and_makes_them_real_once(tmp_path: Path) -> None:
     assert not [shape for shape in shapes if {"float": [WORDS, 16]} in shape]
 
 
+def test_a_program_makes_the_rows_real_that_it_reads(tmp_path: Path) -> None:
+    model, _, inputs = quantized(tmp_path)
+    (artifact := tmp_path / "artifact").mkdir()
+    Inductor(batch_size=40).lower(model, artifact, context(tmp_path, task=Noise(inputs=inputs)).store)
+    Inductor(batch_size=40).export(artifact, tmp_path)
+    program = torch.export.load(tmp_path / "model.pt2")
+    torch.testing.assert_close(program.module()(inputs), simulation(model)(inputs), atol=1e-4, rtol=0)
+    sizes = [node.meta["val"].shape for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert sum(size == (WORDS, 16) for size in sizes) == 1
+
+
 class Tied(nn.Module):
     """Which word comes next: the table of words is the last layer's weight, too."""
 

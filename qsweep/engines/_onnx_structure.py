@@ -202,7 +202,7 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
             table = f"{node.input[0]}.rows"
             if table not in seen:
                 seen.add(table)
-                nodes += _real_table(content, node.input[0], table)
+                nodes += _real_rows(content, node.input[0], table)
             node.input[0] = table
         for i, name in enumerate(node.input):
             if name in weights:
@@ -213,7 +213,7 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
     content.graph.node.extend(ordered)
 
 
-def _real_table(content: onnx.ModelProto, name: str, result: str) -> list[onnx.NodeProto]:
+def _real_rows(content: onnx.ModelProto, name: str, result: str) -> list[onnx.NodeProto]:
     """The rows of integers `name`, each times its scale, as ops that the runtime computes when it loads the model, with
     what follows from them alone; a DequantizeLinear it would compute in every call, and for all rows."""
     from onnx import TensorProto, helper

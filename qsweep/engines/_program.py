@@ -6,8 +6,10 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import fx
 
-from qsweep.hub.form import NAMESPACES
+from qsweep.hub.form import EMBEDDING, NAMESPACES, aten, nodes_of, source
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation
 
@@ -22,10 +24,25 @@ def write_program(artifact: Path, out: Path) -> None:
     registers); other schemes are written as the floating point that simulates them.
     """
     model = load(artifact)
-    called = {node.target.namespace for node in model.graph.graph.nodes if node.op == "call_function"}
-    known = called <= _KNOWN and model.dtype == torch.float32
-    graph = model.graph if known else simulation(model)
+    ops = [node.target for node in model.graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    known = {op.namespace for op in ops} <= _KNOWN and model.dtype == torch.float32
+    graph = _by_rows(model.graph) if known else simulation(model)
     shapes = ({0: torch.export.Dim("batch")},)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.export.save(torch.export.export(graph, (model.example,), dynamic_shapes=shapes), out / _FILE)
+
+
+def _by_rows(graph: fx.GraphModule) -> fx.GraphModule:
+    """Rows of tables made real where they are read, in place: the whole table would be, in every call."""
+    call = graph.graph.call_function
+    for node in nodes_of(graph, {EMBEDDING}):
+        if source(node).target is DEQUANTIZE_WEIGHT:
+            (table, scale, *_), places = source(node).args, node.args[1]
+            with graph.graph.inserting_before(node):
+                rows, steps = call(EMBEDDING, (table, places)), call(aten.index.Tensor, (scale, [places]))
+                real = call(aten.mul.Tensor, (rows, call(aten.unsqueeze.default, (steps, -1))))
+            node.replace_all_uses_with(real)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph

@@ -148,7 +148,7 @@ def test_their_weights_have_the_bits_of_the_method(kind: type[nn.Module], config
     model = quantized(kind, config, tmp_path)
     weights = {name for name, value in made(kind).named_parameters() if value.dim() == 2 or "conv.weight" in name}
     weights -= {name for name in weights if name.startswith(("one.", "other."))}
-    assert stored_bits(model.graph) == dict.fromkeys(weights, 4)
+    assert stored_bits(model.graph) == model.layer_bits() == dict.fromkeys(weights, 4)
     (saved := tmp_path / "saved").mkdir()
     save(model, saved)
     assert torch.equal(simulation(load(saved))(INPUTS), simulation(model)(INPUTS))

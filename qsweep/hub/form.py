@@ -150,8 +150,8 @@ class QuantizedModel:
             return counted(lambda: self.graph(self.example))[1] // len(self.example)
 
     def layer_bits(self) -> dict[str, int]:
-        """Bits of the weights of each layer, as they are stored, by the name of the weight."""
-        return {layer.name: layer.weight_bits for layer in self.layers()}
+        """Bits of the weights of each layer, and of tables and recurrent layers that have few, by name, as stored."""
+        return {layer.name: layer.weight_bits for layer in self.layers()} | stored_bits(self.graph)
 
     def _layer(self, node: fx.Node, shape: torch.Size) -> Layer:
         given, stored = source(node), source(node, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor, nn
 
@@ -16,17 +18,18 @@ def check_finite(model: nn.Module) -> None:
 
 
 def weight_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that are weights of convolutions or linears; those of embeddings are not.
+    """Names of the parameters that are weights of convolutions or linears; those of embeddings alone are not.
 
     In a graph from `torch.export`, where the modules are gone: the parameters of two or more dimensions that reach the
     weight argument of a convolution or linear, through fake quantization or folded batch norm if there is any.
     """
     if isinstance(model, torch.fx.GraphModule):
-        found = _graph_weights(model)
+        found = [attrgetter(name)(model) for name in _graph_weights(model)]
     else:
         layers = (nn.modules.conv._ConvNd, nn.Linear)
-        found = {f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, layers)}
-    return [name for name, parameter in model.named_parameters() if name in found and parameter.dim() >= 2]
+        found = [module.weight for module in model.modules() if isinstance(module, layers)]
+    same = set(map(id, found))  # one that is tied has more names than one
+    return [name for name, parameter in model.named_parameters() if id(parameter) in same and parameter.dim() >= 2]
 
 
 def _graph_weights(model: torch.fx.GraphModule) -> set[str]:

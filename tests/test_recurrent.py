@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -199,12 +198,3 @@ def test_pytorch_alone_runs_an_exported_one(kind: type[nn.Module], tmp_path: Pat
     Inductor(batch_size=40).export(artifact, tmp_path)
     found = torch.export.load(tmp_path / "model.pt2").module()(INPUTS[:3])
     torch.testing.assert_close(found, simulation(model)(INPUTS[:3]), atol=1e-4, rtol=0)
-
-
-def test_other_ops_that_give_several_tensors_are_refused(tmp_path: Path) -> None:
-    class Sorted(nn.Module):
-        def forward(self, x: Tensor) -> Any:
-            return torch.sort(x.flatten(1))[0][:, :10]
-
-    with pytest.raises(Exception, match="gives several tensors"):
-        float_graph(Sorted(), context(tmp_path, task=Noise(inputs=INPUTS)))

@@ -241,6 +241,38 @@ def test_a_table_of_fixed_places_stays_as_it_is(tmp_path: Path) -> None:
     assert list(stored_bits(made.graph)) == ["head.weight"]
 
 
+class Compared(Tied):
+    """The table is compared with what was found, as it is."""
+
+    def __init__(self) -> None:
+        super().__init__(bias=True)
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        found = self.words(numbers.long()).mean(1).tanh() @ self.words.weight.t()
+        return self.head(found[:, :16])
+
+
+class Linear(nn.Module):
+    """A number for each word, as in the first term of factorization machines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(50, 1), nn.Linear(LENGTH, 50)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.head(self.words(numbers.long()).flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [Compared, Linear])
+def test_a_table_that_would_take_more_bytes_stays_as_it_is(kind: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = texts(40) % 50
+    made = PTQ(calibration_samples=40).apply(kind().eval(), context(tmp_path, task=Noise(inputs=inputs)))
+    assert list(stored_bits(made.graph)) == ["head.weight"]
+    assert {name for name, value in attributes(made.graph) if value.dtype == torch.float32} >= {"words.weight"}
+
+
 def test_the_label_says_it() -> None:
     assert PTQ(embedding_bits=4).label() == "ptq-w8s-a8a-emb4"
     assert PTQ(embedding_bits=None).label() == "ptq-w8s-a8a-emb32"

@@ -126,7 +126,8 @@ def insert_observers(
 
 
 def _weights(graph: fx.GraphModule) -> dict[str, list[tuple[fx.Node, fx.Node]]]:
-    """Those of layers, gated ones too, then tables that are looked up in; by name: who reads them, and as what."""
+    """Those of layers, gated ones too, then tables that are looked up in and read by nothing else, which would keep the
+    real ones beside them; by name: who reads them, and as what."""
     read = [(node, source(node, 1)) for node in nodes_of(graph, COMPUTE) if _has_weight(graph, node)]
     for node in nodes_of(graph, GATED):
         parameters = [(given, constant(graph, given)) for given in cast(Sequence[fx.Node], node.args[2])]
@@ -135,7 +136,14 @@ def _weights(graph: fx.GraphModule) -> dict[str, list[tuple[fx.Node, fx.Node]]]:
     found: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
     for reader, given in read:
         found.setdefault(str(given.target), []).append((reader, given))
-    return found
+    return {name: readers for name, readers in found.items() if not _read_as_it_is(graph, name, readers)}
+
+
+def _read_as_it_is(graph: fx.GraphModule, table: str, readers: list[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether it is a table that others read than `readers`, who look up in it."""
+    known = {reader for reader, _ in readers}
+    nodes = [node for node in graph.graph.nodes if node.op == "get_attr" and node.target == table]
+    return all(reader.target is EMBEDDING for reader in known) and any(node.users.keys() - known for node in nodes)
 
 
 def _has_weight(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -143,7 +151,9 @@ def _has_weight(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _looks_up(graph: fx.GraphModule, node: fx.Node) -> bool:
-    return constant(graph, node.args[0]) is not None and not _fixed(node)
+    """Whether it looks up what follows from the input, in rows that are shorter as integers with a scale."""
+    table = constant(graph, node.args[0])
+    return table is not None and not _fixed(node) and table.shape[1] > 1
 
 
 def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.Node]) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,27 @@ def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
     (PyTorch's exporter to ONNX and its compiler fold those of transposed convolutions wrongly or under old names.)
     w' = w * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta (Jacob et al. 2018, section 3.2).
     """
-    for norm in nodes_of(graph, {aten.batch_norm.default}):
-        compute = source(norm)
-        if joins(norm, COMPUTE | TRANSPOSED):
-            weight, bias = folded(graph, compute, norm)
-            replace_weight(graph, compute, weight, bias)
-            norm.replace_all_uses_with(compute)
+    found = [norm for norm in nodes_of(graph, {aten.batch_norm.default}) if joins(norm, COMPUTE | TRANSPOSED)]
+    for norms in alike(found):
+        weight, bias = folded(graph, source(norms[0]), norms[0])
+        replace_weight(graph, list(map(source, norms)), weight, bias)
+        for norm in norms:
+            norm.replace_all_uses_with(source(norm))
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def alike(norms: Iterable[fx.Node]) -> list[list[fx.Node]]:
+    """`norms` that can be folded, in groups of those that are one norm behind one layer, called again."""
+
+    def read(node: fx.Node) -> list[Any]:
+        return [argument.target if isinstance(argument, fx.Node) else argument for argument in node.args[1:]]
+
+    groups: dict[str, list[fx.Node]] = {}
+    for norm in norms:
+        groups.setdefault(repr([source(norm).target, read(source(norm)), read(norm)]), []).append(norm)
+    return list(groups.values())
 
 
 @torch.no_grad()
@@ -60,16 +72,17 @@ def joins(norm: fx.Node, layers: Collection[Any] = COMPUTE) -> bool:
     return all(isinstance(node, fx.Node) and node.op == "get_attr" for node in (weight, *norm.args[3:5]))
 
 
-def replace_weight(graph: fx.GraphModule, compute: fx.Node, weight: Tensor, bias: Tensor) -> None:
-    """Give `compute` its own constants, so that a layer that shared them keeps what it had."""
-    name = own_name(graph, str(source(compute, 1).target), compute)
+def replace_weight(graph: fx.GraphModule, computes: Sequence[fx.Node], weight: Tensor, bias: Tensor) -> None:
+    """Give `computes` constants of their own, so that a layer that shared them keeps what it had."""
+    name = own_name(graph, str(source(computes[0], 1).target), *computes)
     bias_name = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"
-    bias_name = own_name(graph, bias_name, compute)
-    with graph.graph.inserting_before(compute):
+    bias_name = own_name(graph, bias_name, *computes)
+    with graph.graph.inserting_before(computes[0]):
         set_constant(graph, name, weight, trainable=True)
         set_constant(graph, bias_name, bias, trainable=True)
         new = graph.graph.get_attr(name), graph.graph.get_attr(bias_name)
-    compute.args = (source(compute), *new, *compute.args[3:])
+    for compute in computes:
+        compute.args = (source(compute), *new, *compute.args[3:])
 
 
 def own_name(graph: fx.GraphModule, name: str, *computes: fx.Node) -> str:

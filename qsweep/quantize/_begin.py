@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -22,16 +24,16 @@ _WITHIN = 0.49
 @torch.no_grad()
 def begin_rounded(graph: fx.GraphModule, ptq: PTQ, model: nn.Module, context: Context) -> None:
     """Move each weight of the training graph of `model` no further than it must, so that it rounds to the integer that
-    `ptq` gives it, and let its quantizer begin with the levels of these; in place.
+    `ptq` gives it, and let its quantizer begin with the levels of these; in place. One that is read with several norms,
+    each of which makes another weight of it, begins as it is.
 
     Scales must be folded into those of the channels (`FoldedNorm.fold_scales`).
     """
     chosen = _chosen(ptq, model, context)
-    for node in [node for node in graph.graph.nodes if node.op == "call_module"]:
-        module = graph.get_submodule(str(node.target))
-        folds = isinstance(module, FoldedNorm)
-        name = str(source(node, 1 if folds else 0).target)
-        if not isinstance(module, FoldedNorm | FakeWeight) or name not in chosen:
+    quantizers = _quantizers(graph)
+    readers = Counter(name for _, _, name in quantizers)
+    for node, module, name in quantizers:
+        if name not in chosen or readers[name] > 1:
             continue
         weight = graph.get_parameter(name)
         integers, levels = chosen[name]
@@ -40,6 +42,17 @@ def begin_rounded(graph: fx.GraphModule, ptq: PTQ, model: nn.Module, context: Co
         (module.quantizer if isinstance(module, FoldedNorm) else module).levels = levels
         lowest, highest = (levels.real(integers + end) for end in (-_WITHIN, _WITHIN))
         weight.copy_(weight.clamp(lowest, highest))
+
+
+def _quantizers(graph: fx.GraphModule) -> list[tuple[fx.Node, FoldedNorm | FakeWeight, str]]:
+    """What rounds weights, where it is called first, and the name of the weight."""
+    found: list[tuple[fx.Node, FoldedNorm | FakeWeight, str]] = []
+    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
+    for node in {str(node.target): node for node in reversed(calls)}.values():
+        module = graph.get_submodule(str(node.target))
+        if isinstance(module, FoldedNorm | FakeWeight):
+            found.append((node, module, str(source(node, 1 if isinstance(module, FoldedNorm) else 0).target)))
+    return found
 
 
 def _chosen(ptq: PTQ, model: nn.Module, context: Context) -> dict[str, tuple[Tensor, WeightLevels]]:

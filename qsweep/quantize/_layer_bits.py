@@ -22,8 +22,10 @@ def chosen(config: Mixed, model: nn.Module, context: Context) -> dict[str, int]:
     settled = _settled(config, layers)
     options = {name: {settled[name]: 0.0} if name in settled else found for name, found in scores.items()}
     sizes = dict.fromkeys(scores, 0)
-    for number, layer in enumerate(layers):  # those that share a weight each store it, and have the same bits
-        sizes[layer.name] += _cost_of_a_bit(config, layer, edge=number in (0, len(layers) - 1))
+    for number, layer in enumerate(layers):
+        cost = _cost_of_a_bit(config, layer, edge=number in (0, len(layers) - 1))
+        shared = config.budget == "bytes"  # what several layers read is stored once
+        sizes[layer.name] = cost if shared else sizes[layer.name] + cost
     found = allocate(list(options.values()), list(sizes.values()), config.average_bits)
     return dict(zip(options, found, strict=True))
 

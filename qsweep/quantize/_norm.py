@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qsweep.hub.form import arguments, aten, constant, nodes_of, set_constant, source
-from qsweep.hub.norm import joins, own_name, replace_weight
+from qsweep.hub.norm import alike, joins, own_name, replace_weight
 from qsweep.quantize._arithmetic import WeightLevels
 from qsweep.quantize._fake import FakeWeight
 from qsweep.quantize._observers import NearestWeight
@@ -146,29 +146,40 @@ class LiveNorm(nn.Module):
 def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
     """Replace each convolution or linear (its weight observed) and the batch norm after it by a FoldedNorm, other batch
     norms by a LiveNorm."""
-    for norm in nodes_of(graph, {aten.batch_norm.default}):
-        if not joins(norm):
+    norms = nodes_of(graph, {aten.batch_norm.default})
+    joined = [norm for norm in norms if joins(norm)]
+    for norm in norms:
+        if norm not in joined:
             _enliven(graph, norm)
-            continue
+    for group in alike(joined):
+        _join(graph, group, fold_scales=fold_scales)
+    graph.recompile()
+
+
+def _join(graph: fx.GraphModule, norms: list[fx.Node], *, fold_scales: bool) -> None:
+    """One FoldedNorm for `norms`, the same one called again, and the layers before them."""
+    first = source(norms[0])
+    observed = source(first, 1)
+    quantizer = graph.get_submodule(str(observed.target))
+    assert isinstance(quantizer, FakeWeight)
+    if len(observed.users) > len(norms):  # others read the weight, too: with another norm, or none
+        quantizer = copy.deepcopy(quantizer)
+    name, settings = f"folded_{first.name}", first.args[3:]
+    graph.add_submodule(
+        name, FoldedNorm(first.target, tuple(settings), arguments(norms[0]), quantizer, fold_scales=fold_scales)
+    )
+    for norm in norms:
         compute = source(norm)
-        observed = source(compute, 1)
-        bias, *rest = compute.args[2:] or (None,)
-        quantizer = graph.get_submodule(str(observed.target))
-        assert isinstance(quantizer, FakeWeight)
-        shared = len(observed.users) > 1
-        quantizer = copy.deepcopy(quantizer) if shared else quantizer
-        name = f"folded_{compute.name}"
-        joined = FoldedNorm(compute.target, tuple(rest), arguments(norm), quantizer, fold_scales=fold_scales)
-        graph.add_submodule(name, joined)
+        bias = compute.args[2] if len(compute.args) > 2 else None
         with graph.graph.inserting_before(norm):
             call = graph.graph.call_module(name, (source(compute), source(observed), bias, *norm.args[1:5]))
         call.meta = dict(norm.meta)
         norm.replace_all_uses_with(call)
-        for node in (norm, compute, *([] if shared else [observed])):
-            graph.graph.erase_node(node)
-        if not shared:
-            graph.delete_submodule(str(observed.target))
-    graph.recompile()
+        graph.graph.erase_node(norm)
+        graph.graph.erase_node(compute)
+    if not observed.users:
+        graph.graph.erase_node(observed)
+        graph.delete_submodule(str(observed.target))
 
 
 def _enliven(graph: fx.GraphModule, norm: fx.Node) -> None:
@@ -195,27 +206,38 @@ def _settle(graph: fx.GraphModule, node: fx.Node, module: LiveNorm) -> None:
 @torch.no_grad()
 def split_norms(graph: fx.GraphModule) -> None:
     """Undo `join_norms` after training: plain convolutions and linears with folded weights on their levels."""
+    calls: dict[str, list[fx.Node]] = {}
     for node in [node for node in graph.graph.nodes if node.op == "call_module"]:
-        module = graph.get_submodule(str(node.target))
+        calls.setdefault(str(node.target), []).append(node)
+    for name, nodes in calls.items():
+        module = graph.get_submodule(name)
         if isinstance(module, LiveNorm):
-            _settle(graph, node, module)
-        if not isinstance(module, FoldedNorm):
-            continue
-        constants = module.constants(graph, node)
-        (weight, levels), bias = module.shipped(*constants), module.shift(*constants[1:])
-        with graph.graph.inserting_before(node):
-            compute = graph.graph.call_function(module.op, (*node.args[:2], None, *module.settings))
-        compute.meta = dict(node.meta)
-        node.replace_all_uses_with(compute)
-        graph.graph.erase_node(node)
-        graph.delete_submodule(str(node.target))
-        replace_weight(graph, compute, weight, bias)
-        name = f"observe_{compute.name}_weight"
-        graph.add_submodule(name, _shipped(module.quantizer, levels))
-        with graph.graph.inserting_before(compute):
-            compute.update_arg(1, graph.graph.call_module(name, (source(compute, 1),)))
+            _settle(graph, nodes[0], module)
+        elif isinstance(module, FoldedNorm):
+            _split(graph, nodes, module)
+            graph.delete_submodule(name)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _split(graph: fx.GraphModule, calls: list[fx.Node], module: FoldedNorm) -> None:
+    """Layers with one weight, norm folded, for the `calls` of `module`."""
+    constants = module.constants(graph, calls[0])
+    (weight, levels), bias = module.shipped(*constants), module.shift(*constants[1:])
+    computes = []
+    for node in calls:
+        with graph.graph.inserting_before(node):
+            computes.append(graph.graph.call_function(module.op, (*node.args[:2], None, *module.settings)))
+        computes[-1].meta = dict(node.meta)
+        node.replace_all_uses_with(computes[-1])
+        graph.graph.erase_node(node)
+    replace_weight(graph, computes, weight, bias)
+    name = f"observe_{computes[0].name}_weight"
+    graph.add_submodule(name, _shipped(module.quantizer, levels))
+    with graph.graph.inserting_before(computes[0]):
+        observed = graph.graph.call_module(name, (source(computes[0], 1),))
+    for compute in computes:
+        compute.update_arg(1, observed)
 
 
 @torch.no_grad()

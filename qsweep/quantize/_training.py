@@ -90,8 +90,8 @@ def start(graph: fx.GraphModule, bits: int, inputs: Tensor | None) -> None:
 @torch.no_grad()
 def _weights(graph: fx.GraphModule) -> list[tuple[FakeWeight, Tensor]]:
     found = []
-    for node in graph.graph.nodes:
-        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    for node in {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}.values():
+        module = graph.get_submodule(str(node.target))
         if isinstance(module, FoldedNorm):
             found.append((module.quantizer, module.trained_weight(*module.constants(graph, node))))
         elif isinstance(module, FakeWeight):

@@ -21,8 +21,8 @@ if not ON_GPU:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What modules of tests have to begin long before their own turn."""
-    if not session.config.option.collectonly:
+    """What modules of tests have to begin long before their own turn; of files side by side each begins its own."""
+    if not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
         for module in dict.fromkeys(getattr(item, "module", None) for item in session.items):
             if hasattr(module, "begin"):
                 module.begin()

@@ -42,6 +42,8 @@ def begin() -> None:
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[list[dict[str, Any]]]:
     """Facts about every kernel."""
+    if _process is None:
+        begin()
     assert _process is not None
     assert _folder is not None
     with _folder:

@@ -144,19 +144,19 @@ def test_a_worker_that_dies_is_tried_again_under_the_same_number(tmp_path: Path)
 
 
 def test_a_trial_past_its_limit_is_killed(tmp_path: Path) -> None:
-    records = sweep(tmp_path, small_spec(run={"trial_timeout": 1.5}, search={"trials": 6}), build_0004="hang")
+    records = sweep(tmp_path, small_spec(run={"trial_timeout": 4}, search={"trials": 6}), build_0004="hang")
     assert (records[4].state, records[4].failure.kind) == ("failed", "TimedOut")
     assert records[5].state == "complete"
 
 
-def check_alone(records: Collection[Record], folder: Path) -> None:
-    """No two were measured at once, and none was built meanwhile."""
+def check_alone(records: Collection[Record], folder: Path, within: float = 0.2) -> None:
+    """No two were measured at once, and none was built meanwhile, from `within` seconds on."""
     spans = sorted((record.seconds["began"], record.seconds["ended"]) for record in records)
     for (_, ended), (began, _) in pairwise(spans):
         assert ended <= began
     ticks = [float(t) for path in folder.rglob("trials/*/ticks.txt") for t in path.read_text().split()]
     assert len(ticks) == 50 * len(records)
-    assert not [tick for tick in ticks for began, ended in spans if began + 0.2 < tick < ended]
+    assert not [tick for tick in ticks for began, ended in spans if began + within < tick < ended]
 
 
 def test_nothing_else_of_the_sweep_runs_while_one_is_measured(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_nothing_of_another_sweep_runs_while_one_is_measured(tmp_path: Path) -> 
         told(root, build="tick", measure_0000="slow", measure_0004="slow")
     drivers = [start(root) for root in roots]
     assert [driver.wait(timeout=120) for driver in drivers] == [0, 0]
-    check_alone([record for root in roots for record in SweepFolder(root, "small").records()], tmp_path)
+    check_alone([record for root in roots for record in SweepFolder(root, "small").records()], tmp_path, 0.4)
 
 
 def test_a_sweep_says_that_it_waits_for_another(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from qsweep.machine import cache_folder
 
 _ASKED, _GRANTED = "alone.asked", "alone.granted"
 _POLL_SECONDS = 0.005
-_held: list[IO[str]] = []
+_kept: list[IO[str]] = []
 """The host's lock, while this process has it: to its end."""
 
 
@@ -34,31 +34,38 @@ def ask(folder: Path) -> None:
         if not driver.is_alive():
             raise SystemExit(f"the driver ended before `{folder.name}` could have the machine for itself")
         time.sleep(_POLL_SECONDS)
-    if not _held:
+    if not _kept:
         try:
-            _held.append(_lock())
-            fcntl.flock(_held[0], fcntl.LOCK_EX)
+            _lock().parent.mkdir(parents=True, exist_ok=True)
+            _kept.append(_lock().open("a"))
+            fcntl.flock(_kept[0], fcntl.LOCK_EX)
         except OSError:  # no place for a lock: alone among the jobs of its sweep
-            _held.clear()
+            _kept.clear()
 
 
 def elsewhere() -> bool:
     """Whether a job of another sweep is alone on this host, asked where none of this sweep is."""
     try:
-        with _lock() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return held(_lock())
     except OSError:
         return False
+
+
+def held(path: Path) -> bool:
+    """Whether a process holds `flock` on this file."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
     return False
 
 
-def _lock() -> IO[str]:
+def _lock() -> Path:
     """A home may be that of many hosts."""
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    return (folder / f"alone-{platform.node()}.lock").open("a")
+    return cache_folder() / f"alone-{platform.node()}.lock"
 
 
 def asked(folder: Path) -> bool:

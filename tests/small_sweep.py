@@ -57,11 +57,11 @@ def sweep(root: Path, spec: Spec, **tell: str) -> dict[int, Record]:
     return {record.number: record for record in run(spec, root, jobs="arithmetic_jobs", preload=("numpy",))}
 
 
-def start(root: Path) -> subprocess.Popen[bytes]:
-    """A driver of the sweep in a process of its own."""
+def start(root: Path, driver: str = _DRIVER) -> subprocess.Popen[bytes]:
+    """A driver of the sweep in a process of its own; it runs the code `driver`."""
     path = os.pathsep.join((str(Path(__file__).parent), *sys.path))
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.Popen([sys.executable, "-c", _DRIVER, str(root)], env=environment, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", driver, str(root)], env=environment, start_new_session=True)
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:

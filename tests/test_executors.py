@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import small_sweep
 import worker_jobs
 
 from qsweep.executors.local import Local, Worker, holder
 
 JOBS = "worker_jobs"
+until = partial(small_sweep.until, seconds=30)
 
 
 @pytest.fixture
@@ -21,13 +24,6 @@ def local(tmp_path: Path) -> Iterator[Local]:
     executor = Local((), tmp_path / "server.log")
     yield executor
     executor.shutdown()
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def ended(local: Local, worker: Worker) -> str:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import small_sweep
-from small_sweep import calls, small_spec, states, sweep, told
+from small_sweep import calls, small_spec, start, states, sweep, told, until
 from test_front import OBJECTIVES, record
-from test_kill import until
 
 from qsweep.executors.local import holder
 from qsweep.records import Failure, Metrics, Record, Repetition
@@ -228,8 +223,7 @@ def test_a_driver_that_is_killed_in_a_repetition_loses_nothing_and_repeats_nothi
     tmp_path: Path, moment: str, whole: tuple[Path, dict[int, Record]]
 ) -> None:
     told(tmp_path, **{f"{moment}_0008-1": "held"})
-    path = os.pathsep.join((str(Path(small_sweep.__file__).parent), *sys.path))
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, tmp_path], env={**os.environ, "PYTHONPATH": path})
+    driver = start(tmp_path, DRIVER)
     folder = tmp_path / "sweeps/small/repeats/0008-1"
     until(lambda: folder.exists() and (holder(folder) or ("", ""))[1] == moment)
     driver.kill()

@@ -23,6 +23,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
+from qsweep.alone import held
 from qsweep.errors import SweepError
 from qsweep.executors import server
 
@@ -143,17 +144,12 @@ class Local:
 def holder(folder: Path) -> tuple[int, str] | None:
     """Process id and job name of the worker that lives in `folder`, or None."""
     for _ in range(100):
-        try:
-            with (folder / LOCK).open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not held(folder / LOCK):
             return None
-        except FileNotFoundError:
-            return None
-        except BlockingIOError:
-            words = (folder / LOCK).read_text().split()
-            if len(words) == 2:
-                return int(words[0]), words[1]
-            time.sleep(0.001)  # it has the lock and is about to write who it is
+        words = (folder / LOCK).read_text().split()
+        if len(words) == 2:
+            return int(words[0]), words[1]
+        time.sleep(0.001)  # it has the lock and is about to write who it is
     return None
 
 

@@ -7,7 +7,6 @@ over since rules them instead.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -26,14 +25,7 @@ _SECONDS = 1.0
 
 def driven(sweep: Path) -> bool:
     """Whether the sweep in this folder has a driver now."""
-    try:
-        with (sweep / DRIVER_LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return alone.held(sweep / DRIVER_LOCK)
 
 
 def resume(sweep: Path) -> None:

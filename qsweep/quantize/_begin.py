@@ -10,8 +10,7 @@ from torch import Tensor, fx, nn
 from qsweep.hub.form import constant, source
 from qsweep.quantize._arithmetic import WeightLevels
 from qsweep.quantize._calibrate import calibrated
-from qsweep.quantize._fake import FakeWeight
-from qsweep.quantize._norm import FoldedNorm
+from qsweep.quantize._norm import FoldedNorm, weight_quantizers
 from qsweep.quantize._observers import NearestWeight
 from qsweep.quantize._rounding import round_weights
 from qsweep.quantize.ptq import PTQ
@@ -30,9 +29,10 @@ def begin_rounded(graph: fx.GraphModule, ptq: PTQ, model: nn.Module, context: Co
     Scales must be folded into those of the channels (`FoldedNorm.fold_scales`).
     """
     chosen = _chosen(ptq, model, context)
-    quantizers = _quantizers(graph)
-    readers = Counter(name for _, _, name in quantizers)
-    for node, module, name in quantizers:
+    quantizers = weight_quantizers(graph)
+    names = [str(source(node, 1 if isinstance(module, FoldedNorm) else 0).target) for node, module in quantizers]
+    readers = Counter(names)
+    for (node, module), name in zip(quantizers, names, strict=True):
         if name not in chosen or readers[name] > 1:
             continue
         weight = graph.get_parameter(name)
@@ -42,17 +42,6 @@ def begin_rounded(graph: fx.GraphModule, ptq: PTQ, model: nn.Module, context: Co
         (module.quantizer if isinstance(module, FoldedNorm) else module).levels = levels
         lowest, highest = (levels.real(integers + end) for end in (-_WITHIN, _WITHIN))
         weight.copy_(weight.clamp(lowest, highest))
-
-
-def _quantizers(graph: fx.GraphModule) -> list[tuple[fx.Node, FoldedNorm | FakeWeight, str]]:
-    """What rounds weights, where it is called first, and the name of the weight."""
-    found: list[tuple[fx.Node, FoldedNorm | FakeWeight, str]] = []
-    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
-    for node in {str(node.target): node for node in reversed(calls)}.values():
-        module = graph.get_submodule(str(node.target))
-        if isinstance(module, FoldedNorm | FakeWeight):
-            found.append((node, module, str(source(node, 1 if isinstance(module, FoldedNorm) else 0).target)))
-    return found
 
 
 def _chosen(ptq: PTQ, model: nn.Module, context: Context) -> dict[str, tuple[Tensor, WeightLevels]]:

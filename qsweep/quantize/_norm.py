@@ -143,6 +143,21 @@ class LiveNorm(nn.Module):
         return F.batch_norm(inputs, mean, var, gamma, beta, self.training, self.settings[1], self.settings[2])
 
 
+def weight_quantizers(graph: fx.GraphModule) -> list[tuple[fx.Node, FoldedNorm | FakeWeight]]:
+    """What rounds weights, each once, and where it is called first."""
+    found = [(nodes[0], graph.get_submodule(name)) for name, nodes in _calls(graph).items()]
+    return [(node, module) for node, module in found if isinstance(module, FoldedNorm | FakeWeight)]
+
+
+def _calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """Of each module, in order of execution."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            found.setdefault(str(node.target), []).append(node)
+    return found
+
+
 def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
     """Replace each convolution or linear (its weight observed) and the batch norm after it by a FoldedNorm, other batch
     norms by a LiveNorm."""
@@ -206,10 +221,7 @@ def _settle(graph: fx.GraphModule, node: fx.Node, module: LiveNorm) -> None:
 @torch.no_grad()
 def split_norms(graph: fx.GraphModule) -> None:
     """Undo `join_norms` after training: plain convolutions and linears with folded weights on their levels."""
-    calls: dict[str, list[fx.Node]] = {}
-    for node in [node for node in graph.graph.nodes if node.op == "call_module"]:
-        calls.setdefault(str(node.target), []).append(node)
-    for name, nodes in calls.items():
+    for name, nodes in _calls(graph).items():
         module = graph.get_submodule(name)
         if isinstance(module, LiveNorm):
             _settle(graph, nodes[0], module)

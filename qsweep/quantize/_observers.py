@@ -171,12 +171,6 @@ def activation_observer(config: Grids, place: Place) -> RangeObserver | BatchObs
     return BatchObserver(config, place) if config.activation_mode == "dynamic" else RangeObserver(config, place)
 
 
-def embedding_observer(config: LowBit) -> NearestWeight | None:
-    """What stands on the tables of embeddings; None leaves them as they are."""
-    bits = config.embedding_bits
-    return None if bits is None else NearestWeight(PTQ(weight_bits=bits), Place((), edge=False))
-
-
 class NearestWeight(nn.Module):
     """Lets weights pass; says, when a graph is converted, what the nearest of their levels are."""
 
@@ -215,3 +209,10 @@ class NearestWeight(nn.Module):
         if levels.symmetric_channels:
             return Channels(integers, levels.scale[:, 0].contiguous(), levels.low, levels.high)
         return Groups(integers, levels.scale, levels.zero_point, levels.low, levels.high)
+
+
+def embedding_observer(config: LowBit, made: type[NearestWeight] = NearestWeight) -> NearestWeight | None:
+    """What stands on the tables of embeddings, while calibrating or, `made` a fake quantizer, while training; None
+    leaves them as they are."""
+    bits = config.embedding_bits
+    return None if bits is None else made(PTQ(weight_bits=bits), Place((), edge=False))

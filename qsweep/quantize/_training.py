@@ -11,16 +11,15 @@ from qsweep.checkpoints import resumable
 from qsweep.hub.convert import convert
 from qsweep.hub.export import example_of, export
 from qsweep.hub.form import QuantizedModel, constant
-from qsweep.hub.insert import Place, insert_observers
+from qsweep.hub.insert import insert_observers
 from qsweep.hub.save import load, save
 from qsweep.quantize._begin import begin_rounded
 from qsweep.quantize._calibrate import calibration_inputs, observe
 from qsweep.quantize._fake import FakeActivation, FakeWeight
 from qsweep.quantize._fake_weights import RangeWeight
-from qsweep.quantize._norm import FoldedNorm, join_norms, ship_weights, split_norms
-from qsweep.quantize._observers import apart
+from qsweep.quantize._norm import FoldedNorm, join_norms, ship_weights, split_norms, weight_quantizers
+from qsweep.quantize._observers import apart, embedding_observer
 from qsweep.quantize._rectifiers import join_rectifiers, split_rectifiers
-from qsweep.quantize.qat import QAT
 from qsweep.quantize.trained import Trained
 from qsweep.stage import Context, stage_key
 from qsweep.train import Loss, fine_tune, set_mode
@@ -56,18 +55,12 @@ def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedMo
         live,
         lambda place: config.activation(place) if config.activation_bits else None,
         config.weight,
-        lambda: _embedding(config),
+        lambda: embedding_observer(config, RangeWeight),
         apart=lambda place: apart(config, place),
     )
     join_norms(live.graph, fold_scales=config.weight_granularity == "channel")
     join_rectifiers(live.graph)
     return live
-
-
-def _embedding(config: Trained) -> FakeWeight | None:
-    """As it is rounded after training, straight through."""
-    bits = config.embedding_bits
-    return None if bits is None else RangeWeight(QAT(weight_bits=bits), Place((), edge=False))
 
 
 def start(graph: fx.GraphModule, bits: int, inputs: Tensor | None) -> None:
@@ -90,11 +83,10 @@ def start(graph: fx.GraphModule, bits: int, inputs: Tensor | None) -> None:
 @torch.no_grad()
 def _weights(graph: fx.GraphModule) -> list[tuple[FakeWeight, Tensor]]:
     found = []
-    for node in {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}.values():
-        module = graph.get_submodule(str(node.target))
+    for node, module in weight_quantizers(graph):
         if isinstance(module, FoldedNorm):
             found.append((module.quantizer, module.trained_weight(*module.constants(graph, node))))
-        elif isinstance(module, FakeWeight):
+        else:
             weight = constant(graph, node.args[0])
             assert weight is not None
             found.append((module, weight))

@@ -202,6 +202,48 @@ def test_sizes_computed_from_the_batch_are_those_of_tensors(function: Callable[[
         torch.testing.assert_close(export(model, INPUTS[:2]).graph(INPUTS), model(INPUTS))
 
 
+class Projected(nn.Module):
+    """Products with parameters of its own, of which one is the model's, and with numbers that are none."""
+
+    fixed: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(14, 8)), nn.Parameter(torch.randn(8, 16))
+        self.bias, self.tied = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(4, 16))
+        self.register_buffer("fixed", torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(x @ self.first).flatten(0, 2)
+        x = torch.addmm(self.bias, x, self.second)
+        found: Tensor = torch.matmul(x, self.tied.t()) @ self.fixed
+        return found.view(-1, 48, 4)
+
+
+def test_products_with_parameters_are_linears() -> None:
+    model = Projected().eval()
+    graph = export(model, INPUTS[:2]).graph
+    with torch.no_grad():
+        torch.testing.assert_close(graph(INPUTS), model(INPUTS))
+    linears = nodes_of(graph, {aten.linear.default})
+    assert [len(node.args) for node in linears] == [2, 3, 2]
+    assert str(source(linears[2], 1).target) == "tied"
+    assert {name for name, _ in graph.named_parameters()} >= {str(source(node, 1).target) for node in linears}
+    assert len(nodes_of(graph, {aten.matmul.default, aten.mm.default})) == 1
+
+
+@pytest.mark.parametrize("indexing", ["ij", "xy"])
+def test_coordinates_of_a_grid_are_constants(indexing: str) -> None:
+    def places(x: Tensor) -> Tensor:
+        axes = torch.arange(x.shape[2]) / x.shape[2], torch.arange(x.shape[3]) * 2.0, torch.tensor([1.0, 2.0])
+        rows, columns, _ = torch.meshgrid(*axes, indexing=indexing)
+        found = rows - 3 * columns
+        return x.unsqueeze(-1) + (found if indexing == "ij" else found.transpose(0, 1))
+
+    graph = exported(places)
+    assert not nodes_of(graph, {aten.meshgrid.indexing})
+
+
 def test_layers_without_a_batch_or_with_two_are_those_with_one() -> None:
     def function(x: Tensor, conv: nn.Module, same: nn.Module, up: nn.Module, linear: nn.Module) -> Any:
         pairs = x.mean((2, 3)).unsqueeze(0) + x.mean((2, 3)).unsqueeze(1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import fx
@@ -23,6 +25,7 @@ _ALONE: dict[Any, tuple[Any, ...]] = {
     aten.max_pool3d_with_indices.default: (aten.max_pool3d.default,),
 }
 """For each of the tensors that an op gives the op that gives it alone, whose arguments have the same names."""
+_GRIDS = {aten.meshgrid.default, aten.meshgrid.indexing}
 
 
 def without_tuples(graph: fx.GraphModule) -> None:
@@ -38,10 +41,27 @@ def without_tuples(graph: fx.GraphModule) -> None:
 def _part(graph: fx.GraphModule, given: fx.Node, index: int) -> fx.Node | None:
     if given.target is aten.unbind.int:
         return graph.graph.call_function(aten.select.int, (given.args[0], arguments(given)["dim"], index))
+    if given.target in _GRIDS:
+        return _of_grid(graph, given, index)
     if given.target in _ALONE:
         known = _ALONE[given.target]
         return _alone(graph, given, known[index]) if index < len(known) else None
     return _slice(graph, given, index) if given.target in _SPLITS else None
+
+
+def _of_grid(graph: fx.GraphModule, grid: fx.Node, index: int) -> fx.Node | None:
+    """Coordinates repeated along the others; None for sizes known at run time only."""
+    axes = cast(Sequence[fx.Node], grid.args[0])
+    shapes = [shape_of(axis) for axis in axes]
+    if any(shape is None or any(size < 0 for size in shape) for shape in shapes):
+        return None
+    order = list(range(len(axes)))
+    if grid.kwargs.get("indexing") == "xy" and len(axes) > 1:
+        order[:2] = 1, 0
+    sizes = [math.prod(shapes[place] or ()) for place in order]
+    alone = [size if place == index else 1 for place, size in zip(order, sizes, strict=True)]
+    values = graph.graph.call_function(aten.reshape.default, (axes[index], alone))
+    return graph.graph.call_function(aten.expand.default, (values, sizes))
 
 
 def _alone(graph: fx.GraphModule, given: fx.Node, op: Any) -> fx.Node:

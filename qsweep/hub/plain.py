@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qsweep.errors import ExportFailure
-from qsweep.hub.fixed import with_fixed_weights
+from qsweep.hub.fixed import fixed_nodes, with_fixed_weights
 from qsweep.hub.form import (
     CONVOLUTIONS,
     LINEARS,
@@ -21,7 +21,9 @@ from qsweep.hub.form import (
     arguments,
     aten,
     attributes,
+    constant,
     nodes_of,
+    reached,
     set_constant,
     source,
 )
@@ -53,10 +55,10 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    rewrites = without_regions, _without_idle, without_tuples, functional, _with_reshapes, with_fixed_weights
-    sizes = with_fixed_shapes, with_sizes_of_tensors
+    rewrites = without_regions, _without_idle, without_tuples, functional, _with_reshapes
+    values = _with_linears, with_fixed_weights, with_fixed_shapes, with_sizes_of_tensors
     layers = with_pools, with_plain_borders, _with_batches, _with_sized_paddings, _with_heads, _with_flat_linears
-    for rewrite in (*rewrites, *sizes, *layers, _rectified_first):
+    for rewrite in (*rewrites, *values, *layers, _rectified_first):
         rewrite(graph)
         graph.graph.eliminate_dead_code()
     _check_ops(graph)
@@ -103,6 +105,23 @@ def _with_reshapes(graph: fx.GraphModule) -> None:
             node.target = aten.reshape.default
         elif (shape := shape_of(node)) is not None:
             node.target, node.args = aten.reshape.default, (node.args[0], shape)
+
+
+def _with_linears(graph: fx.GraphModule) -> None:
+    """Products with a matrix of parameters on the right as linears: `x @ w`, and the `Conv1D` of GPT-2."""
+    fixed = fixed_nodes(graph)
+    parameters = {node for node in fixed if isinstance(constant(graph, node), torch.nn.Parameter)}
+    call = graph.graph.call_function
+    for node in nodes_of(graph, {aten.addmm.default, aten.mm.default, aten.matmul.default}):
+        *bias, given, weight = cast(list[fx.Node], node.args)
+        of_parameters = weight in fixed and reached([weight], lambda each: each.all_input_nodes) & parameters
+        ranks = [value.meta["val"].dim() for value in (*bias, given, weight)]
+        if node.kwargs or given in fixed or not of_parameters or ranks[-1] != 2 or ranks[-2] < 2 or ranks[:-2] > [1]:
+            continue
+        with graph.graph.inserting_before(node):
+            turned = source(weight) if weight.target is aten.t.default else call(aten.t.default, (weight,))
+            turned.meta.setdefault("val", weight.meta["val"].t())
+            replace_by(node, call(aten.linear.default, (given, turned, *bias)))
 
 
 def _without_idle(graph: fx.GraphModule) -> None:

@@ -158,6 +158,11 @@ def add() -> object:
     return pointwise.add(side, side, Output(1), i8(4, 14, 14, 64))
 
 
+def multiply() -> object:
+    image, gate = i8(4, 14, 14, 64), i8(4, 1, 1, 64).expand(4, 14, 14, 64)
+    return pointwise.multiply(image, 1, gate, 1, 0.5, Output(1), i8(4, 14, 14, 64))
+
+
 def average() -> object:
     return pool.global_avg_pool(i8(4, 7, 7, 64), 1, 0.5, Output(1), i8(4, 64))
 
@@ -212,6 +217,7 @@ CASES: dict[str, Callable[[], object]] = {
     "quantize": quantize,
     "quantize-images": quantize_images,
     "add": add,
+    "multiply": multiply,
     "average": average,
     "largest": largest,
     "largest-of-all": largest_of_all,

@@ -203,6 +203,12 @@ class Mixed(nn.Module):
         return logits
 
 
+def _gated(values: Tensor, by: Tensor) -> Tensor:
+    """By another, or by its means over images or channels."""
+    gate = {0: by, 1: by.mean((2, 3), keepdim=True), 2: by[:, :1]}[by.shape[1] % 3]
+    return values * torch.sigmoid(gate)
+
+
 class Drawn(nn.Module):
     """Convolutions, sums, concatenations, pads, pools, cuts and moves of images, as `seed` has it; reads several."""
 
@@ -227,16 +233,18 @@ class Drawn(nn.Module):
         draw = self.random
         at = draw.choice([len(values) - 1, draw.randrange(len(values))])
         channels, height = values[at].shape[1], values[at].shape[2]
-        kind = draw.choice(["conv"] * 4 + ["act", "table", "pad", "pool", "slice", "move"] + ["add", "cat"] * 2)
+        kind = draw.choice(
+            ["conv"] * 4 + ["act", "table", "pad", "pool", "slice", "move"] + ["add", "cat"] * 2 + ["multiply"]
+        )
         if kind == "conv":
             size, out = draw.choice([1, 3, 3, (1, 3), (5, 3)]), draw.choice([channels, 3, 5, 8, 16, 18])
             groups = draw.choice([g for g in (1, 1, 2, channels) if channels % g == 0 and out % g == 0])
             stride, padding = draw.choice([1, 1, 2]), draw.choice([0, 1, 1, (1, 2)])
             self.modules_.append(nn.Conv2d(channels, out, size, stride, padding, draw.choice([1, 1, 2]), groups))
             return self.modules_[-1], (at,)
-        if kind == "add":
+        if kind in ("add", "multiply"):
             same = [place for place, value in enumerate(values) if value.shape == values[at].shape]
-            return torch.add, (at, draw.choice(same))
+            return torch.add if kind == "add" else _gated, (at, draw.choice(same))
         if kind == "cat":
             alike = [place for place, value in enumerate(values) if value.shape[2:] == values[at].shape[2:]]
             return lambda *parts: torch.cat(parts, 1), (at, *draw.choices(alike, k=draw.choice([1, 2])))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qsweep.errors import Refused
-from qsweep.hub.integer import Accumulator, Bounds, Integers, Sum
+from qsweep.hub.integer import Accumulator, Bounds, Integers, Product, Sum
 from qsweep.hub.integer import quantize as onto
 
 pytest.importorskip("triton", reason="Triton cannot be installed here")
@@ -493,6 +493,36 @@ def test_all_pairs_of_integers_add_as_the_contract_says(device: str) -> None:
     given = [replace(side, multiplier=float(s)) for side, s in zip(given, scales, strict=True)]
     pointwise.add(given[0], given[1], None, real, bounds=(0.0, 6.0))
     assert torch.equal(real.cpu(), Sum(*operands, Bounds(0.0, 6.0)).real())
+
+
+@pytest.mark.parametrize("zeros", [(-7, 100), (-128, 127), (127, -128)])
+def test_all_pairs_of_integers_multiply_as_the_contract_says(zeros: tuple[int, int], device: str) -> None:
+    left, right = torch.meshgrid(every_integer(), every_integer(), indexing="ij")
+    scales, scale = (f32(0.0371), f32(0.0529)), f32(0.1613)
+    operands = Integers(left.double(), scales[0], zeros[0]), Integers(right.double(), scales[1], zeros[1])
+    numbers = left.contiguous().to(device), zeros[0], right.contiguous().to(device), zeros[1]
+    step = scales[0] * scales[1]
+    for grid in (Output(11), Output(-128, -128, -100)):
+        out = torch.empty((256, 256), dtype=torch.int8, device=device)
+        pointwise.multiply(*numbers, float(step / scale), grid, out)
+        assert torch.equal(out.cpu().double(), onto(Product(*operands), float(scale), *grid).q)
+    real = torch.empty((256, 256), device=device)
+    pointwise.multiply(*numbers, float(step), None, real, bounds=(0.0, 6.0))
+    assert torch.equal(real.cpu(), Product(*operands, Bounds(0.0, 6.0)).real())
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 1, 1), (2, 1, 6, 7), (1, 5, 6, 7), (2, 5, 6, 7)])
+def test_what_is_repeated_is_multiplied_where_it_lies(shape: tuple[int, ...], device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(-128, 128, (2, 5, 6, 7), generator=generator, dtype=torch.int8)
+    gate = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    wanted = onto(Product(Integers(image.double(), f32(0.1), 3), Integers(gate.double(), f32(0.2), -9)), 0.9, *FULL)
+    out = torch.empty((2, 6, 7, 16), dtype=torch.int8, device=device)[..., :5].permute(0, 3, 1, 2)
+    image = image.to(device).contiguous(memory_format=torch.channels_last)
+    multiplier = float(f32(0.1) * f32(0.2) / f32(0.9))
+    last = [tensor.permute(0, 2, 3, 1) for tensor in (image, gate.to(device).expand(image.shape), out)]
+    pointwise.multiply(last[0], 3, last[1], -9, multiplier, FULL, last[2])
+    assert torch.equal(out.cpu().double(), wanted.q)
 
 
 @given(

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qsweep.hub.ties import settle_again, settle_mean, settle_sum
+from qsweep.hub.ties import settle_again, settle_mean, settle_product, settle_sum
 
 Operand = tuple[float, int, int, int]
 F32 = np.float32
@@ -58,6 +58,26 @@ def test_all_orders_agree_on_all_pairs_once_a_sum_is_settled(
     scale = float(F32((a + b) * ratio / 2))
     settled = settle_sum(left, right, scale, zero_point)
     assert agree(left, right, settled, zero_point)
+    assert scale <= settled < 1.002 * scale
+
+
+@settings(max_examples=25, deadline=None)
+@example(a=0.1, b=1 / 255, ratio=127.0, za=0, zb=-128, zero_point=1)
+@given(a=scales, b=scales, ratio=st.floats(20.0, 260.0), za=points, zb=points, zero_point=points)
+def test_all_orders_agree_on_all_pairs_once_a_product_is_settled(
+    a: float, b: float, ratio: float, za: int, zb: int, zero_point: int
+) -> None:
+    left, right = operand(a, za), operand(b, zb)
+    scale = float(F32(a * b * ratio))
+    settled = settle_product(left, right, scale, zero_point)
+    x, y = np.meshgrid(np.arange(-128, 128) - za, np.arange(-128, 128) - zb)
+    exact, step, out = (x * y).astype(F32), F32(left[0]) * F32(right[0]), F32(settled)
+    real = (x.astype(F32) * F32(left[0])) * (y.astype(F32) * F32(right[0]))
+    moved = F32(zero_point + 128)
+    ways = [np.rint(exact * (step / out)), np.rint(exact * step / out), np.rint(exact * (step / out) + moved) - moved]
+    *levels, apart = (np.clip(way, -128 - zero_point, 127 - zero_point) for way in (*ways, np.rint(real / out)))
+    assert all(np.array_equal(levels[0], level) for level in levels)
+    assert (levels[0] != apart).mean() < 1e-3  # each side rounded by itself, as simulations do
     assert scale <= settled < 1.002 * scale
 
 

@@ -92,3 +92,15 @@ def add_elements(
     right = tl.load(right_ptr + places_of(row, column, B, C, r_a, r_b, r_c, r_d), mask=mask, other=0).to(tl.int32)
     v = (left - left_zero).to(tl.float32) * left_multiplier + (right - right_zero).to(tl.float32) * right_multiplier
     write(y_ptr, places_of(row, column, B, C, y_a, y_b, y_c, y_d), v, y_zero, low, high, mask)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def multiply_elements(
+    left_ptr, right_ptr, y_ptr, left_zero, right_zero, multiplier, y_zero, low, high,
+    R, B, C, D, l_a, l_b, l_c, l_d, r_a, r_b, r_c, r_d, y_a, y_b, y_c, y_d, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    row, column, mask = rows_and_columns(R, D, BR, BD)
+    left = tl.load(left_ptr + places_of(row, column, B, C, l_a, l_b, l_c, l_d), mask=mask, other=0).to(tl.int32)
+    right = tl.load(right_ptr + places_of(row, column, B, C, r_a, r_b, r_c, r_d), mask=mask, other=0).to(tl.int32)
+    v = ((left - left_zero) * (right - right_zero)).to(tl.float32) * multiplier
+    write(y_ptr, places_of(row, column, B, C, y_a, y_b, y_c, y_d), v, y_zero, low, high, mask)

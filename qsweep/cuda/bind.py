@@ -16,20 +16,21 @@ from qsweep.cuda.buffers import NO_HALO, Halo, Value, as_rows, channels_last, up
 from qsweep.cuda.layers import Product, product, row_product
 from qsweep.cuda.moves import copy, inner_last, move, windows
 from qsweep.cuda.norm import layer_norm
-from qsweep.cuda.numbers import normed, output_of, ratio, side, table, total_of
+from qsweep.cuda.numbers import normed, output_of, product_ratio, ratio, side, table, total_of
 from qsweep.cuda.place import IMAGE_CHANNELS, Places, padding_of
 from qsweep.cuda.plan import Plan
 from qsweep.cuda.products import PRODUCTS, for_products
 from qsweep.cuda.rooms import Forget, Rooms, last_reads
 from qsweep.cuda.steps import (
-    Add,
     Dequantize,
     Float,
     Layer,
     Map,
     Move,
+    Multiply,
     Norm,
     Operand,
+    Pair,
     Pool,
     Quantize,
     RowLayer,
@@ -96,8 +97,8 @@ class Binding:
             case RowLayer():
                 out = self._real(step.node)
                 self.launches.append(row_product(self.plan.graph, step, *self._rows[step.rows], out))
-            case Add():
-                self._add(step)
+            case Pair():
+                self._pair(step)
             case Pool():
                 self._pool(step)
             case Map():
@@ -143,17 +144,20 @@ class Binding:
             lambda: linear.quantize_rows(as_rows(self.floats[step.given]), rows, scale, high=step.high)
         )
 
-    def _add(self, step: Add) -> None:
+    def _pair(self, step: Pair) -> None:
         out = self.places[step.out].logical if step.grid else self._real(step.out)
         left, right = (self.places[each.node].logical.expand(out.shape) for each in (step.left, step.right))
         output = output_of(step.grid, step.bounds) if step.grid else None
         bounds = step.bounds.low, step.bounds.high
+        zeros, product = (step.left.grid.zero_point, step.right.grid.zero_point), product_ratio(step)
 
         def run() -> None:
             to, one, other = inner_last(out, left, right)
-            pointwise.add(
-                side(step.left, one, step.grid), side(step.right, other, step.grid), output, to, bounds=bounds
-            )
+            if isinstance(step, Multiply):
+                pointwise.multiply(one, zeros[0], other, zeros[1], product, output, to, bounds=bounds)
+            else:
+                sides = side(step.left, one, step.grid), side(step.right, other, step.grid)
+                pointwise.add(*sides, output, to, bounds=bounds)
 
         self.launches.append(run)
 

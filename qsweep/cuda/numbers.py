@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from qsweep.cuda.arithmetic import Operand as Side
 from qsweep.cuda.arithmetic import Output, Requantize, Residual, Total
 from qsweep.cuda.pointwise import inverse_of
-from qsweep.cuda.steps import Add, Layer, Norm, Operand
+from qsweep.cuda.steps import Add, Layer, Norm, Operand, Pair
 from qsweep.errors import Refused
-from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, arguments, constant, grid_of, nodes_of, source
+from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, arguments, aten, constant, grid_of, nodes_of, source
 from qsweep.hub.integer import UNBOUNDED, Bounds
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
@@ -37,6 +37,12 @@ def side(operand: Operand, values: Tensor, grid: Grid | None) -> Side:
     """One side of a sum that goes onto `grid`, or stays real."""
     scale = operand.grid.scale
     return Side(values, operand.grid.zero_point, ratio(scale, grid.scale) if grid else float(f32(scale)))
+
+
+def product_ratio(pair: Pair) -> float:
+    """What the product of an integer of each side counts: on the grid it goes onto, or as a real number."""
+    scale = float(f32(pair.left.grid.scale) * f32(pair.right.grid.scale))
+    return ratio(scale, pair.grid.scale) if pair.grid else scale
 
 
 def normed(graph: fx.GraphModule, norm: Norm) -> list[Tensor]:
@@ -99,7 +105,7 @@ def table(node: fx.Node | None, given: Grid, onto: Grid) -> Tensor:
 
 
 def check_scales(graph: fx.GraphModule) -> None:
-    """Raises Refused where a scale, or the step of a layer's sums, is no normal positive float32.
+    """Raises Refused where a scale, or the step of sums or products, is no normal positive float32.
 
     Kernels multiply by such numbers and by their inverses; GPUs and CPUs need not agree on denormal ones.
     """
@@ -109,6 +115,10 @@ def check_scales(graph: fx.GraphModule) -> None:
         scale = constant(graph, node.args[1])
         assert scale is not None
         _check(scale, f"the scales of `{source(node).target}`")
+    for node in nodes_of(graph, {aten.mul.Tensor}):
+        sides = [side for side in node.all_input_nodes if side.target is DEQUANTIZE]
+        if len(sides) == 2:
+            _check(f32(grid_of(sides[0]).scale) * f32(grid_of(sides[1]).scale), f"the step of `{node.name}`")
     for node in nodes_of(graph, COMPUTE):
         if source(node).target is DEQUANTIZE and source(node, 1).target is DEQUANTIZE_WEIGHT:
             scale = constant(graph, source(node, 1).args[1])

@@ -22,8 +22,10 @@ from qsweep.cuda.steps import (
     Layer,
     Map,
     Move,
+    Multiply,
     Norm,
     Operand,
+    Pair,
     Pool,
     Quantize,
     RowLayer,
@@ -96,7 +98,7 @@ class Plan:
 class _Waiting:
     """An op on integers whose result is neither rounded nor real yet."""
 
-    step: Layer | Add | Pool | Map | Norm
+    step: Layer | Pair | Pool | Map | Norm
     """As its real value would be computed; a Map or a Norm with a grid that does not count."""
 
 
@@ -176,7 +178,8 @@ class _Planner:
         if node.target in BINARY and len(node.args) == 2 and not node.kwargs:
             right = self.states.get(source(node, 1)) if isinstance(node.args[1], fx.Node) else None
             if isinstance(right, Operand):
-                return _Waiting(Add(node, None, UNBOUNDED, given, right))
+                kind = Multiply if node.target is aten.mul.Tensor else Add
+                return _Waiting(kind(node, None, UNBOUNDED, given, right))
             return None
         if node.target in POOLS and len(self.shapes[source(node)]) == 4:
             count = pool_count(node, *self.shapes[source(node)][-2:])

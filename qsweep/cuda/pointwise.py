@@ -1,7 +1,7 @@
-"""Element by element: onto a grid and off it, tables, sums, and copies between grids.
+"""Element by element: onto a grid and off it, tables, sums, products, and copies between grids.
 
-All tensors of a call have the same shape, of 1 to 4 dimensions, and any strides; fast where the last dimension has
-stride 1 in each: call with the channels last.
+All tensors of a call have the same shape, of 1 to 4 dimensions, and any strides, 0 where one is repeated; fast where
+the last dimension has stride 1 in each: call with the channels last.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from qsweep.cuda._elements import (
     add_elements,
     look_up_elements,
+    multiply_elements,
     quantize_elements,
     quantize_pixels,
     rescale_elements,
@@ -127,6 +128,29 @@ def add(
         **arguments,
         **EXACT,
     )
+    return out
+
+
+def multiply(
+    left: Tensor,
+    left_zero: int,
+    right: Tensor,
+    right_zero: int,
+    multiplier: float,
+    output: Output | None,
+    out: Tensor,
+    *,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Tensor:
+    """Write the product of two int8 tensors into `out`, and return it.
+
+    v = f32((left - left_zero) * (right - right_zero)) * multiplier, which is both scales over that of `output`. None:
+    real results within `bounds`, and the multiplier is the product of the scales.
+    """
+    check_result(out, output)
+    blocks, arguments = _layout(l=left, r=right, y=out)
+    numbers = grid_arguments(output, bounds)
+    multiply_elements[blocks](left, right, out, left_zero, right_zero, multiplier, **numbers, **arguments, **EXACT)
     return out
 
 

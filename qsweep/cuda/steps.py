@@ -71,14 +71,24 @@ class RowLayer:
 
 
 @dataclass(frozen=True)
-class Add:
-    """The sum of two integer values and its rectifier; `grid` as above."""
+class Pair:
+    """Two integer values, element by element, and a rectifier; `grid` as above."""
 
     out: fx.Node
     grid: Grid | None
     bounds: Bounds
     left: Operand
     right: Operand
+
+
+@dataclass(frozen=True)
+class Add(Pair):
+    """Their sum."""
+
+
+@dataclass(frozen=True)
+class Multiply(Pair):
+    """Their product."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ class Float:
     node: fx.Node
 
 
-Step = Quantize | Layer | Rows | RowLayer | Add | Pool | Move | Map | Norm | Dequantize | Float
+Step = Quantize | Layer | Rows | RowLayer | Pair | Pool | Move | Map | Norm | Dequantize | Float
 
 
 def reads(step: Step) -> tuple[fx.Node, ...]:
@@ -146,7 +156,7 @@ def reads(step: Step) -> tuple[fx.Node, ...]:
         return (step.rows,)
     if isinstance(step, Layer):
         return (step.given.node,) if step.residual is None else (step.given.node, step.residual.node)
-    if isinstance(step, Add):
+    if isinstance(step, Pair):
         return step.left.node, step.right.node
     if isinstance(step, Move | Norm):
         return tuple(given.node for given in (step.given if isinstance(step, Move) else step.sides))
@@ -157,7 +167,7 @@ def writes(step: Step) -> tuple[Operand, ...]:
     """The integer values, each on one grid, that `step` gives: none, one, or of a norm two."""
     if isinstance(step, Layer) and step.then is not None:
         return (step.then.out,)
-    if isinstance(step, Layer | Add | Pool):
+    if isinstance(step, Layer | Pair | Pool):
         return () if step.grid is None else (Operand(step.out, step.grid),)
     if isinstance(step, Norm) and step.total is not None:
         return step.out, *writes(step.total)
@@ -177,6 +187,6 @@ def writes_real(step: Step) -> fx.Node | None:
     """The real value that `step` gives, if it gives one."""
     if isinstance(step, RowLayer | Float):
         return step.node
-    if isinstance(step, Layer | Add | Pool):
+    if isinstance(step, Layer | Pair | Pool):
         return step.out if step.grid is None else None
     return step.out if isinstance(step, Dequantize) else None

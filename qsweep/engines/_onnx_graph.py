@@ -106,6 +106,10 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
             constants.pop(node.input[1], None)
         if node.op_type == "QuantizeLinear" and node.input[0] not in producers:
             nodes.append(_scaled_input(content, node, grids[mark - 1]))
+        given = producers.get(node.input[0]) if node.op_type in ("Conv", "ConvTranspose") else None
+        if given is not None and _dequantizes(given) and node.input[1] in constants:
+            grid = grids[int(given.input[1].removeprefix("grid").removesuffix(".scale")) - 1]
+            nodes.append(_channel_scales(content, node, given, constants[node.input[1]], grid))
         nodes.append(node)
         if node.op_type == "QuantizeLinear":
             nodes += _bounded(content, node, grids[mark - 1], producers, readers)
@@ -115,6 +119,24 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
     ordered = [copy.deepcopy(node) for node in nodes]
     del content.graph.node[:], content.graph.value_info[:]
     content.graph.node.extend(ordered)
+
+
+def _channel_scales(
+    content: onnx.ModelProto, node: onnx.NodeProto, given: onnx.NodeProto, weight: onnx.TensorProto, grid: Any
+) -> onnx.NodeProto:
+    """What a convolution with real weights, such as a transposed one, reads: dequantized with a scale for each channel.
+
+    (Between one scale and the next quantize op the runtime would round its weights to 8 bits of its own.)
+    """
+    from onnx import helper
+
+    group = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+    channels = weight.dims[0] if node.op_type == "ConvTranspose" else weight.dims[1] * group
+    numbers = np.full(channels, grid[0], np.float32), np.full(channels, grid[1] - grid[2], np.uint8)
+    name = f"{node.name}.given"
+    ends = [add(content, f"{name}.{end}", number) for end, number in zip(("scale", "zero_point"), numbers, strict=True)]
+    node.input[0] = name
+    return helper.make_node("DequantizeLinear", [given.input[0], *ends], [name], name=name, axis=1)
 
 
 def _scaled_input(content: onnx.ModelProto, node: onnx.NodeProto, grid: Any) -> onnx.NodeProto:
@@ -131,13 +153,18 @@ def _scaled_input(content: onnx.ModelProto, node: onnx.NodeProto, grid: Any) -> 
 def _bounded(
     content: onnx.ModelProto, node: onnx.NodeProto, grid: Any, producers: dict[str, Any], readers: Counter[str]
 ) -> list[onnx.NodeProto]:
-    """A clip on the integers where the grid, or a rectifier that it then replaces, is narrower than uint8."""
+    """A clip on the integers where the grid, or a rectifier that it then replaces, is narrower than uint8.
+
+    (Not one of dequantized values: of two grids in a row without it the runtime makes one.)
+    """
     from onnx import helper, numpy_helper
 
     scale, zero_point, lowest, highest = grid
     low, high = lowest, highest
     source = producers.get(node.input[0])
-    if source is not None and source.op_type in ("Relu", "Clip") and readers[node.input[0]] == 1:
+    rectifies = source is not None and source.op_type in ("Relu", "Clip") and readers[node.input[0]] == 1
+    before = producers.get(source.input[0]) if source is not None and rectifies else None
+    if source is not None and rectifies and (before is None or before.op_type != "DequantizeLinear"):
         constants = {tensor.name: tensor for tensor in content.graph.initializer}
         given = [float(numpy_helper.to_array(constants[name])) if name else None for name in source.input[1:]] or [0.0]
         bounds = [None if end is None else zero_point + round(end / scale) for end in (*given, None)][:2]

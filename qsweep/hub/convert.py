@@ -19,6 +19,7 @@ from qsweep.hub.form import (
     Grid,
     QuantizedModel,
     RowGrid,
+    aten,
     constant,
     grid_of,
     pool_count,
@@ -28,7 +29,7 @@ from qsweep.hub.form import (
 from qsweep.hub.insert import ActivationObserver, WeightObserver
 from qsweep.hub.norm import own_name
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS
-from qsweep.hub.ties import settle_again, settle_mean, settle_sum
+from qsweep.hub.ties import settle_again, settle_mean, settle_product, settle_sum
 from qsweep.hub.weights import Channels
 
 
@@ -77,7 +78,8 @@ def _settled(graph: fx.GraphModule, activations: list[fx.Node]) -> dict[str, Gri
             scale = settle_again(grids[str(value.target)], grid.scale)
         elif value.target in BINARY and len(given) == 2:
             left, right = (grids[str(argument.target)] for argument in given)
-            scale = settle_sum(left, right, grid.scale, grid.zero_point)
+            settle = settle_product if value.target is aten.mul.Tensor else settle_sum
+            scale = settle(left, right, grid.scale, grid.zero_point)
         elif value.target in POOLS and len(given) == 1:
             scale = _settled_mean(value, given[0], grids[str(given[0].target)], grid)
         if scale is not None:

@@ -42,7 +42,8 @@ RECURRENT = GATED | {aten.rnn_tanh.input, aten.rnn_relu.input}
 """In floating point everywhere; the only ops that give several tensors."""
 SIZE = aten.sym_size.int
 """A number that depends on the batch."""
-BINARY = {aten.add.Tensor}
+BINARY = {aten.add.Tensor, aten.mul.Tensor}
+"""Sums and products of two values, element by element."""
 POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default}
 SAME_GRID = {
     aten.max_pool2d.default,
@@ -60,7 +61,7 @@ SAME_GRID = {
     aten.cat.default,
 }
 """Ops that only move or select values, see `keeps_grid`."""
-RECTIFIERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default}
+RECTIFIERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
 POINTWISE = {
     aten.gelu.default,
     aten.silu.default,
@@ -235,9 +236,12 @@ def keeps_grid(node: fx.Node) -> bool:
 
 def rectified(node: fx.Node) -> tuple[float, float]:
     """Between which real values a node of RECTIFIERS leaves its input."""
+    given = arguments(node)
     if node.target is aten.hardtanh.default:
-        given = arguments(node)
         return float(given["min_val"]), float(given["max_val"])
+    if node.target is aten.clamp.default:
+        low, high = given["min"], given["max"]
+        return -math.inf if low is None else float(low), math.inf if high is None else float(high)
     return 0.0, 6.0 if node.target is aten.relu6.default else math.inf
 
 

@@ -1,9 +1,6 @@
-"""Where grids stand in a graph.
+"""Modules put on the values of a graph that will stand on grids, for those of their readers that read them there.
 
-A value is quantized when an op that can work in integers reads it. That op alone reads the quantized value: what a
-float op reads stays float. A function of one number reads integers where its result becomes some. Ops that only move
-values share one grid with their inputs, and so do the parts of a concatenation.
-Layers may read a coarser grid than sums and pools do: then they read the value of these rounded again.
+Layers may read a coarser grid than their other readers do: then they read the value of these rounded again.
 """
 
 from __future__ import annotations
@@ -17,26 +14,22 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.hub.fixed import fixed_nodes
 from qsweep.hub.form import (
-    BINARY,
     COMPUTE,
     EMBEDDING,
     GATED,
     LINEARS,
-    POINTWISE,
     POOLS,
     RECTIFIERS,
     DynamicGrid,
     Grid,
     QuantizedModel,
     RowGrid,
-    arguments,
-    aten,
     constant,
-    is_real,
-    keeps_grid,
     nodes_of,
+    rectified,
     source,
 )
+from qsweep.hub.readers import groups_of, moves, readers_on_grids, readers_that_are_layers
 from qsweep.hub.weights import Stored
 
 OF_LAYERS = "_layers"
@@ -82,7 +75,7 @@ def insert_observers(
     `activation(place)` and `weight(place)` make them, and `embedding()` that of a table in which what follows from the
     input is looked up; None leaves the value as it is. A weight that several layers read has one observer, and one that
     is a table, too, that of the layers. A group of values on one grid shares one observer, named after the first:
-    `observe_relu_3`. Where sums or pools read a value beside layers, and `apart(place)`, the layers have an
+    `observe_relu_3`. Where others read a value beside layers, and `apart(place)`, the layers have an
     observer of their own behind it, `observe_relu_3_layers`. With `layers_only` they stand only on what layers read,
     for them alone.
     """
@@ -90,13 +83,9 @@ def insert_observers(
     ShapeProp(graph).propagate(model.example)
     for node in fixed_nodes(graph):
         node.meta["fixed"] = True
-    wanted = _read_by_layers(graph) if layers_only else _wanted(graph)
-    alone = [[value] for value in graph.graph.nodes if value in wanted]
-    groups = alone if layers_only else _groups(graph, wanted)
+    readers = readers_that_are_layers(graph) if layers_only else readers_on_grids(graph)
+    groups = [[value] for value in readers] if layers_only else groups_of(graph, readers)
     signs = [all(map(_nonnegative, group)) for group in groups]
-    readers = {value: [user for user in value.users if _reads_integers(user, value, wanted)] for value in wanted}
-    if layers_only:
-        readers = {value: [user for user in users if user.target in COMPUTE] for value, users in readers.items()}
     layers = {node: str(source(node, 1).target) for node in nodes_of(graph, COMPUTE) if _has_weight(graph, node)}
     edges = {next(iter(layers), None), next(reversed(layers), None)}
     for group, nonnegative in zip(groups, signs, strict=True):
@@ -104,7 +93,7 @@ def insert_observers(
         inputs = all(map(_given, group))
         rows = bool(users) and all(user.target in LINEARS for value in group for user in readers[value])
         place = Place(tuple(layers[user] for user in users), not edges.isdisjoint(users), nonnegative, inputs, rows)
-        summed = any(user.target in BINARY | POOLS for value in group for user in readers[value])
+        summed = any(user not in layers and not moves(user) for value in group for user in readers[value])
         name, wide = f"observe_{group[0].name}", place
         if users and summed and apart(place):
             wide = replace(place, layers=(), edge=False)
@@ -153,7 +142,7 @@ def _has_weight(graph: fx.GraphModule, node: fx.Node) -> bool:
 def _looks_up(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether it looks up what follows from the input, in rows that are shorter as integers with a scale."""
     table = constant(graph, node.args[0])
-    return table is not None and not _fixed(node) and table.shape[1] > 1
+    return table is not None and not node.meta.get("fixed") and table.shape[1] > 1
 
 
 def _observe(graph: fx.GraphModule, value: fx.Node, name: str, readers: list[fx.Node]) -> fx.Node:
@@ -177,58 +166,11 @@ def _observe_weight(graph: fx.GraphModule, observer: nn.Module, readers: list[tu
         reader.replace_input_with(read, observed)
 
 
-def _wanted(graph: fx.GraphModule) -> set[fx.Node]:
-    wanted: set[fx.Node] = set()
-    for node in reversed(graph.graph.nodes):
-        if not _fixed(node) and is_real(node) and any(_reads_integers(user, node, wanted) for user in node.users):
-            wanted.add(node)
-    return wanted
-
-
-def _read_by_layers(graph: fx.GraphModule) -> set[fx.Node]:
-    return {given for node in nodes_of(graph, COMPUTE) if not _fixed(given := source(node))}
-
-
-def _reads_integers(user: fx.Node, value: fx.Node, wanted: set[fx.Node]) -> bool:
-    if user.target in COMPUTE:
-        return user.args[0] is value and user.args[1] is not value
-    if user.target in BINARY:
-        both = all(isinstance(argument, fx.Node) and not _fixed(argument) for argument in user.args)
-        return both and len(user.args) == 2 and not user.kwargs
-    return user.target in POOLS or (user in wanted and (user.target in POINTWISE or _moves(user)))
-
-
-def _fixed(node: fx.Node) -> bool:
-    """Whether no input goes into it."""
-    return bool(node.meta.get("fixed"))
-
-
-def _moves(node: fx.Node) -> bool:
-    """Whether `node` only moves values that a grid can stand on: no constants, no sizes."""
-    given = node.all_input_nodes
-    return keeps_grid(node) and all(not _fixed(value) and "tensor_meta" in value.meta for value in given)
-
-
-def _groups(graph: fx.GraphModule, wanted: set[fx.Node]) -> list[list[fx.Node]]:
-    """The wanted values by grid, in order of execution."""
-    group = {value: [value] for value in wanted}
-    for node in graph.graph.nodes:
-        if node in wanted and _moves(node):
-            for given in node.all_input_nodes:
-                joined = group[given] + [value for value in group[node] if value not in group[given]]
-                group.update(dict.fromkeys(joined, joined))
-    order = {node: place for place, node in enumerate(graph.graph.nodes)}
-    groups = {id(values): sorted(values, key=order.__getitem__) for values in group.values()}
-    return sorted(groups.values(), key=lambda values: order[values[0]])
-
-
 def _given(value: fx.Node) -> bool:
-    return value.op == "placeholder" or (_moves(value) and all(map(_given, value.all_input_nodes)))
+    return value.op == "placeholder" or (moves(value) and all(map(_given, value.all_input_nodes)))
 
 
 def _nonnegative(value: fx.Node) -> bool:
-    if value.target is aten.hardtanh.default:
-        return float(arguments(value)["min_val"]) >= 0
-    if value.target in POOLS or _moves(value):
+    if value.target in POOLS or moves(value):
         return all(map(_nonnegative, value.all_input_nodes))
-    return value.target in RECTIFIERS
+    return value.target in RECTIFIERS and rectified(value)[0] >= 0

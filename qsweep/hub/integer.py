@@ -1,9 +1,9 @@
 """The integer contract computed exactly: the hub form on tensors of integers.
 
-Values between a dequantize and the next quantize are never float here: an accumulator with its step, or a sum of two
-integer tensors, waits until the quantize op says onto which grid it goes. Accumulators are float64 tensors, in which
-every integer below 2^53 is exact. Average pools whose windows differ in size average in float, as runtimes do, and are
-the only op that is not exact.
+Values between a dequantize and the next quantize are never float here: an accumulator with its step, or a sum or
+product of two integer tensors, waits until the quantize op says onto which grid it goes. Accumulators are float64
+tensors, in which every integer below 2^53 is exact. Average pools whose windows differ in size average in float, as
+runtimes do, and are the only op that is not exact.
 """
 
 from __future__ import annotations
@@ -124,6 +124,25 @@ class Sum:
         return left + (self.right.q - self.right.zero_point).float() * (self.right.scale / scale)
 
 
+@dataclass(frozen=True)
+class Product:
+    """The product of two integer tensors, element by element."""
+
+    left: Integers
+    right: Integers
+    bounds: Bounds = UNBOUNDED
+
+    def real(self) -> Tensor:
+        return (self._centred() * (self.left.scale * self.right.scale)).clamp(self.bounds.low, self.bounds.high)
+
+    def onto(self, scale: Tensor) -> Tensor:
+        return self._centred() * (self.left.scale * self.right.scale / scale)
+
+    def _centred(self) -> Tensor:
+        """Below 2^24, so exact in float32."""
+        return ((self.left.q - self.left.zero_point) * (self.right.q - self.right.zero_point)).float()
+
+
 def _channels(step: Tensor, sums: Tensor) -> Tensor:
     """(C,) as it broadcasts over (B, C, ...)."""
     return step if step.dim() == 0 else step.reshape(-1, *[1] * (sums.dim() - 2))
@@ -170,8 +189,8 @@ class IntegerInterpreter(fx.Interpreter):
         if target in COMPUTE:
             return self._compute(target, args, kwargs)
         if target in BINARY and isinstance(given, Integers) and isinstance(args[1], Integers) and not kwargs:
-            return Sum(given, args[1])
-        if target in RECTIFIERS and isinstance(given, Accumulator | Sum):
+            return Product(given, args[1]) if target is aten.mul.Tensor else Sum(given, args[1])
+        if target in RECTIFIERS and isinstance(given, Accumulator | Sum | Product):
             return replace(given, bounds=given.bounds.within(*rectified(node)))
         if target in POOLS and isinstance(given, Integers):
             return _pool(node, given, args, kwargs)
@@ -262,4 +281,4 @@ def _real(value: Any) -> Any:
         return value.q.float() * value.scale.reshape(-1, *[1] * (value.q.dim() - 1))
     if isinstance(value, list | tuple):
         return [_real(item) for item in value]
-    return value.real() if isinstance(value, Integers | Accumulator | Sum | Rows) else value
+    return value.real() if isinstance(value, Integers | Accumulator | Sum | Product | Rows) else value

@@ -1,10 +1,10 @@
 """Grids on which every runtime rounds alike.
 
-A sum of two 8-bit tensors, a mean of one, or one on a coarser grid is rounded from a handful of float32 operations, and
-runtimes differ in their order and in whether they fuse multiply and add. On a value close to half way between two
-levels that decides the result: one pair of inputs in 65,536 was seen to differ between the contract and ONNX Runtime,
-and one flip spreads over the rest of the network. The inputs are few enough to look at all of them, so the output's
-scale is moved, by some millionths, to where all orders agree on every input.
+A sum or product of two 8-bit tensors, a mean of one, or one on a coarser grid is rounded from a handful of float32
+operations, and runtimes differ in their order and in whether they fuse multiply and add. On a value close to half way
+between two levels that decides the result: one pair of inputs in 65,536 was seen to differ between the contract and
+ONNX Runtime, and one flip spreads over the rest of the network. The inputs are few enough to look at all of them, so
+the output's scale is moved, by some millionths, to where all orders agree on every input.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ _MOST_ELEMENTS = 1024
 _NUDGE = 1 + 2.0**-17
 _CLOSE = 2e-3
 """Only inputs this close to a tie are looked at; the rounding of float32 below 512 moves a value by a tenth of it."""
+
+_FARTHEST = 512
+"""Levels from zero: what lies beyond is at the end of every grid."""
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -36,6 +39,27 @@ def settle_sum(
         exact = a * np.float64(ra) + b * np.float64(rb)
         near = _near_tie(exact)
         return _all_equal(_sums(a[near], b[near], left, right, candidate, zero_point))
+
+    return _settle(scale, agree)
+
+
+def settle_product(
+    left: tuple[float, int, int, int], right: tuple[float, int, int, int], scale: float, zero_point: int
+) -> float:
+    """A scale close to `scale` for left * right, each (scale, zero_point, low, high), on which all orders agree."""
+    a, b = (np.arange(side[2], side[3] + 1) - side[1] for side in (left, right))
+    products = np.unique(np.multiply.outer(a, b))
+    step = np.float32(left[0]) * np.float32(right[0])
+
+    def agree(candidate: np.float32) -> bool:
+        exact = products * (np.float64(left[0]) * np.float64(right[0]) / np.float64(candidate))
+        near = products[_near_tie(exact) & (np.abs(exact) < _FARTHEST)].astype(np.float32)
+        levels = [np.rint(near * way) for way in (step / candidate, step * (np.float32(1) / candidate))]
+        levels += [np.rint(near * step / candidate), np.rint(near * step * (np.float32(1) / candidate))]
+        # the output's zero point added before rounding (MLAS, for signed and for unsigned storage)
+        for zero in (np.float32(zero_point), np.float32(zero_point + 128)):
+            levels.append(np.rint(near * (step / candidate) + zero) - zero)
+        return _all_equal(levels)
 
     return _settle(scale, agree)
 

@@ -46,7 +46,7 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
             save_file(_statistics(observed.graph), folder / "statistics.safetensors")
 
         parents = (context.key, config.calibration_samples, seed, torch.__version__, *preparation(config))
-        folder = context.store.folder(context.store.key(what, 6, BINS, *parents), compute)
+        folder = context.store.folder(context.store.key(what, 7, BINS, *parents), compute)
         return load_file(folder / "statistics.safetensors")
 
     seed = config.draw(context)

@@ -149,7 +149,7 @@ class RowObserver(nn.Module):
 def activation_bits(config: Grids, place: Place) -> int:
     """The bits of the activations at `place`; not for configs that leave them in floating point.
 
-    What no layer reads, only sums and pools, has 8: fewer save no arithmetic, and cost a ResNet-20 1.7 pp at 4 bits.
+    What no layer reads has 8: fewer save no arithmetic, and cost a ResNet-20 1.7 pp at 4 bits.
     """
     assert config.activation_bits is not None
     if not place.layers:
@@ -158,7 +158,7 @@ def activation_bits(config: Grids, place: Place) -> int:
 
 
 def apart(config: Grids, place: Place) -> bool:
-    """Whether sums and pools have a grid of their own at `place`, where layers read too: see `Grids.sum_grid`."""
+    """Whether others than layers have a grid of their own at `place`, where layers read too: see `Grids.sum_grid`."""
     return config.activation_bits is not None and config.sum_grid == "own" and activation_bits(config, place) < 8
 
 

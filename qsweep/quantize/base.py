@@ -92,15 +92,15 @@ class Grids(LowBit):
     """What the scale is fitted to: the largest weight, or the least squared error of the rounding (Nagel et al. 2021,
     section 3.1)."""
     activation_bits: Bits | None = 8
-    """Of what convolutions and linears read; what only sums and pools read has 8 at least. null: activations stay in
-    floating point, only weights are quantized."""
+    """Of what convolutions and linears read; what only others read (sums, gates, pools) has 8 at least. null:
+    activations stay in floating point, only weights are quantized."""
     activation_scheme: Scheme = "asymmetric"
     """Symmetric fixes zero at the middle of the grid (at its lower end for tensors that are never negative, such as a
     ReLU's output); asymmetric fits the grid to the range seen."""
     sum_grid: Literal["shared", "own"] = "shared"
-    """What sums and pools read of a value that layers read in less than 8 bits. shared: the bits of the layers. own: 8
-    bits, which the layers round again; the shortcuts of a residual network keep their precision, for one more pass over
-    each (in training: one more fake quantizer). Tells most at 2 and 3 bits."""
+    """What sums, gates and pools read of a value that layers read in less than 8 bits. shared: the bits of the layers.
+    own: 8 bits, which the layers round again; the shortcuts of a residual network keep their precision, for one more
+    pass over each (in training: one more fake quantizer). Tells most at 2 and 3 bits."""
     activation_mode: Literal["static", "dynamic", "token"] = "static"
     """static: ranges are fixed by calibration. dynamic: each batch sets the range of what convolutions and linears
     read, so that samples of one batch share it and a result depends on its batch; sums and pools stay in floating

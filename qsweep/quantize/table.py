@@ -10,7 +10,7 @@ from qsweep.quantize.base import LowBit
 class Table(LowBit):
     """Weights as indices into a table of values; activations and arithmetic stay in floating point."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     weight_bits: Annotated[int, Field(ge=2, le=8)] = 4
     """Of an index: the table has 2^bits values."""
 

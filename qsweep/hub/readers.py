@@ -1,0 +1,131 @@
+"""Which values of a graph stand on grids, and which of their readers read them there.
+
+A value is quantized when an op that can work in integers reads it. That op alone reads the quantized value: what a
+float op reads stays float. A function of one number reads integers where its result becomes some. Products element by
+element work in integers where both sides are as well known as sums and pools are: what layers, sums and pools give, and
+functions of it, but no norm's factor, which 8 bits are too few for. Ops that only move values share one grid with their
+inputs, and so do the parts of a concatenation.
+
+What a convolution gives is quantized for all its readers, unless it is the last layer or the model gives it as it is:
+runtimes whose convolutions give integers alone would compute it in floating point otherwise.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qsweep.hub.form import (
+    BINARY,
+    COMPUTE,
+    CONVOLUTIONS,
+    POINTWISE,
+    POOLS,
+    RECTIFIERS,
+    aten,
+    constant,
+    is_real,
+    keeps_grid,
+    nodes_of,
+    reached,
+    source,
+)
+from qsweep.hub.norm import joins
+
+
+def readers_on_grids(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """By value that is to be quantized, in order: who reads it so. Takes what ShapeProp and `fixed_nodes` know."""
+    given = _given_by_convolutions(graph)
+    wanted: set[fx.Node] = set()
+    for node in reversed(graph.graph.nodes):
+        if _fixed(node) or not is_real(node):
+            continue
+        if node in given or any(_reads_integers(user, node, wanted) for user in node.users):
+            wanted.add(node)
+    return {
+        value: [user for user in value.users if value in given or _reads_integers(user, value, wanted)]
+        for value in graph.graph.nodes
+        if value in wanted
+    }
+
+
+def readers_that_are_layers(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """The same, where only layers read integers."""
+    wanted = {given for node in nodes_of(graph, COMPUTE) if not _fixed(given := source(node))}
+    return {
+        value: [user for user in value.users if user.target in COMPUTE and _reads_integers(user, value, wanted)]
+        for value in graph.graph.nodes
+        if value in wanted
+    }
+
+
+def groups_of(graph: fx.GraphModule, wanted: dict[fx.Node, list[fx.Node]]) -> list[list[fx.Node]]:
+    """The `wanted` values by grid, in order of execution."""
+    group = {value: [value] for value in wanted}
+    for node in wanted:
+        if moves(node):
+            for given in node.all_input_nodes:
+                joined = group[given] + [value for value in group[node] if value not in group[given]]
+                group.update(dict.fromkeys(joined, joined))
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
+    groups = {id(values): sorted(values, key=order.__getitem__) for values in group.values()}
+    return sorted(groups.values(), key=lambda values: order[values[0]])
+
+
+def moves(node: fx.Node) -> bool:
+    """Whether `node` only moves values that a grid can stand on: no constants, no sizes."""
+    given = node.all_input_nodes
+    return keeps_grid(node) and all(not _fixed(value) and "tensor_meta" in value.meta for value in given)
+
+
+def _given_by_convolutions(graph: fx.GraphModule) -> set[fx.Node]:
+    """What convolutions give, norm and rectifier behind them, but for the last layer and what the model gives."""
+    layers = [node for node in nodes_of(graph, COMPUTE) if constant(graph, node.args[1]) is not None]
+    shown = reached([source(graph.graph.output_node())], lambda node: node.all_input_nodes if moves(node) else ())
+    ends = {_end(node) for node in layers[:-1] if node.target in CONVOLUTIONS}
+    return ends - shown
+
+
+def _end(layer: fx.Node) -> fx.Node:
+    """The value that is left of `layer` once its norm is folded and its rectifier joined."""
+    end = layer
+    while len(end.users) == 1:
+        (reader,) = end.users
+        if reader.target not in RECTIFIERS and not (reader.target is aten.batch_norm.default and joins(reader)):
+            break
+        end = reader
+    return end
+
+
+def _reads_integers(user: fx.Node, value: fx.Node, wanted: set[fx.Node]) -> bool:
+    if user.target in COMPUTE:
+        return user.args[0] is value and user.args[1] is not value
+    if user.target in BINARY:
+        return _gates(user) if user.target is aten.mul.Tensor else _of_two(user)
+    return user.target in POOLS or (user in wanted and (user.target in POINTWISE or moves(user)))
+
+
+def _of_two(node: fx.Node) -> bool:
+    """Whether it takes two values that depend on the input, and nothing else."""
+    both = all(isinstance(argument, fx.Node) and not _fixed(argument) for argument in node.args)
+    return both and len(node.args) == 2 and not node.kwargs
+
+
+def _gates(node: fx.Node) -> bool:
+    """Whether it multiplies two values that are known well enough to stand on grids."""
+    return _of_two(node) and node.args[0] is not node.args[1] and all(map(_known, node.all_input_nodes))
+
+
+def _known(node: fx.Node) -> bool:
+    """Whether layers, sums, pools and products of these give it, or a function of one number does of such a value."""
+    if _fixed(node) or node.target in COMPUTE | POOLS | {aten.add.Tensor}:
+        return not _fixed(node)
+    if node.target is aten.mul.Tensor:
+        return _gates(node)
+    if node.target in POINTWISE | RECTIFIERS | {aten.batch_norm.default}:
+        return _known(source(node))
+    return moves(node) and all(map(_known, node.all_input_nodes))
+
+
+def _fixed(node: fx.Node) -> bool:
+    """Whether no input goes into it."""
+    return bool(node.meta.get("fixed"))

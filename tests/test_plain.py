@@ -227,7 +227,7 @@ def test_products_with_parameters_are_linears() -> None:
         torch.testing.assert_close(graph(INPUTS), model(INPUTS))
     linears = nodes_of(graph, {aten.linear.default})
     assert [len(node.args) for node in linears] == [2, 3, 2]
-    assert str(source(linears[2], 1).target) == "tied"
+    assert [str(source(node, 1).target) for node in linears] == ["first", "second", "tied"]
     assert {name for name, _ in graph.named_parameters()} >= {str(source(node, 1).target) for node in linears}
     assert len(nodes_of(graph, {aten.matmul.default, aten.mm.default})) == 1
 
@@ -242,6 +242,57 @@ def test_coordinates_of_a_grid_are_constants(indexing: str) -> None:
 
     graph = exported(places)
     assert not nodes_of(graph, {aten.meshgrid.indexing})
+
+
+class Scaled(nn.Module):
+    """Branches with scales, on either side of the product, behind dimensions in another order, behind a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.wide, self.narrow = nn.Linear(6, 12), nn.Linear(12, 6, bias=False)
+        for name in ("one", "two", "three"):
+            self.register_parameter(name, nn.Parameter(torch.rand(6)))
+        self.register_buffer("number", torch.tensor([0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.conv(x) * self.one.view(-1, 1, 1)
+        x = x + self.two.view(1, 6, 1, 1) * self.bn(self.conv(x))
+        y = self.narrow(F.relu(self.wide(x.permute(0, 2, 3, 1)) * 0.5))
+        y = F.dropout(y, 0.5, self.training, inplace=True)
+        return x + y.permute(0, 3, 1, 2).transpose(2, 3).transpose(3, 2) * self.three.reshape(6, 1, 1) * self.number
+
+
+def test_factors_behind_layers_are_a_part_of_their_weights() -> None:
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    graph = export(model, INPUTS[:2]).graph
+    with torch.no_grad():
+        torch.testing.assert_close(graph(INPUTS), model(INPUTS))
+    products = nodes_of(graph, {aten.mul.Tensor, aten.dropout.default})
+    assert len(products) == 1  # of the convolution whose weights are read twice
+    (norm,) = nodes_of(graph, {aten.batch_norm.default})
+    linears = nodes_of(graph, {aten.linear.default})
+    read = [source(norm, 1), source(norm, 2), *(source(node, 1) for node in linears)]
+    assert [str(node.target) for node in read] == ["bn.weight", "bn.bias", "wide.weight", "narrow.weight"]
+    assert {"bn.weight", "narrow.weight"} <= dict(graph.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, layer: layer(x) * torch.linspace(1, 2, 14),  # along the width
+        lambda x, layer: layer(x) * torch.linspace(1, 2, 4 * 8 * 14).view(4, 8, 14),
+        lambda x, layer: layer(x[:, :, :1, :1]) * torch.ones(3, 3),
+        lambda x, layer: (y := layer(x)) * 2 + y,
+        lambda x, layer: F.relu(layer(x)) * 2,
+        lambda x, layer: layer(x).flatten(2).transpose(1, 2) * torch.linspace(1, 2, 4),
+        lambda x, layer: layer(x).unsqueeze(1) * 2,
+    ],
+)
+def test_other_factors_stay(function: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    assert len(nodes_of(exported(function, nn.Conv2d(6, 4, 1)), {aten.mul.Tensor})) == 1
 
 
 def test_layers_without_a_batch_or_with_two_are_those_with_one() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import COMPUTE, QuantizedModel, aten, nodes_of, reached, set_constant
+from qsweep.hub.form import COMPUTE, QuantizedModel, aten, constant, nodes_of, reached, set_constant
 from qsweep.hub.ops import STORED
 
 _READERS = COMPUTE | {aten.batch_norm.default}
@@ -24,7 +24,7 @@ def with_fixed_weights(graph: fx.GraphModule) -> None:
     wanted = {node for reader in nodes_of(graph, _READERS) for node in reader.all_input_nodes[1:] if node in fixed}
     computed = [node for node in graph.graph.nodes if node in wanted and node.op != "get_attr"]
     for node, value in _values(graph, computed).items():
-        new = _as_constant(graph, node, f"{_first(node)}_{node.name}", value.clone(), trainable=True)
+        new = _as_constant(graph, node, _name(graph, node, value), value.clone(), trainable=True)
         new.meta["val"] = node.meta["val"]
 
 
@@ -101,6 +101,17 @@ def _random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and (
         torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
     )
+
+
+def _name(graph: fx.GraphModule, node: fx.Node, value: Tensor) -> str:
+    """That of the constant that `node` scales or transposes, if nothing else reads it, else one of its own."""
+    first = _first(node)
+    read = [each for each in graph.graph.nodes if each.op == "get_attr" and each.target == first]
+    given, last = constant(graph, read[0]) if read else None, read[:1]
+    while last and last[0] is not node:
+        last = list(last[0].users) if len(last[0].users) == 1 else []
+    same = len(read) == 1 and last and given is not None and given.numel() == value.numel()
+    return first if same else f"{first}_{node.name}"
 
 
 def _first(node: fx.Node) -> str:

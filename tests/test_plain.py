@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsweep.errors import ExportFailure
 from qsweep.hub.export import export
-from qsweep.hub.form import POOLS, aten, nodes_of, source
+from qsweep.hub.form import POOLS, arguments, aten, nodes_of, source
 
 INPUTS = torch.randn(5, 6, 8, 14, generator=torch.Generator().manual_seed(0))
 
@@ -154,6 +154,22 @@ def test_means_of_windows_of_one_size_are_plain_pools(function: Callable[[Tensor
     assert len(nodes_of(exported(function), {aten.avg_pool2d.default})) == pools
 
 
+@pytest.mark.parametrize(
+    ("function", "ends"),
+    [
+        (lambda x: F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False), True),
+        (lambda x: F.avg_pool2d(x, (2, 4), (2, 2), (0, 1), ceil_mode=True, count_include_pad=False), True),
+        (lambda x: F.max_pool2d(x, 2, 2, ceil_mode=True), True),
+        (lambda x: F.max_pool2d(x[..., :13], 3, 2, 1, ceil_mode=True), False),
+        (lambda x: F.max_pool2d(x, 2, (1, 3), dilation=(1, 2), ceil_mode=True), False),
+        (lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True, count_include_pad=False), False),
+    ],
+)
+def test_pools_that_end_at_the_border_need_no_ceil_mode(function: Callable[[Tensor], Tensor], ends: bool) -> None:
+    (node,) = nodes_of(exported(function), {aten.avg_pool2d.default, aten.max_pool2d.default})
+    assert arguments(node)["ceil_mode"] is not ends
+
+
 def test_an_average_pool_of_the_whole_image_is_the_global_one() -> None:
     graph = exported(lambda x: F.avg_pool2d(x, x.shape[2:]) + F.avg_pool2d(x, (8, 14), padding=(1, 1))[..., :1, :1])
     assert [node.target for node in nodes_of(graph, POOLS)] == [
@@ -288,6 +304,7 @@ def test_factors_behind_layers_are_a_part_of_their_weights() -> None:
         lambda x, layer: F.relu(layer(x)) * 2,
         lambda x, layer: layer(x).flatten(2).transpose(1, 2) * torch.linspace(1, 2, 4),
         lambda x, layer: layer(x).unsqueeze(1) * 2,
+        lambda x, layer: layer(x)[0, :, 0] * torch.ones(1, 1, 4, 1),
     ],
 )
 def test_other_factors_stay(function: Callable[..., Tensor]) -> None:

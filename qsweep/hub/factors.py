@@ -38,19 +38,23 @@ def with_factors(graph: fx.GraphModule) -> None:
 
 def _axis(value: fx.Node, factor: Any) -> int | None:
     """The dimension of `value` along which `factor` differs, -1 where it is one number; None where it differs along
-    several, or repeats `value`."""
+    several, or repeats `value`, or nobody knows."""
     if not isinstance(factor, fx.Node):
         return -1
+    if "val" not in factor.meta or "val" not in value.meta:
+        return None
     sizes, shape = factor.meta["val"].shape, value.meta["val"].shape
-    if math.prod(sizes) == 1 and len(sizes) <= len(shape):
+    if len(sizes) > len(shape):
+        return None
+    if math.prod(sizes) == 1:
         return -1
     wide = [place for place, size in enumerate(sizes, len(shape) - len(sizes)) if size != 1]
-    return wide[0] if len(wide) == 1 and wide[0] >= 0 and shape[wide[0]] == math.prod(sizes) else None
+    return wide[0] if len(wide) == 1 and shape[wide[0]] == math.prod(sizes) else None
 
 
 def _behind(value: fx.Node, axis: int | None) -> tuple[fx.Node, int | None]:
     """What gives `value` before its dimensions were put in another order, and the place of `axis` there."""
-    while len(value.users) == 1 and value.target in {aten.permute.default, aten.transpose.int}:
+    while len(value.users) == 1 and value.target in {aten.permute.default, aten.transpose.int} and "val" in value.meta:
         given, order = arguments(value), list(range(value.meta["val"].dim()))
         if value.target is aten.permute.default:
             order = [order[dim] for dim in given["dims"]]
@@ -64,14 +68,13 @@ def _behind(value: fx.Node, axis: int | None) -> tuple[fx.Node, int | None]:
 
 def _takes(layer: fx.Node, axis: int, fixed: dict[fx.Node, None]) -> bool:
     """Whether `layer` alone has its weights, its channels are `axis`, and nothing else reads what it gives."""
-    if layer.target not in CONVOLUTIONS | LINEARS | _NORMS or len(layer.users) > 1:
+    if layer.target not in CONVOLUTIONS | LINEARS | _NORMS or len(layer.users) > 1 or 1 not in _places(layer):
         return False
     weights, rank = [source(layer, place) for place in _places(layer)], layer.meta["val"].dim()
     names = {each.target for each in weights if each.op == "get_attr"}
     read = [node for node in fixed if node.op == "get_attr" and node.target in names]
-    if not weights or not fixed.keys() >= {*weights} or len(read) > len(names):
-        return False
-    if any(len(node.users) > 1 for node in weights):
+    shared = len(read) > len(names) or any(len(node.users) > 1 for node in weights)
+    if shared or not fixed.keys() >= {*weights}:
         return False
     if layer.target in CONVOLUTIONS and rank != source(layer, 1).meta["val"].dim():
         return False  # of one sample

@@ -24,10 +24,26 @@ def with_pools(graph: fx.GraphModule) -> None:
         pool = node if node.target in _MEANS else source(node)
         if pool is node or (pool.target in _MAXIMA and node.args[1] == 0):
             _replace_adaptive(graph, node, pool)
+    for node in nodes_of(graph, {aten.avg_pool2d.default, aten.max_pool2d.default}):
+        if _ends_at_the_border(node):
+            node.args, node.kwargs = tuple((arguments(node) | {"ceil_mode": False}).values()), {}
     for node in nodes_of(graph, {aten.avg_pool2d.default}):
         _replace_global(graph, node)
     for node in nodes_of(graph, {aten.mean.dim, aten.amax.default}):
         _replace_reduction(graph, node)
+
+
+def _ends_at_the_border(node: fx.Node) -> bool:
+    """Whether the windows of a pool of `ceil_mode` end where the image does, so that it makes no difference."""
+    given, shape = arguments(node), shape_of(source(node))
+    if shape is None or not given["ceil_mode"]:
+        return False
+    kernel, padding, dilation = list(given["kernel_size"]), list(given["padding"]), list(given.get("dilation", [1]))
+    options = [(each * 2)[:2] for each in (kernel, list(given["stride"]) or kernel, padding, dilation)]
+    return all(
+        (size + 2 * padding - dilation * (kernel - 1) - 1) % stride == 0
+        for size, kernel, stride, padding, dilation in zip(shape[-2:], *options, strict=True)
+    )
 
 
 def _replace_reduction(graph: fx.GraphModule, node: fx.Node) -> None:

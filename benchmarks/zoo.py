@@ -1,0 +1,118 @@
+"""Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
+
+    pip install timm torchvision transformers      # of those that are missing their networks are left out
+    python benchmarks/zoo.py [NAME ...]
+
+Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
+against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Writes `zoo.json` and
+`zoo.md` beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rows import HERE, record, table
+
+ASKED = "less apart from the reference than int8 from float"
+SECONDS = 600
+HEADING = """
+# Networks of other libraries, post-training 8 bits
+
+    pip install timm torchvision transformers
+    python benchmarks/zoo.py
+
+Random weights, four inputs, smallest members of their families. Measured: deviation of the quantized outputs from the
+model's, and of ONNX Runtime's from the reference's, over the deviation of the model's outputs; the share of
+multiply-accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point.
+"""
+
+
+def one(name: str) -> dict[str, Any]:
+    """The figures of a network, or why it is refused."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import torch
+    from networks import Noise, context
+    from zoo_models import made
+
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.errors import QsweepError
+    from qsweep.hub.integer import IntegerInterpreter
+    from qsweep.quantize.ptq import PTQ
+
+    torch.set_num_threads(1)
+    model, inputs = made(name)
+    with torch.no_grad():
+        wanted = model(inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        found, engine = context(Path(folder), task=Noise(inputs=inputs)), OnnxRuntime(batch_size=len(inputs))
+        try:
+            quantized = PTQ(calibration_samples=len(inputs)).apply(model, found)
+            reference = IntegerInterpreter(quantized.graph)(inputs)
+            artifact = Path(folder) / "artifact"
+            artifact.mkdir()
+            engine.lower(quantized, artifact, found.store)
+            runner = engine.load(artifact)
+            given = runner(inputs)
+        except QsweepError as error:
+            return {"refused": str(error)}
+        integers, work = engine.integer_macs(artifact, runner, inputs), len(inputs) * quantized.macs
+        figures: dict[str, Any] = {
+            "quantized": ((reference - wanted).std() / wanted.std()).item(),
+            "apart": ((given - reference).std() / wanted.std()).item(),
+            "onnxruntime": integers / work,
+        }
+        if find_spec("triton") is not None:
+            from qsweep.cuda.plan import plan
+
+            planned = plan(quantized, len(inputs))
+            figures |= {"cuda": planned.macs[0] / work, "islands": planned.islands}
+    return figures
+
+
+def row(name: str) -> tuple[str, str, str, bool]:
+    found = json.loads(_process(name))
+    if "refused" in found:
+        return name, ASKED, f"refused: {found['refused']}", False
+    said = f"{found['quantized']:.2g}, {found['apart']:.1g}; onnxruntime {found['onnxruntime']:.1%}"
+    if "cuda" in found:
+        islands = ", ".join(island.split(".")[1] for island in found["islands"]) or "nothing"
+        said += f", cuda {found['cuda']:.1%}; {islands}"
+    return name, ASKED, said, found["apart"] <= found["quantized"]
+
+
+def _process(name: str) -> str:
+    code = f"import json, zoo; print(json.dumps(zoo.one({name!r})))"
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, cwd=HERE, env=alone
+        )
+    except subprocess.TimeoutExpired:
+        return json.dumps({"refused": f"not done after {SECONDS} s"})
+    lines = done.stdout.splitlines()
+    return lines[-1] if done.returncode == 0 else json.dumps({"refused": (done.stderr.splitlines() or ["died"])[-1]})
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    from zoo_models import NAMES
+
+    wanted = [name for name in NAMES if find_spec(name.split()[0]) and (len(sys.argv) < 2 or name in sys.argv[1:])]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for figures in pool.map(row, wanted):
+            record("zoo", [figures])
+    table("zoo", HEADING)
+
+
+if __name__ == "__main__":
+    main()

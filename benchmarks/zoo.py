@@ -1,11 +1,11 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [NAME ...]
+    python benchmarks/zoo.py [networks] [chains]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
-against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Writes `zoo.json` and
-`zoo.md` beside it.
+against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Chains of its kernels
+run small images on a GPU or, without one, in Triton's interpreter. Writes `zoo.json` and `zoo.md` beside it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ HEADING = """
 # Networks of other libraries, post-training 8 bits
 
     pip install timm torchvision transformers
-    python benchmarks/zoo.py
+    python benchmarks/zoo.py networks chains
 
 Random weights, four inputs, smallest members of their families. Measured: deviation of the quantized outputs from the
 model's, and of ONNX Runtime's from the reference's, over the deviation of the model's outputs; the share of
-multiply-accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point.
+multiply-accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point. Of chains of kernels: how many
+of their integer tensors are those of the reference, bit by bit, of one image (after @ its pixels a side).
 """
 
 
@@ -79,8 +80,44 @@ def one(name: str) -> dict[str, Any]:
     return figures
 
 
-def row(name: str) -> tuple[str, str, str, bool]:
-    found = json.loads(_process(name))
+def chain(name: str) -> dict[str, Any]:
+    """How many integer tensors a chain of kernels gives, and how many of them the reference does."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import torch
+    from networks import Noise, context
+    from zoo_models import made
+
+    from qsweep.cuda.chain import Chain
+    from qsweep.hub.integer import IntegerInterpreter
+    from qsweep.quantize.ptq import PTQ
+
+    torch.set_num_threads(1)
+    model, inputs = made(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        found = context(Path(folder), task=Noise(inputs=inputs))
+        quantized = PTQ(calibration_samples=len(inputs)).apply(model, found)
+    reference = IntegerInterpreter(quantized.graph)
+    reference.keep = True
+    reference(inputs[:1])
+    run = Chain(quantized, 1, device, {}, keep=True, products=torch.float32)
+    run(inputs[:1].to(device))
+    integers = run.integers()
+    equal = sum(torch.equal(values.cpu(), reference.tensors[name]) for name, values in integers.items())
+    return {"equal": equal, "integers": len(integers), "device": device}
+
+
+def chain_row(name: str) -> tuple[str, str, str, bool]:
+    found = json.loads(_process(name, "chain"))
+    if "refused" in found:
+        return f"{name}, chain", "all equal", f"refused: {found['refused']}", False
+    where = "on a GPU" if found["device"] == "cuda" else "in Triton's interpreter"
+    said = f"{found['equal']} of {found['integers']} {where}"
+    return f"{name}, chain", "all equal", said, found["equal"] == found["integers"] > 0
+
+
+def network_row(name: str) -> tuple[str, str, str, bool]:
+    found = json.loads(_process(name, "one"))
     if "refused" in found:
         return name, ASKED, f"refused: {found['refused']}", False
     said = f"{found['quantized']:.2g}, {found['apart']:.1g}; onnxruntime {found['onnxruntime']:.1%}"
@@ -90,9 +127,11 @@ def row(name: str) -> tuple[str, str, str, bool]:
     return name, ASKED, said, found["apart"] <= found["quantized"]
 
 
-def _process(name: str) -> str:
-    code = f"import json, zoo; print(json.dumps(zoo.one({name!r})))"
+def _process(name: str, function: str) -> str:
+    code = f"import json, zoo; print(json.dumps(zoo.{function}({name!r})))"
     alone = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if function == "chain" and not Path("/dev/nvidia0").exists():
+        alone |= {"TRITON_INTERPRET": "1"}
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, cwd=HERE, env=alone
@@ -105,12 +144,14 @@ def _process(name: str) -> str:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    from zoo_models import NAMES
+    from zoo_models import CHAINS, NAMES
 
-    wanted = [name for name in NAMES if find_spec(name.split()[0]) and (len(sys.argv) < 2 or name in sys.argv[1:])]
+    parts = {"networks": (network_row, NAMES), "chains": (chain_row, CHAINS)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for figures in pool.map(row, wanted):
-            record("zoo", [figures])
+        for part in sys.argv[1:] or parts:
+            row, names = parts[part]
+            for figures in pool.map(row, [name for name in names if find_spec(name.split()[0])]):
+                record("zoo", [figures])
     table("zoo", HEADING)
 
 

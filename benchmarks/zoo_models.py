@@ -64,11 +64,16 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "PoolFormerForImageClassification": _STAGES,
     "Wav2Vec2ForSequenceClassification": _WAVE,
 }
-NAMES = [
-    *Path(__file__).with_name("zoo.txt").read_text().splitlines(),
-    *(f"transformers {name}" for name in TRANSFORMERS),
-]
+
+
+def _listed(file: str) -> list[str]:
+    return Path(__file__).with_name(file).read_text().splitlines()
+
+
+NAMES = [*_listed("zoo.txt"), *(f"transformers {name}" for name in TRANSFORMERS)]
 """Library, name and, of images that may have any size, after @ theirs."""
+CHAINS = _listed("zoo_chains.txt")
+"""Those that are small enough for an interpreter of kernels."""
 
 
 def made(name: str) -> tuple[nn.Module, Tensor]:

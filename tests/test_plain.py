@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -310,6 +311,61 @@ def test_factors_behind_layers_are_a_part_of_their_weights() -> None:
 def test_other_factors_stay(function: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     assert len(nodes_of(exported(function, nn.Conv2d(6, 4, 1)), {aten.mul.Tensor})) == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "op", "options"),
+    [
+        (lambda x: x * torch.sigmoid(x), aten.silu.default, {}),
+        (lambda x: torch.sigmoid(x).mul_(x), aten.silu.default, {}),
+        (lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))), aten.gelu.default, {}),
+        (
+            lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))),
+            aten.gelu.default,
+            {"approximate": "tanh"},
+        ),
+        (lambda x: x * F.relu6(x + 3) / 6, aten.hardswish.default, {}),
+        (lambda x: x * (x + 3).clamp(0, 6) * torch.tensor(1 / 6), aten.hardswish.default, {}),
+        (lambda x: F.relu6(x + 3.0) / 6.0, aten.hardsigmoid.default, {}),
+        (lambda x: x * torch.tanh(F.softplus(x)), aten.mish.default, {}),
+        (lambda x: (y := x + x.mean()) * y.sigmoid(), aten.silu.default, {}),
+    ],
+)
+def test_activations_written_in_steps_are_the_op_that_they_are(
+    function: Callable[[Tensor], Tensor], op: Any, options: dict[str, Any]
+) -> None:
+    graph = exported(lambda x: function(F.relu(x) - 0.7))
+    (node,) = nodes_of(graph, {op})
+    assert node.kwargs == options
+    assert not nodes_of(graph, {aten.mul.Tensor, aten.div.Tensor, aten.erf.default, aten.sigmoid.default})
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * torch.sigmoid(1.702 * x),
+        lambda x: x * torch.sigmoid(x.flip(1)),
+        lambda x: x * torch.sigmoid(x) * torch.linspace(1, 2, 14),
+        lambda x: x * torch.sigmoid(x + torch.linspace(0, 1, 14)),
+        lambda x: x * (1 + torch.tanh(0.7978845608 * (x + 0.0447 * x**3))),
+    ],
+)
+def test_other_functions_stay_in_steps(function: Callable[[Tensor], Tensor]) -> None:
+    graph = exported(function)
+    assert nodes_of(graph, {aten.sigmoid.default, aten.tanh.default, aten.silu.default})
+    assert nodes_of(graph, {aten.mul.Tensor})
+
+
+def test_a_function_with_a_parameter_stays_in_steps() -> None:
+    class Swish(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(self.slope * x)
+
+    assert len(nodes_of(exported(lambda x, swish: swish(x), Swish()), {aten.sigmoid.default})) == 1
 
 
 def test_layers_without_a_batch_or_with_two_are_those_with_one() -> None:

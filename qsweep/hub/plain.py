@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from qsweep.errors import ExportFailure
+from qsweep.hub.activations import with_activations
 from qsweep.hub.factors import with_factors
 from qsweep.hub.fixed import fixed_nodes, with_fixed_weights
 from qsweep.hub.form import (
@@ -57,7 +58,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
     rewrites = without_regions, _without_idle, without_tuples, functional, _without_idle, _with_reshapes
-    values = _with_linears, with_factors, with_fixed_weights, with_fixed_shapes, with_sizes_of_tensors
+    values = with_activations, _with_linears, with_factors, with_fixed_weights, with_fixed_shapes, with_sizes_of_tensors
     layers = with_pools, with_plain_borders, _with_batches, _with_sized_paddings, _with_heads, _with_flat_linears
     for rewrite in (*rewrites, *values, *layers, _rectified_first):
         rewrite(graph)

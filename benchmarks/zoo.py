@@ -1,20 +1,23 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [networks] [chains]
+    python benchmarks/zoo.py [networks] [chains] [latency]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
 against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Chains of its kernels
-run small images on a GPU or, without one, in Triton's interpreter. Writes `zoo.json` and `zoo.md` beside it.
+run small images on a GPU or, without one, in Triton's interpreter. Latencies, one image on one thread, are those of
+int8 and of float32 by turns. Writes `zoo.json` and `zoo.md` beside it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -29,12 +32,13 @@ HEADING = """
 # Networks of other libraries, post-training 8 bits
 
     pip install timm torchvision transformers
-    python benchmarks/zoo.py networks chains
+    python benchmarks/zoo.py
 
 Random weights, four inputs, smallest members of their families. Measured: deviation of the quantized outputs from the
 model's, and of ONNX Runtime's from the reference's, over the deviation of the model's outputs; the share of
 multiply-accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point. Of chains of kernels: how many
-of their integer tensors are those of the reference, bit by bit, of one image (after @ its pixels a side).
+of their integer tensors are those of the reference, bit by bit, of one image (after @ its pixels a side). Latencies are
+medians of ONNX Runtime on one thread for one image of 224 pixels a side.
 """
 
 
@@ -127,6 +131,46 @@ def network_row(name: str) -> tuple[str, str, str, bool]:
     return name, ASKED, said, found["apart"] <= found["quantized"]
 
 
+def latency(name: str) -> dict[str, Any]:
+    """Milliseconds of int8 and of float32."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import torch
+    from networks import Noise, context
+    from zoo_models import made
+
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.hub.export import float_graph
+    from qsweep.quantize.ptq import PTQ
+
+    torch.set_num_threads(1)
+    model, inputs = made(name)
+    engine, runners = OnnxRuntime(batch_size=1, threads=1), []
+    with tempfile.TemporaryDirectory() as folder:
+        found = context(Path(folder), task=Noise(inputs=inputs))
+        quantized = PTQ(calibration_samples=len(inputs)).apply(model, found)
+        for kind, graph in (("int8", quantized), ("float32", float_graph(model, found))):
+            artifact = Path(folder) / kind
+            artifact.mkdir()
+            engine.lower(graph, artifact, found.store)
+            runners.append(engine.load(artifact))
+    seconds: list[list[float]] = [[], []]
+    for _ in range(40):
+        for runner, taken in zip(runners, seconds, strict=True):
+            start = time.perf_counter()
+            runner(inputs[:1])
+            taken.append(time.perf_counter() - start)
+    int8, real = (1e3 * statistics.median(taken[10:]) for taken in seconds)
+    return {"int8": int8, "float32": real}
+
+
+def latency_row(name: str) -> tuple[str, str, str, bool]:
+    found = json.loads(_process(name, "latency"))
+    if "refused" in found:
+        return f"{name}, latency", "under float32", f"refused: {found['refused']}", False
+    ratio = found["int8"] / found["float32"]
+    return f"{name}, latency", "under float32", f"{ratio:.2f} of {found['float32']:.1f} ms", ratio < 1
+
+
 def _process(name: str, function: str) -> str:
     code = f"import json, zoo; print(json.dumps(zoo.{function}({name!r})))"
     alone = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -144,12 +188,17 @@ def _process(name: str, function: str) -> str:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    from zoo_models import CHAINS, NAMES
+    from zoo_models import CHAINS, LATENCIES, NAMES
 
-    parts = {"networks": (network_row, NAMES), "chains": (chain_row, CHAINS)}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part in sys.argv[1:] or parts:
-            row, names = parts[part]
+    many = os.cpu_count() or 1
+    parts = {
+        "networks": (network_row, NAMES, many),
+        "chains": (chain_row, CHAINS, many),
+        "latency": (latency_row, LATENCIES, 1),
+    }
+    for part in sys.argv[1:] or parts:
+        row, names, at_once = parts[part]
+        with ThreadPoolExecutor(at_once) as pool:
             for figures in pool.map(row, [name for name in names if find_spec(name.split()[0])]):
                 record("zoo", [figures])
     table("zoo", HEADING)

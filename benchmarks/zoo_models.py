@@ -74,6 +74,8 @@ NAMES = [*_listed("zoo.txt"), *(f"transformers {name}" for name in TRANSFORMERS)
 """Library, name and, of images that may have any size, after @ theirs."""
 CHAINS = _listed("zoo_chains.txt")
 """Those that are small enough for an interpreter of kernels."""
+LATENCIES = _listed("zoo_latency.txt")
+"""Those whose latency is measured."""
 
 
 def made(name: str) -> tuple[nn.Module, Tensor]:

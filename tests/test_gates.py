@@ -185,9 +185,9 @@ def apply(function: Callable[..., Tensor], *layers: nn.Module) -> type[nn.Module
 @pytest.mark.parametrize(
     ("function", "integer"),
     [
-        (lambda x: x * torch.sigmoid(x), True),
+        (lambda x: x * torch.tanh(x), True),
         (lambda x: F.relu(x) * torch.tanh(x.mean((2, 3), keepdim=True)), True),
-        (lambda x: (x * torch.sigmoid(x)) * F.gelu(x), True),
+        (lambda x: (x * torch.tanh(x)) * F.gelu(x), True),
         (lambda x: F.gelu(x) * F.gelu(x).amax((2, 3), keepdim=True), True),
         (lambda x: (lambda y: y * y)(F.gelu(x)), False),
         (lambda x: F.gelu(x) * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-5), False),
@@ -235,7 +235,7 @@ def test_what_the_last_convolution_gives_stays_real(
 def test_gates_read_8_bits_of_what_layers_read_in_4_where_sums_do(
     grid: str, bits: int, quantized: Callable[..., QuantizedModel]
 ) -> None:
-    function = lambda x, conv: F.relu(conv(x)) + x * torch.sigmoid(x)  # noqa: E731
+    function = lambda x, conv: F.relu(conv(x)) + x * torch.tanh(x)  # noqa: E731
     model = quantized(apply(function, nn.Conv2d(8, 8, 3, padding=1)), activation_bits=4, sum_grid=grid)
     (product,) = nodes_of(model.graph, {aten.mul.Tensor})
     widths = [grid_of(given) for given in product.all_input_nodes]

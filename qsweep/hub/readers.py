@@ -34,15 +34,15 @@ from qsweep.hub.norm import joins
 
 def readers_on_grids(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     """By value that is to be quantized, in order: who reads it so. Takes what ShapeProp and `fixed_nodes` know."""
-    given = _given_by_convolutions(graph)
+    given, known = _given_by_convolutions(graph), _known(graph)
     wanted: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
         if _fixed(node) or not is_real(node):
             continue
-        if node in given or any(_reads_integers(user, node, wanted) for user in node.users):
+        if node in given or any(_reads_integers(user, node, wanted, known) for user in node.users):
             wanted.add(node)
     return {
-        value: [user for user in value.users if value in given or _reads_integers(user, value, wanted)]
+        value: [user for user in value.users if value in given or _reads_integers(user, value, wanted, known)]
         for value in graph.graph.nodes
         if value in wanted
     }
@@ -52,7 +52,7 @@ def readers_that_are_layers(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node
     """The same, where only layers read integers."""
     wanted = {given for node in nodes_of(graph, COMPUTE) if not _fixed(given := source(node))}
     return {
-        value: [user for user in value.users if user.target in COMPUTE and _reads_integers(user, value, wanted)]
+        value: [user for user in value.users if user.target in COMPUTE and _multiplies(user, value)]
         for value in graph.graph.nodes
         if value in wanted
     }
@@ -96,12 +96,17 @@ def _end(layer: fx.Node) -> fx.Node:
     return end
 
 
-def _reads_integers(user: fx.Node, value: fx.Node, wanted: set[fx.Node]) -> bool:
+def _reads_integers(user: fx.Node, value: fx.Node, wanted: set[fx.Node], known: set[fx.Node]) -> bool:
     if user.target in COMPUTE:
-        return user.args[0] is value and user.args[1] is not value
+        return _multiplies(user, value)
     if user.target in BINARY:
-        return _gates(user) if user.target is aten.mul.Tensor else _of_two(user)
+        return user in known if user.target is aten.mul.Tensor else _of_two(user)
     return user.target in POOLS or (user in wanted and (user.target in POINTWISE or moves(user)))
+
+
+def _multiplies(layer: fx.Node, value: fx.Node) -> bool:
+    """Whether `value` is what `layer` multiplies by its weight, and not that weight."""
+    return layer.args[0] is value and layer.args[1] is not value
 
 
 def _of_two(node: fx.Node) -> bool:
@@ -110,20 +115,20 @@ def _of_two(node: fx.Node) -> bool:
     return both and len(node.args) == 2 and not node.kwargs
 
 
-def _gates(node: fx.Node) -> bool:
-    """Whether it multiplies two values that are known well enough to stand on grids."""
-    return _of_two(node) and node.args[0] is not node.args[1] and all(map(_known, node.all_input_nodes))
-
-
-def _known(node: fx.Node) -> bool:
-    """Whether layers, sums, pools and products of these give it, or a function of one number does of such a value."""
-    if _fixed(node) or node.target in COMPUTE | POOLS | {aten.add.Tensor}:
-        return not _fixed(node)
-    if node.target is aten.mul.Tensor:
-        return _gates(node)
-    if node.target in POINTWISE | RECTIFIERS | {aten.batch_norm.default}:
-        return _known(source(node))
-    return moves(node) and all(map(_known, node.all_input_nodes))
+def _known(graph: fx.GraphModule) -> set[fx.Node]:
+    """What layers, sums, pools and products of two such values give, and functions of one number of these."""
+    found: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        of_known = found.issuperset(value for value in node.all_input_nodes if not _fixed(value))
+        if node.target is aten.mul.Tensor:
+            kept = of_known and _of_two(node) and node.args[0] is not node.args[1]
+        elif node.target in POINTWISE | RECTIFIERS | {aten.batch_norm.default}:
+            kept = of_known
+        else:
+            kept = node.target in COMPUTE | POOLS | {aten.add.Tensor} or (of_known and moves(node))
+        if kept and not _fixed(node):
+            found.add(node)
+    return found
 
 
 def _fixed(node: fx.Node) -> bool:

@@ -171,6 +171,31 @@ def test_pools_that_end_at_the_border_need_no_ceil_mode(function: Callable[[Tens
     assert arguments(node)["ceil_mode"] is not ends
 
 
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        (lambda x: F.max_pool2d(F.pad(F.relu(x), (0, 1, 1, 1), value=-math.inf), 3, 2), 0),
+        (lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=-math.inf), 3, 2), 0),
+        (lambda x: F.max_pool2d(F.pad(x, (0, 1, 1, 1), value=-math.inf), 3, 2), 1),
+        (lambda x: F.max_pool2d(F.pad(x, (2, 2, 1, 1), value=-math.inf), 3, 2), 1),
+        (lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=-0.5), 3, 2), 1),
+    ],
+)
+def test_max_pools_read_no_infinities_where_they_need_none(function: Callable[[Tensor], Tensor], left: int) -> None:
+    pads = nodes_of(exported(function), {aten.pad.default})
+    assert len([node for node in pads if arguments(node)["value"]]) == left
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2, 4, 7), (5, 2, 3, 2, 4, 7)])
+def test_attention_of_windows_is_that_of_one_batch(shape: tuple[int, ...]) -> None:
+    def attended(x: Tensor) -> Tensor:
+        q = x.flatten(1)[:, : math.prod(shape[1:])].reshape(-1, *shape[1:])
+        return F.scaled_dot_product_attention(q, q * 2, q + 1)
+
+    (node,) = nodes_of(exported(attended), {aten.scaled_dot_product_attention.default})
+    assert all(given.target is aten.flatten.using_ints for given in node.all_input_nodes)
+
+
 def test_an_average_pool_of_the_whole_image_is_the_global_one() -> None:
     graph = exported(lambda x: F.avg_pool2d(x, x.shape[2:]) + F.avg_pool2d(x, (8, 14), padding=(1, 1))[..., :1, :1])
     assert [node.target for node in nodes_of(graph, POOLS)] == [

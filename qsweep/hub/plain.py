@@ -183,17 +183,25 @@ def _each(given: dict[str, Any], name: str, weight: torch.Tensor) -> list[int]:
 
 
 def _with_heads(graph: fx.GraphModule) -> None:
-    """Attention over (batch, tokens, features) as that of one head, which is what exporters know."""
+    """Attention over (batch, tokens, features) as that of one head, over (..., heads, tokens, features) as that of one
+    batch: what exporters know."""
     call = graph.graph.call_function
     for node in nodes_of(graph, {aten.scaled_dot_product_attention.default}):
-        given, mask = node.args[:3], arguments(node)["attn_mask"]
-        flat = all(value.meta["val"].dim() == 3 for value in given if isinstance(value, fx.Node))
-        if len(given) == 3 and flat and (mask is None or mask.meta["val"].dim() == 2):
-            with graph.graph.inserting_before(node):
+        given, mask = cast(list[fx.Node], node.args[:3]), arguments(node)["attn_mask"]
+        ranks, after = {value.meta["val"].dim() for value in given}, shape_of(node)
+        leading = {tuple(map(str, value.meta["val"].shape[:-2])) for value in given}
+        known = len(given) == 3 and (mask is None or mask.meta["val"].dim() == 2)
+        if not known or len(ranks) > 1 or ranks == {4} or len(leading) > 1 or after is None:
+            continue
+        with graph.graph.inserting_before(node):
+            if ranks == {3}:
                 heads = [call(aten.unsqueeze.default, (value, 1)) for value in given]
-                attended = call(aten.scaled_dot_product_attention.default, (*heads, *node.args[3:]), node.kwargs)
-                replace_by(node, call(aten.squeeze.dim, (attended, 1)))
-            graph.graph.erase_node(node)  # nothing else does: it may draw what it drops
+            else:
+                heads = [call(aten.flatten.using_ints, (value, 0, value.meta["val"].dim() - 4)) for value in given]
+            attended = call(aten.scaled_dot_product_attention.default, (*heads, *node.args[3:]), node.kwargs)
+            back = (aten.squeeze.dim, 1) if ranks == {3} else (aten.reshape.default, after)
+            replace_by(node, call(back[0], (attended, back[1])))
+        graph.graph.erase_node(node)  # nothing else does: it may draw what it drops
 
 
 def _with_flat_linears(graph: fx.GraphModule) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from itertools import pairwise
 
 from torch import fx
 
-from qsweep.hub.form import arguments, aten, nodes_of, source
+from qsweep.hub.form import RECTIFIERS, arguments, aten, nodes_of, rectified, source
 from qsweep.hub.traced import replace_by, shape_of
 
 _MEANS = {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default}
@@ -24,6 +25,8 @@ def with_pools(graph: fx.GraphModule) -> None:
         pool = node if node.target in _MEANS else source(node)
         if pool is node or (pool.target in _MAXIMA and node.args[1] == 0):
             _replace_adaptive(graph, node, pool)
+    for node in nodes_of(graph, {aten.max_pool2d.default}):
+        _without_infinities(node)
     for node in nodes_of(graph, {aten.avg_pool2d.default, aten.max_pool2d.default}):
         if _ends_at_the_border(node):
             node.args, node.kwargs = tuple((arguments(node) | {"ceil_mode": False}).values()), {}
@@ -31,6 +34,24 @@ def with_pools(graph: fx.GraphModule) -> None:
         _replace_global(graph, node)
     for node in nodes_of(graph, {aten.mean.dim, aten.amax.default}):
         _replace_reduction(graph, node)
+
+
+def _without_infinities(pool: fx.Node) -> None:
+    """A max pool behind a pad of -inf, as "same" pools are written, with a padding of its own, which is that; or behind
+    zeros, where it reads no number below."""
+    pad, given = source(pool), arguments(pool)
+    if pad.target is not aten.pad.default or len(pad.users) > 1 or any(given["padding"]):
+        return
+    around = arguments(pad)
+    if around["value"] != -math.inf or len(around["pad"]) != 4:
+        return
+    left, right, top, bottom = around["pad"]
+    kernel = (list(given["kernel_size"]) * 2)[:2]
+    before = source(pad)
+    if before.target in RECTIFIERS and rectified(before)[0] >= 0:
+        pad.args = (before, around["pad"], "constant", 0.0)
+    elif (top, left) == (bottom, right) and 2 * top <= kernel[0] and 2 * left <= kernel[1]:
+        pool.args = (before, kernel, given["stride"], [top, left], given["dilation"], given["ceil_mode"])
 
 
 def _ends_at_the_border(node: fx.Node) -> bool:

@@ -32,6 +32,9 @@ _OPT = {
 _DISTIL = {
     "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "vocab_size": WORDS, "num_labels": 10, "pad_token_id": 0,
 }  # fmt: skip
+_XLNET = {
+    "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128, "vocab_size": WORDS, "num_labels": 10, "pad_token_id": 0,
+}  # fmt: skip
 _WAVE = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "num_labels": 10,
     "conv_dim": (32,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
@@ -47,6 +50,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
     "ModernBertForSequenceClassification": _TEXT | {"global_attn_every_n_layers": 2, "local_attention": 8},
     "FNetForSequenceClassification": {name: value for name, value in _TEXT.items() if name != "num_attention_heads"},
+    "XLNetForSequenceClassification": _XLNET,
     "GPT2ForSequenceClassification": _GPT2,
     "OPTForSequenceClassification": _OPT,
     "LlamaForSequenceClassification": _LLAMA,

@@ -1,7 +1,7 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [networks] [chains] [latency]
+    python benchmarks/zoo.py [network] [chain] [latency]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
 against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Chains of its kernels
@@ -19,15 +19,24 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rows import HERE, record, table
 
-ASKED = "less apart from the reference than int8 from float"
-EQUAL = "none differs, one in 1000 behind floats"
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qsweep.engines.base import Runner
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.hub.form import QuantizedModel
+    from qsweep.stage import Context
+
 SECONDS = 600
 HEADING = """
 # Networks of other libraries, post-training 8 bits
@@ -44,141 +53,131 @@ image of 224 pixels a side.
 """
 
 
-def one(name: str) -> dict[str, Any]:
-    """The figures of a network, or why it is refused."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
+@contextmanager
+def quantized(name: str) -> Iterator[tuple[nn.Module, Tensor, QuantizedModel, Context]]:
+    """A network in float and in 8 bits, its inputs, and what stages work in."""
     import torch
+
+    sys.path.insert(0, str(HERE.parent / "tests"))
     from networks import Noise, context
     from zoo_models import made
 
-    from qsweep.engines.onnxruntime import OnnxRuntime
-    from qsweep.errors import QsweepError
-    from qsweep.hub.integer import IntegerInterpreter
     from qsweep.quantize.ptq import PTQ
 
     torch.set_num_threads(1)
     model, inputs = made(name)
-    with torch.no_grad():
-        wanted = model(inputs)
     with tempfile.TemporaryDirectory() as folder:
-        found, engine = context(Path(folder), task=Noise(inputs=inputs)), OnnxRuntime(batch_size=len(inputs))
-        try:
-            quantized = PTQ(calibration_samples=len(inputs)).apply(model, found)
-            reference = IntegerInterpreter(quantized.graph)(inputs)
-            artifact = Path(folder) / "artifact"
-            artifact.mkdir()
-            engine.lower(quantized, artifact, found.store)
-            runner = engine.load(artifact)
-            given = runner(inputs)
-        except QsweepError as error:
-            return {"refused": str(error)}
-        integers, work = engine.integer_macs(artifact, runner, inputs), len(inputs) * quantized.macs
+        found = context(Path(folder), task=Noise(inputs=inputs))
+        yield model, inputs, PTQ(calibration_samples=len(inputs)).apply(model, found), found
+
+
+def lowered(engine: OnnxRuntime, graph: QuantizedModel, found: Context, kind: str) -> tuple[Path, Runner]:
+    artifact = found.store.root.parent / kind
+    artifact.mkdir()
+    engine.lower(graph, artifact, found.store)
+    return artifact, engine.load(artifact)
+
+
+def network(name: str) -> dict[str, Any]:
+    """How far quantized outputs are from the model's, ONNX Runtime's from the reference's; shares of integers."""
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.hub.integer import IntegerInterpreter
+
+    with quantized(name) as (model, inputs, graph, found):
+        wanted, reference = model(inputs).detach(), IntegerInterpreter(graph.graph)(inputs)
+        engine = OnnxRuntime(batch_size=len(inputs))
+        artifact, runner = lowered(engine, graph, found, "int8")
+        work = len(inputs) * graph.macs
         figures: dict[str, Any] = {
             "quantized": ((reference - wanted).std() / wanted.std()).item(),
-            "apart": ((given - reference).std() / wanted.std()).item(),
-            "onnxruntime": integers / work,
+            "apart": ((runner(inputs) - reference).std() / wanted.std()).item(),
+            "onnxruntime": engine.integer_macs(artifact, runner, inputs) / work,
         }
-        if find_spec("triton") is not None:
-            from qsweep.cuda.plan import plan
+    if find_spec("triton") is not None:
+        from qsweep.cuda.plan import plan
 
-            planned = plan(quantized, len(inputs))
-            figures |= {"cuda": planned.macs[0] / work, "islands": planned.islands}
+        planned = plan(graph, len(inputs))
+        figures |= {"cuda": planned.macs[0] / work, "islands": planned.islands}
     return figures
 
 
 def chain(name: str) -> dict[str, Any]:
     """Integers that a chain of kernels gives, and how many of them the reference does not."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
     import torch
-    from networks import Noise, context
-    from zoo_models import made
 
     from qsweep.cuda.chain import Chain
+    from qsweep.cuda.steps import Float, Norm
     from qsweep.hub.integer import IntegerInterpreter
-    from qsweep.quantize.ptq import PTQ
 
-    torch.set_num_threads(1)
-    model, inputs = made(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        found = context(Path(folder), task=Noise(inputs=inputs))
-        quantized = PTQ(calibration_samples=len(inputs)).apply(model, found)
-    reference = IntegerInterpreter(quantized.graph)
-    reference.keep = True
-    reference(inputs[:1])
-    run = Chain(quantized, 1, device, {}, keep=True, products=torch.float32)
-    run(inputs[:1].to(device))
+    with quantized(name) as (_, inputs, graph, _):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        reference = IntegerInterpreter(graph.graph)
+        reference.keep = True
+        reference(inputs[:1])
+        run = Chain(graph, 1, device, {}, keep=True, products=torch.float32)
+        run(inputs[:1].to(device))
     integers = run.integers()
-    differ = [int((values.cpu() != reference.tensors[name]).sum()) for name, values in integers.items()]
     return {
         "tensors": len(integers),
         "integers": sum(values.numel() for values in integers.values()),
-        "differ": sum(differ),
-        "floats": sorted({type(step).__name__ for step in run.plan.steps} & {"Float", "Norm"}),
+        "differ": sum(int((values.cpu() != reference.tensors[name]).sum()) for name, values in integers.items()),
+        "floats": any(isinstance(step, Float | Norm) for step in run.plan.steps),
         "device": device,
     }
 
 
-def chain_row(name: str) -> tuple[str, str, str, bool]:
-    found = json.loads(_process(name, "chain"))
-    if "refused" in found:
-        return f"{name}, chain", EQUAL, f"refused: {found['refused']}", False
-    where = "on a GPU" if found["device"] == "cuda" else "in Triton's interpreter"
-    said = f"{found['differ']} of {found['integers']:,} in {found['tensors']} tensors differ, {where}"
-    said += "" if found["floats"] else "; no floats between"
-    most = found["integers"] // 1000 if found["floats"] else 0
-    return f"{name}, chain", EQUAL, said, found["differ"] <= most
+def latency(name: str) -> dict[str, Any]:
+    """Milliseconds of int8 and of float32."""
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.hub.export import float_graph
+
+    engine = OnnxRuntime(batch_size=1, threads=1)
+    with quantized(name) as (model, inputs, graph, found):
+        both = {"int8": graph, "float32": float_graph(model, found)}
+        runners = {kind: lowered(engine, each, found, kind)[1] for kind, each in both.items()}
+    seconds: dict[str, list[float]] = {kind: [] for kind in both}
+    for _ in range(40):
+        for kind, runner in runners.items():
+            start = time.perf_counter()
+            runner(inputs[:1])
+            seconds[kind].append(time.perf_counter() - start)
+    return {kind: 1e3 * statistics.median(taken[10:]) for kind, taken in seconds.items()}
 
 
-def network_row(name: str) -> tuple[str, str, str, bool]:
-    found = json.loads(_process(name, "one"))
-    if "refused" in found:
-        return name, ASKED, f"refused: {found['refused']}", False
+def said_of_network(found: dict[str, Any]) -> tuple[str, bool]:
     said = f"{found['quantized']:.2g}, {found['apart']:.1g}; onnxruntime {found['onnxruntime']:.1%}"
     if "cuda" in found:
         islands = ", ".join(island.split(".")[1] for island in found["islands"]) or "nothing"
         said += f", cuda {found['cuda']:.1%}; {islands}"
-    return name, ASKED, said, found["apart"] <= found["quantized"]
+    return said, found["apart"] <= found["quantized"]
 
 
-def latency(name: str) -> dict[str, Any]:
-    """Milliseconds of int8 and of float32."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
-    import torch
-    from networks import Noise, context
-    from zoo_models import made
-
-    from qsweep.engines.onnxruntime import OnnxRuntime
-    from qsweep.hub.export import float_graph
-    from qsweep.quantize.ptq import PTQ
-
-    torch.set_num_threads(1)
-    model, inputs = made(name)
-    engine, runners = OnnxRuntime(batch_size=1, threads=1), []
-    with tempfile.TemporaryDirectory() as folder:
-        found = context(Path(folder), task=Noise(inputs=inputs))
-        quantized = PTQ(calibration_samples=len(inputs)).apply(model, found)
-        for kind, graph in (("int8", quantized), ("float32", float_graph(model, found))):
-            artifact = Path(folder) / kind
-            artifact.mkdir()
-            engine.lower(graph, artifact, found.store)
-            runners.append(engine.load(artifact))
-    seconds: list[list[float]] = [[], []]
-    for _ in range(40):
-        for runner, taken in zip(runners, seconds, strict=True):
-            start = time.perf_counter()
-            runner(inputs[:1])
-            taken.append(time.perf_counter() - start)
-    int8, real = (1e3 * statistics.median(taken[10:]) for taken in seconds)
-    return {"int8": int8, "float32": real}
+def said_of_chain(found: dict[str, Any]) -> tuple[str, bool]:
+    where = "on a GPU" if found["device"] == "cuda" else "in Triton's interpreter"
+    said = f"{found['differ']} of {found['integers']:,} in {found['tensors']} tensors differ, {where}"
+    said += "" if found["floats"] else "; no floats between"
+    return said, found["differ"] <= (found["integers"] // 1000 if found["floats"] else 0)
 
 
-def latency_row(name: str) -> tuple[str, str, str, bool]:
-    found = json.loads(_process(name, "latency"))
-    if "refused" in found:
-        return f"{name}, latency", "under float32", f"refused: {found['refused']}", False
+def said_of_latency(found: dict[str, Any]) -> tuple[str, bool]:
     ratio = found["int8"] / found["float32"]
-    return f"{name}, latency", "under float32", f"{ratio:.2f} of {found['float32']:.1f} ms", ratio < 1
+    return f"{ratio:.2f} of {found['float32']:.1f} ms", ratio < 1
+
+
+def row(part: str, name: str) -> tuple[str, str, str, bool]:
+    """What a process of its own says of one network."""
+    asked, suffix, say = PARTS[part]
+    found = json.loads(_process(name, part))
+    said, met = (f"refused: {found['refused']}", False) if "refused" in found else say(found)
+    return f"{name}{suffix}", asked, said, met
+
+
+Say = Callable[[dict[str, Any]], tuple[str, bool]]
+PARTS: dict[str, tuple[str, str, Say]] = {
+    "network": ("less apart from the reference than int8 from float", "", said_of_network),
+    "chain": ("none differs, one in 1000 behind floats", ", chain", said_of_chain),
+    "latency": ("under float32", ", latency", said_of_latency),
+}
 
 
 def _process(name: str, function: str) -> str:
@@ -200,16 +199,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     from zoo_models import CHAINS, LATENCIES, NAMES
 
-    many = os.cpu_count() or 1
-    parts = {
-        "networks": (network_row, NAMES, many),
-        "chains": (chain_row, CHAINS, many),
-        "latency": (latency_row, LATENCIES, 1),
-    }
-    for part in sys.argv[1:] or parts:
-        row, names, at_once = parts[part]
-        with ThreadPoolExecutor(at_once) as pool:
-            for figures in pool.map(row, [name for name in names if find_spec(name.split()[0])]):
+    names = {"network": NAMES, "chain": CHAINS, "latency": LATENCIES}
+    for part in sys.argv[1:] or PARTS:
+        there = [name for name in names[part] if find_spec(name.split()[0])]
+        with ThreadPoolExecutor(1 if part == "latency" else os.cpu_count()) as pool:
+            for figures in pool.map(partial(row, part), there):
                 record("zoo", [figures])
     table("zoo", HEADING)
 

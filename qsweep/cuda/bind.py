@@ -149,15 +149,15 @@ class Binding:
         left, right = (self.places[each.node].logical.expand(out.shape) for each in (step.left, step.right))
         output = output_of(step.grid, step.bounds) if step.grid else None
         bounds = step.bounds.low, step.bounds.high
-        zeros, product = (step.left.grid.zero_point, step.right.grid.zero_point), product_ratio(step)
 
         def run() -> None:
             to, one, other = inner_last(out, left, right)
             if isinstance(step, Multiply):
-                pointwise.multiply(one, zeros[0], other, zeros[1], product, output, to, bounds=bounds)
+                sides = one, step.left.grid.zero_point, other, step.right.grid.zero_point
+                pointwise.multiply(*sides, product_ratio(step), output, to, bounds=bounds)
             else:
-                sides = side(step.left, one, step.grid), side(step.right, other, step.grid)
-                pointwise.add(*sides, output, to, bounds=bounds)
+                terms = side(step.left, one, step.grid), side(step.right, other, step.grid)
+                pointwise.add(*terms, output, to, bounds=bounds)
 
         self.launches.append(run)
 

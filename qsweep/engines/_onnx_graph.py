@@ -96,20 +96,21 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
     constants = {tensor.name: tensor for tensor in content.graph.initializer}
     producers = {name: node for node in content.graph.node for name in node.output}
     readers = Counter(name for node in content.graph.node for name in node.input)
+    integers: dict[str, tuple[str, Any]] = {}
     nodes = []
     for node in content.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in constants:
             mark = round(float(numpy_helper.to_array(constants[node.input[1]])))
             node.input[1], node.input[2] = f"grid{mark}.scale", f"grid{mark}.zero_point"
+            if node.op_type == "DequantizeLinear":
+                integers[node.output[0]] = node.input[0], grids[mark - 1]
         elif node.op_type == "DequantizeLinear":
             node.input[:] = [node.input[0], f"{node.input[0]}_scale"]
             constants.pop(node.input[1], None)
         if node.op_type == "QuantizeLinear" and node.input[0] not in producers:
             nodes.append(_scaled_input(content, node, grids[mark - 1]))
-        given = producers.get(node.input[0]) if node.op_type in ("Conv", "ConvTranspose") else None
-        if given is not None and _dequantizes(given) and node.input[1] in constants:
-            grid = grids[int(given.input[1].removeprefix("grid").removesuffix(".scale")) - 1]
-            nodes.append(_channel_scales(content, node, given, constants[node.input[1]], grid))
+        if node.op_type in ("Conv", "ConvTranspose") and node.input[0] in integers and node.input[1] in constants:
+            nodes.append(_channel_scales(content, node, constants[node.input[1]], *integers[node.input[0]]))
         nodes.append(node)
         if node.op_type == "QuantizeLinear":
             nodes += _bounded(content, node, grids[mark - 1], producers, readers)
@@ -122,7 +123,7 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
 
 
 def _channel_scales(
-    content: onnx.ModelProto, node: onnx.NodeProto, given: onnx.NodeProto, weight: onnx.TensorProto, grid: Any
+    content: onnx.ModelProto, node: onnx.NodeProto, weight: onnx.TensorProto, integers: str, grid: Any
 ) -> onnx.NodeProto:
     """What a convolution with real weights, such as a transposed one, reads: dequantized with a scale for each channel.
 
@@ -136,7 +137,7 @@ def _channel_scales(
     name = f"{node.name}.given"
     ends = [add(content, f"{name}.{end}", number) for end, number in zip(("scale", "zero_point"), numbers, strict=True)]
     node.input[0] = name
-    return helper.make_node("DequantizeLinear", [given.input[0], *ends], [name], name=name, axis=1)
+    return helper.make_node("DequantizeLinear", [integers, *ends], [name], name=name, axis=1)
 
 
 def _scaled_input(content: onnx.ModelProto, node: onnx.NodeProto, grid: Any) -> onnx.NodeProto:

@@ -43,8 +43,7 @@ def with_activations(graph: fx.GraphModule) -> None:
             continue
         steps: list[fx.Node] = []
         given = {node}
-        while len(steps) < _MOST and given and max(given, key=order.__getitem__).target in _STEPS:
-            step = max(given, key=order.__getitem__)
+        while len(steps) < _MOST and given and (step := max(given, key=order.__getitem__)).target in _STEPS:
             steps.append(step)
             given = (given - {step}) | {value for value in step.all_input_nodes if value not in fixed}
             found = _known(graph, steps, *given) if len(given) == 1 and len(steps) > 1 else None

@@ -9,6 +9,7 @@ runtimes do, and are the only op that is not exact.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -109,31 +110,40 @@ class Accumulator:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """The sum of two integer tensors, each on its own grid."""
+class Pair(ABC):
+    """Two integer tensors, each on its own grid, element by element."""
 
     left: Integers
     right: Integers
     bounds: Bounds = UNBOUNDED
 
     def real(self) -> Tensor:
-        return (self.left.real() + self.right.real()).clamp(self.bounds.low, self.bounds.high)
+        return self._unbounded().clamp(self.bounds.low, self.bounds.high)
+
+    @abstractmethod
+    def onto(self, scale: Tensor) -> Tensor:
+        """In units of `scale`."""
+
+    @abstractmethod
+    def _unbounded(self) -> Tensor: ...
+
+
+class Sum(Pair):
+    """Their sum."""
+
+    def _unbounded(self) -> Tensor:
+        return self.left.real() + self.right.real()
 
     def onto(self, scale: Tensor) -> Tensor:
         left = (self.left.q - self.left.zero_point).float() * (self.left.scale / scale)
         return left + (self.right.q - self.right.zero_point).float() * (self.right.scale / scale)
 
 
-@dataclass(frozen=True)
-class Product:
-    """The product of two integer tensors, element by element."""
+class Product(Pair):
+    """Their product."""
 
-    left: Integers
-    right: Integers
-    bounds: Bounds = UNBOUNDED
-
-    def real(self) -> Tensor:
-        return (self._centred() * (self.left.scale * self.right.scale)).clamp(self.bounds.low, self.bounds.high)
+    def _unbounded(self) -> Tensor:
+        return self._centred() * (self.left.scale * self.right.scale)
 
     def onto(self, scale: Tensor) -> Tensor:
         return self._centred() * (self.left.scale * self.right.scale / scale)
@@ -190,7 +200,7 @@ class IntegerInterpreter(fx.Interpreter):
             return self._compute(target, args, kwargs)
         if target in BINARY and isinstance(given, Integers) and isinstance(args[1], Integers) and not kwargs:
             return Product(given, args[1]) if target is aten.mul.Tensor else Sum(given, args[1])
-        if target in RECTIFIERS and isinstance(given, Accumulator | Sum | Product):
+        if target in RECTIFIERS and isinstance(given, Accumulator | Pair):
             return replace(given, bounds=given.bounds.within(*rectified(node)))
         if target in POOLS and isinstance(given, Integers):
             return _pool(node, given, args, kwargs)
@@ -281,4 +291,4 @@ def _real(value: Any) -> Any:
         return value.q.float() * value.scale.reshape(-1, *[1] * (value.q.dim() - 1))
     if isinstance(value, list | tuple):
         return [_real(item) for item in value]
-    return value.real() if isinstance(value, Integers | Accumulator | Sum | Product | Rows) else value
+    return value.real() if isinstance(value, Integers | Accumulator | Pair | Rows) else value

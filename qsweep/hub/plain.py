@@ -39,6 +39,9 @@ from qsweep.hub.traced import line_of, replace_by, shape_of
 _IDLE = {
     aten.dropout.default,
     aten.feature_dropout.default,
+    aten.dropout_.default,
+    aten.detach_.default,
+    aten.feature_dropout_.default,
     aten.detach.default,
     aten.alias.default,
     aten.lift_fresh_copy.default,
@@ -57,7 +60,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    rewrites = without_regions, _without_idle, without_tuples, functional, _without_idle, _with_reshapes
+    rewrites = without_regions, _without_idle, without_tuples, functional, _with_reshapes
     values = with_activations, _with_linears, with_factors, with_fixed_weights, with_fixed_shapes, with_sizes_of_tensors
     layers = with_pools, with_plain_borders, _with_batches, _with_sized_paddings, _with_heads, _with_flat_linears
     for rewrite in (*rewrites, *values, *layers, _rectified_first):

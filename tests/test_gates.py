@@ -1,4 +1,5 @@
-"""Values that are multiplied element by element, and what convolutions give to readers that compute in floats."""
+"""Values that are multiplied element by element, norms that no layer takes in, and what convolutions give to readers
+that compute in floats."""
 
 from __future__ import annotations
 
@@ -17,18 +18,20 @@ from torch import Tensor, nn
 from qsweep.engines import EngineConfig
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
-from qsweep.errors import Refused
+from qsweep.errors import NotFinite, Refused
 from qsweep.hub.form import (
     DEQUANTIZE,
     QUANTIZE,
     QuantizedModel,
     aten,
+    constant,
     grid_of,
     nodes_of,
     set_constant,
     source,
 )
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.weights import real_weight
 from qsweep.quantize.lsq import LSQ
 from qsweep.quantize.ptq import PTQ
 
@@ -84,24 +87,65 @@ class Before(nn.Module):
 
 
 class Normed(nn.Module):
-    """A depthwise convolution that a layer norm reads, and one that a concatenation and a batch norm do."""
+    """A depthwise convolution that a layer norm reads, and one that a concatenation and a group norm do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.depth = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.norm, self.wide = nn.LayerNorm(8), nn.Linear(8, 8)
-        self.dense, self.bn, self.last = nn.Conv2d(8, 4, 3, padding=1), norm(12), nn.Conv2d(12, 8, 1)
+        self.dense, self.groups, self.last = nn.Conv2d(8, 4, 3, padding=1), nn.GroupNorm(3, 12), nn.Conv2d(12, 8, 1)
         self.head = nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
         x = x + self.wide(self.norm(self.depth(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        x = self.last(F.relu(self.bn(torch.cat([x, self.dense(x)], 1))))
+        x = self.last(F.relu(self.groups(torch.cat([x, self.dense(x)], 1))))
         logits: Tensor = self.head(F.relu(x).mean((2, 3)))
         return logits
 
 
-KINDS: list[type[nn.Module]] = [Squeezed, Units, Before, Normed]
+class Dense(nn.Module):
+    """Concatenations that are normed and rectified before they are convolved, and a norm behind a GELU and before a
+    sum, one of its channels off and one turned around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other = (nn.Conv2d(size, 8, 3, padding=1) for size in (1, 8, 16))
+        self.bn, self.bn2, self.bn3 = norm(8), norm(16), norm(24)
+        self.down, self.mixed, self.head = nn.Conv2d(24, 12, 1), norm(12), nn.Linear(12, 10)
+        with torch.no_grad():
+            self.mixed.weight[:2] = torch.tensor([0.0, -1.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([x, self.one(F.relu(self.bn(x)))], 1)
+        x = torch.cat([x, self.other(F.relu(self.bn2(x)))], 1)
+        x = F.avg_pool2d(self.down(F.relu(self.bn3(x))), 2)
+        logits: Tensor = self.head((x + self.mixed(F.gelu(x))).mean((2, 3)))
+        return logits
+
+
+class Branches(nn.Module):
+    """One-dimensional: a convolution beside a norm of what it reads, and a norm without factors, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = (nn.Conv1d(size, 12, 3, padding=1) for size in (8, 12))
+        self.bn, self.plain = nn.BatchNorm1d(12), nn.BatchNorm1d(12, affine=False)
+        self.head = nn.Linear(96, 10)
+        for module in (self.bn, self.plain):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x[:, 0]))
+        x = F.relu(self.conv(x) + self.bn(x))
+        x = F.relu(self.plain(x + self.plain(x)))
+        logits: Tensor = self.head(x.flatten(1))
+        return logits
+
+
+KINDS: list[type[nn.Module]] = [Squeezed, Units, Before, Normed, Dense, Branches]
 
 
 def made(kind: Callable[[], nn.Module]) -> nn.Module:
@@ -229,6 +273,73 @@ def test_what_the_last_convolution_gives_stays_real(
     *_, last = nodes_of(graph, {aten.conv2d.default})
     assert not nodes_of(graph, {QUANTIZE})[2:]
     assert all(user.target is not QUANTIZE for user in last.users)
+
+
+def test_a_norm_between_integers_is_a_layer_of_its_factors(quantized: Callable[..., QuantizedModel]) -> None:
+    model, own = quantized(Dense, weight_bits=3), made(Dense)
+    layers = {layer.name: layer for layer in model.layers()}
+    assert {name: layer.weight_bits for name, layer in layers.items() if "bn" in name or "mixed" in name} == {
+        "bn.weight": 8, "bn2.weight": 8, "bn3.weight": 8, "mixed.weight": 8
+    }  # fmt: skip
+    assert layers["one.weight"].weight_bits == 3
+    for name in ("bn2", "mixed"):
+        node = layers[f"{name}.weight"].node
+        bn = own.get_submodule(name)
+        factor = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        torch.testing.assert_close(real_weight(model.graph, source(node, 1)).flatten(), factor, rtol=1e-6, atol=0)
+        shift, bias = bn.bias - bn.running_mean * factor, constant(model.graph, node.args[2])
+        torch.testing.assert_close(bias, shift, rtol=1e-3, atol=1e-3)
+    assert len(quantized(Branches).layers()) == 6  # one of them twice
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: nn.Sequential(norm(1), nn.Conv2d(1, 4, 3)),
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Softmax(1), norm(4), nn.Conv2d(4, 4, 3)),
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), norm(4), nn.Softmax(1), nn.Conv2d(4, 4, 3)),
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), norm(4)),
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten(), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 4)),
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 3)
+        ),
+    ],
+    ids=["the input's", "of a float op", "read by a float op", "the model's", "of rows", "without statistics"],
+)
+def test_other_norms_stay_real(model: Callable[[], nn.Module], quantized: Callable[..., QuantizedModel]) -> None:
+    found = quantized(model)
+    assert len(nodes_of(found.graph, {aten.batch_norm.default})) == 1
+    assert set(found.layer_bits()) == {name for name, value in made(model).named_parameters() if value.dim() > 1}
+
+
+@pytest.mark.parametrize("fields", [{"activation_mode": "dynamic"}, {"activation_bits": None}], ids=str)
+def test_norms_stay_real_where_sums_do(fields: dict[str, Any], quantized: Callable[..., QuantizedModel]) -> None:
+    assert len(nodes_of(quantized(Dense, **fields).graph, {aten.batch_norm.default})) == 4
+
+
+def test_a_norm_of_what_is_not_finite_is_refused(tmp_path: Path) -> None:
+    model = made(Dense)
+    model.get_submodule("bn2").running_var[3] = torch.nan
+    with pytest.raises(NotFinite):
+        PTQ(calibration_samples=20).apply(model, context(tmp_path, task=Noise(inputs=INPUTS)))
+
+
+def test_a_shift_too_large_for_its_factor_keeps_its_precision(tmp_path: Path) -> None:
+    model = made(Dense)
+    with torch.no_grad():
+        model.get_submodule("bn2").weight[2:6] = torch.tensor([1e-6, 1e-9, 1e-42, 0.0])
+    found = PTQ(calibration_samples=20).apply(model, context(tmp_path, task=Noise(inputs=INPUTS)))
+    wanted = model(INPUTS).detach()
+    reference = IntegerInterpreter(found.graph)(INPUTS)
+    assert (reference - wanted).std() < 0.03 * wanted.std()
+    assert torch.allclose(outputs(OnnxRuntime(batch_size=20), found, tmp_path, INPUTS), reference, atol=1e-5)
+
+
+def test_biases_of_layers_are_corrected_around_norms(quantized: Callable[..., QuantizedModel]) -> None:
+    wanted = made(Dense)(INPUTS).detach()
+    plain, corrected = (quantized(Dense, weight_bits=4, bias_correction=on) for on in (False, True))
+    errors = [(model.graph(INPUTS) - wanted).mean(0).abs().mean() for model in (plain, corrected)]
+    assert errors[1] < errors[0]
 
 
 @pytest.mark.parametrize(("grid", "bits"), [("shared", 4), ("own", 8)])

@@ -423,9 +423,12 @@ def test_norms_that_no_layer_takes_in_stay_live_in_training_and_are_shipped(tmp_
     before = [live.graph.get_buffer(name).clone() for name in names]
     live.graph(INPUTS + 1)
     assert not any(torch.equal(live.graph.get_buffer(name), old) for name, old in zip(names, before, strict=True))
+    for module in live.graph.modules():
+        module.training = False
+    trained = live.graph(INPUTS)
     shipped = convert(training.finished(live))
-    assert shipped.graph(INPUTS).isfinite().all()
-    assert len(nodes_of(shipped.graph, {aten.batch_norm.default})) == 3
+    assert len(nodes_of(shipped.graph, {aten.batch_norm.default})) == 2  # the other one reads and gives integers
+    assert (shipped.graph(INPUTS) - trained).std() < 0.01 * trained.std()
 
 
 @pytest.mark.parametrize("fields", [{}, {"weight_scheme": "asymmetric"}, {"group_size": 3}, {"edge_bits": 8}], ids=str)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.errors import NotFinite
+from qsweep.hub.affine import with_norm_layers
 from qsweep.hub.form import (
     BINARY,
     COMPUTE,
@@ -34,11 +35,13 @@ from qsweep.hub.weights import Channels
 
 
 def convert(model: QuantizedModel) -> QuantizedModel:
-    """Replace observers by quantize and dequantize ops with integer weights and snapped biases, in place.
+    """Replace observers by quantize and dequantize ops with integer weights and snapped biases, in place; batch norms
+    between them by layers.
 
     Raises NotFinite for weights or biases that are not.
     """
     graph = model.graph
+    with_norm_layers(graph)
     observers = [node for node in graph.graph.nodes if node.op == "call_module" and _is_observer(node)]
     weights = [node for node in observers if constant(graph, node.args[0]) is not None]
     activations = [node for node in observers if node not in weights]

@@ -41,18 +41,26 @@ def alike(norms: Iterable[fx.Node]) -> list[list[fx.Node]]:
 
 
 @torch.no_grad()
-def folded(graph: fx.GraphModule, compute: fx.Node, norm: fx.Node) -> tuple[Tensor, Tensor]:
-    """Weight and bias, float32, of `compute` with the batch norm `norm` folded in."""
+def affine(graph: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    """Factor and shift (C,), float64, that the batch norm `norm` is by its running statistics."""
     gamma, beta, mean, var = (constant(graph, argument) for argument in norm.args[1:5])
-    weight = constant(graph, compute.args[1])
-    bias = constant(graph, compute.args[2]) if len(compute.args) > 2 else None
-    assert weight is not None and mean is not None and var is not None
+    assert mean is not None and var is not None
     factor = (var.double() + arguments(norm)["eps"]).rsqrt()
     if gamma is not None:
         factor = factor * gamma.double()
-    shift = ((bias.double() if bias is not None else 0) - mean.double()) * factor
-    if beta is not None:
-        shift = shift + beta.double()
+    shift = -mean.double() * factor
+    return factor, shift if beta is None else shift + beta.double()
+
+
+@torch.no_grad()
+def folded(graph: fx.GraphModule, compute: fx.Node, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float32, of `compute` with the batch norm `norm` folded in."""
+    weight = constant(graph, compute.args[1])
+    bias = constant(graph, compute.args[2]) if len(compute.args) > 2 else None
+    assert weight is not None
+    factor, shift = affine(graph, norm)
+    if bias is not None:
+        shift = shift + bias.double() * factor
     if compute.target in TRANSPOSED:  # weights (C, OC / groups, ...)
         apart = weight.double().reshape(arguments(compute)["groups"], -1, *weight.shape[1:])
         by_group = factor.reshape(len(apart), 1, -1, *[1] * (weight.dim() - 2))
@@ -70,6 +78,13 @@ def joins(norm: fx.Node, layers: Collection[Any] = COMPUTE) -> bool:
     weight = source(compute, 1)
     weight = source(weight) if weight.op == "call_module" else weight  # observed
     return all(isinstance(node, fx.Node) and node.op == "get_attr" for node in (weight, *norm.args[3:5]))
+
+
+def stands_alone(norm: fx.Node) -> bool:
+    """Whether it is a batch norm with statistics, over one or two dimensions, that no layer takes in. Takes what
+    ShapeProp knows."""
+    fixed = all(isinstance(statistics, fx.Node) for statistics in norm.args[3:5])
+    return fixed and not joins(norm) and len(norm.meta["tensor_meta"].shape) in (3, 4)
 
 
 def replace_weight(graph: fx.GraphModule, computes: Sequence[fx.Node], weight: Tensor, bias: Tensor) -> None:

@@ -7,7 +7,9 @@ functions of it, but no norm's factor, which 8 bits are too few for. Ops that on
 inputs, and so do the parts of a concatenation.
 
 What a convolution gives is quantized for all its readers, unless it is the last layer or the model gives it as it is:
-runtimes whose convolutions give integers alone would compute it in floating point otherwise.
+runtimes whose convolutions give integers alone would compute it in floating point otherwise. Batch norms of images that
+no layer takes in are such convolutions, of each channel with one number, where they read what gates may read and their
+result becomes integers.
 """
 
 from __future__ import annotations
@@ -29,20 +31,30 @@ from qsweep.hub.form import (
     reached,
     source,
 )
-from qsweep.hub.norm import joins
+from qsweep.hub.norm import joins, stands_alone
+
+_NORMS = {aten.batch_norm.default}
 
 
 def readers_on_grids(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     """By value that is to be quantized, in order: who reads it so. Takes what ShapeProp and `fixed_nodes` know."""
-    given, known = _given_by_convolutions(graph), _known(graph)
+    shown = reached([source(graph.graph.output_node())], lambda node: node.all_input_nodes if moves(node) else ())
+    given, known = _given_by_convolutions(graph) - shown, _known(graph)
+    ends = {norm: end_of(norm) for norm in nodes_of(graph, _NORMS) if norm in known and stands_alone(norm)}
+    norms = {norm: end for norm, end in ends.items() if end not in shown}
     wanted: set[fx.Node] = set()
+
+    def reads_integers(user: fx.Node, value: fx.Node) -> bool:
+        return norms[user] in wanted if user in norms else _reads_integers(user, value, wanted, known)
+
     for node in reversed(graph.graph.nodes):
         if _fixed(node) or not is_real(node):
             continue
-        if node in given or any(_reads_integers(user, node, wanted, known) for user in node.users):
+        if node in given or any(reads_integers(user, node) for user in node.users):
             wanted.add(node)
+    given |= wanted.intersection(norms.values())
     return {
-        value: [user for user in value.users if value in given or _reads_integers(user, value, wanted, known)]
+        value: [user for user in value.users if value in given or reads_integers(user, value)]
         for value in graph.graph.nodes
         if value in wanted
     }
@@ -78,19 +90,17 @@ def moves(node: fx.Node) -> bool:
 
 
 def _given_by_convolutions(graph: fx.GraphModule) -> set[fx.Node]:
-    """What convolutions give, norm and rectifier behind them, but for the last layer and what the model gives."""
+    """What convolutions give, norm and rectifier behind them, but for the last layer."""
     layers = [node for node in nodes_of(graph, COMPUTE) if constant(graph, node.args[1]) is not None]
-    shown = reached([source(graph.graph.output_node())], lambda node: node.all_input_nodes if moves(node) else ())
-    ends = {_end(node) for node in layers[:-1] if node.target in CONVOLUTIONS}
-    return ends - shown
+    return {end_of(node) for node in layers[:-1] if node.target in CONVOLUTIONS}
 
 
-def _end(layer: fx.Node) -> fx.Node:
+def end_of(layer: fx.Node) -> fx.Node:
     """The value that is left of `layer` once its norm is folded and its rectifier joined."""
     end = layer
     while len(end.users) == 1:
         (reader,) = end.users
-        if reader.target not in RECTIFIERS and not (reader.target is aten.batch_norm.default and joins(reader)):
+        if reader.target not in RECTIFIERS and not (reader.target in _NORMS and joins(reader)):
             break
         end = reader
     return end
@@ -122,7 +132,7 @@ def _known(graph: fx.GraphModule) -> set[fx.Node]:
         of_known = found.issuperset(value for value in node.all_input_nodes if not _fixed(value))
         if node.target is aten.mul.Tensor:
             kept = of_known and _of_two(node) and node.args[0] is not node.args[1]
-        elif node.target in POINTWISE | RECTIFIERS | {aten.batch_norm.default}:
+        elif node.target in POINTWISE | RECTIFIERS | _NORMS:
             kept = of_known
         else:
             kept = node.target in COMPUTE | POOLS | {aten.add.Tensor} or (of_known and moves(node))

@@ -28,6 +28,7 @@ from qsweep.cuda.tune import DEPTHWISE, MOST, Tiles, candidates
 from qsweep.errors import Refused
 from qsweep.hub.form import DEQUANTIZE, QUANTIZE, RECTIFIERS, QuantizedModel, aten, grid_of, nodes_of, set_constant
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.ops import QUICK_GELU
 from qsweep.quantize.ptq import PTQ
 
 W4A4 = {"weight_bits": 4, "activation_bits": 4}
@@ -205,11 +206,22 @@ def with_grid(model: QuantizedModel, node: torch.fx.Node, scale: float, zero_poi
     model.graph.recompile()
 
 
-@pytest.mark.parametrize("function", [aten.gelu, aten.silu, aten.hardswish, aten.sigmoid, aten.tanh, aten.relu])
+@pytest.mark.parametrize(
+    "function",
+    [
+        aten.gelu.default,
+        aten.silu.default,
+        QUICK_GELU,
+        aten.hardswish.default,
+        aten.sigmoid.default,
+        aten.tanh.default,
+        aten.relu.default,
+    ],
+)
 def test_a_function_of_integers_is_a_table_at_the_end_of_their_layer(function: Any, root: Path, device: str) -> None:
     model = small("mlp", root)
     (rectifier,) = nodes_of(model.graph, {aten.relu.default})
-    rectifier.target = function.default
+    rectifier.target = function
     with_grid(model, rectifier, 0.07, -9)
     chain = assert_equal(model, device, joined=1)
     assert any(isinstance(step, Layer) and step.then is not None for step in chain.plan.steps)

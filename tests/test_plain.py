@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qsweep.errors import ExportFailure
 from qsweep.hub.export import export
 from qsweep.hub.form import POOLS, arguments, aten, nodes_of, source
+from qsweep.hub.ops import QUICK_GELU
 
 INPUTS = torch.randn(5, 6, 8, 14, generator=torch.Generator().manual_seed(0))
 
@@ -305,6 +306,19 @@ class Scaled(nn.Module):
         return x + y.permute(0, 3, 1, 2).transpose(2, 3).transpose(3, 2) * self.three.reshape(6, 1, 1) * self.number
 
 
+def test_numbers_that_change_nothing_are_left_out() -> None:
+    def branches(x: Tensor) -> Tensor:
+        out = 0
+        for branch in (F.relu(x), torch.tanh(x)):
+            out = branch + out
+        out += 0.0
+        return (out * 1 - 0) / 1.0 + (x > 0) * 1
+
+    graph = exported(branches)
+    left = nodes_of(graph, {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
+    assert [node.target for node in left] == [aten.add.Tensor, aten.mul.Tensor, aten.add.Tensor]  # that of a mask
+
+
 def test_factors_behind_layers_are_a_part_of_their_weights() -> None:
     torch.manual_seed(0)
     model = Scaled().eval()
@@ -343,6 +357,7 @@ def test_other_factors_stay(function: Callable[..., Tensor]) -> None:
     [
         (lambda x: x * torch.sigmoid(x), aten.silu.default, {}),
         (lambda x: torch.sigmoid(x).mul_(x), aten.silu.default, {}),
+        (lambda x: x * torch.sigmoid(1.702 * x), QUICK_GELU, {}),
         (lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))), aten.gelu.default, {}),
         (
             lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))),
@@ -368,7 +383,7 @@ def test_activations_written_in_steps_are_the_op_that_they_are(
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x * torch.sigmoid(1.702 * x),
+        lambda x: x * torch.sigmoid(1.71 * x),
         lambda x: x * torch.sigmoid(x.flip(1)),
         lambda x: x * torch.sigmoid(x) * torch.linspace(1, 2, 14),
         lambda x: x * torch.sigmoid(x + torch.linspace(0, 1, 14)),

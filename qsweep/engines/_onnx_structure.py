@@ -49,9 +49,10 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _keep_changed(content, marked, _of_layers(model))
         _with_global_pools(content)
         _spell_out(content, weights)
+        _with_quick_gelus(content)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 8, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 9, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
@@ -225,6 +226,45 @@ def _real_rows(content: onnx.ModelProto, name: str, result: str) -> list[onnx.No
         ("Mul", [f"{result}.integers", f"{result}.scale"], result, {}),
     ]
     return [helper.make_node(kind, given, [output], name=output, **more) for kind, given, output, more in steps]
+
+
+def _with_quick_gelus(content: onnx.ModelProto) -> None:
+    """x * sigmoid(a x) of dequantized values as the runtime's op for it, in place.
+
+    (It finds this itself where it has not given each reader of such a value a dequantize op of its own.)
+    """
+    from onnx import helper, numpy_helper
+
+    producers = {name: node for node in content.graph.node for name in node.output}
+    scalars = {t.name: float(numpy_helper.to_array(t)) for t in content.graph.initializer if not t.dims}
+
+    def factor(given: str, value: str) -> float | None:
+        """What `given` is of `value`."""
+        step = producers.get(given)
+        if given == value or step is None or step.op_type != "Mul" or value not in step.input:
+            return 1.0 if given == value else None
+        return scalars.get(next(name for name in step.input if name != value))
+
+    for node in [node for node in content.graph.node if node.op_type == "Mul"]:
+        for value, gate in (node.input, reversed(node.input)):
+            source, sigmoid = producers.get(value), producers.get(gate)
+            if (
+                source is None
+                or sigmoid is None
+                or (source.op_type, sigmoid.op_type) != ("DequantizeLinear", "Sigmoid")
+            ):
+                continue
+            if (alpha := factor(sigmoid.input[0], value)) is not None:
+                node.op_type, node.domain = "QuickGelu", _RUNTIME
+                node.input[:] = [value]
+                node.attribute.append(helper.make_attribute("alpha", alpha))
+                break
+    if not any(known.domain == _RUNTIME for known in content.opset_import):
+        content.opset_import.append(helper.make_opsetid(_RUNTIME, 1))
+
+
+_RUNTIME = "com.microsoft"
+"""Ops that ONNX Runtime has beside those of ONNX."""
 
 
 def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:

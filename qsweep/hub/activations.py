@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from qsweep.hub.fixed import fixed_nodes
 from qsweep.hub.form import aten, constant, nodes_of
+from qsweep.hub.ops import QUICK_GELU
 from qsweep.hub.traced import replace_by
 
 _LAST = {aten.mul.Tensor, aten.div.Tensor}
@@ -21,6 +22,7 @@ _MOST = 10
 """Steps that a function is looked for in."""
 _KNOWN: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     (aten.silu.default, {}),
+    (QUICK_GELU, {}),
     (aten.gelu.default, {}),
     (aten.gelu.default, {"approximate": "tanh"}),
     (aten.hardswish.default, {}),

@@ -19,7 +19,15 @@ from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from qsweep.hub.macs import counted
-from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT, LOOK_UP, QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED
+from qsweep.hub.ops import (
+    DEQUANTIZE_GROUPS,
+    DEQUANTIZE_WEIGHT,
+    LOOK_UP,
+    QUANTIZE_DYNAMIC,
+    QUANTIZE_ROWS,
+    QUICK_GELU,
+    STORED,
+)
 
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed
@@ -73,6 +81,7 @@ POINTWISE = {
     aten.leaky_relu.default,
     aten.mish.default,
     aten.softplus.default,
+    QUICK_GELU,
 }
 """Functions of one number: of integers they are tables, computed in float64."""
 

@@ -1,7 +1,7 @@
 """Ops of the hub form that are qsweep's own.
 
-Real weights from integers that integer kernels do not take, and activations on grids that each batch or each row sets
-anew.
+Real weights from integers that integer kernels do not take, activations on grids that each batch or each row sets anew,
+and a function of one number that PyTorch has no op for.
 """
 
 from __future__ import annotations
@@ -76,10 +76,20 @@ def quantize_rows(values: Tensor, low: int, high: int) -> Tensor:
     return row_fake_quantize(values, low, high)
 
 
+torch.library.define("qsweep::quick_gelu", "(Tensor values) -> Tensor")
+
+
+@torch.library.impl("qsweep::quick_gelu", "CompositeImplicitAutograd")
+def quick_gelu(values: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x) (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, section 2), as CLIP has it."""
+    return values * torch.sigmoid(1.702 * values)
+
+
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
 DEQUANTIZE_GROUPS = torch.ops.qsweep.dequantize_groups.default
 LOOK_UP = torch.ops.qsweep.look_up.default
 QUANTIZE_DYNAMIC = torch.ops.qsweep.quantize_dynamic.default
 QUANTIZE_ROWS = torch.ops.qsweep.quantize_rows.default
+QUICK_GELU = torch.ops.qsweep.quick_gelu.default
 STORED = {DEQUANTIZE_WEIGHT, DEQUANTIZE_GROUPS, LOOK_UP}
 """Ops that give a layer its real weights from the integers that are their argument 0."""

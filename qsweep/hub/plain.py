@@ -46,6 +46,8 @@ _IDLE = {
     aten.alias.default,
     aten.lift_fresh_copy.default,
 }
+_NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
+"""Numbers that change nothing, such as that from which a sum over branches starts."""
 _WHOLE = 2**63 - 1
 """`slice` up to this index takes everything."""
 _SIZED: dict[Any, Any] = {aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default}
@@ -60,7 +62,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    rewrites = without_regions, _without_idle, without_tuples, functional, _with_reshapes
+    rewrites = without_regions, _without_idle, without_tuples, functional, _without_neutral, _with_reshapes
     values = with_activations, _with_linears, with_factors, with_fixed_weights, with_fixed_shapes, with_sizes_of_tensors
     layers = with_pools, with_plain_borders, _with_batches, _with_sized_paddings, _with_heads, _with_flat_linears
     for rewrite in (*rewrites, *values, *layers, _rectified_first):
@@ -136,6 +138,18 @@ def _without_idle(graph: fx.GraphModule) -> None:
         if node.target in _IDLE or (node.target is aten.slice.Tensor and _takes_all(node)):
             node.replace_all_uses_with(source(node))
             graph.graph.erase_node(node)  # dead code with a random effect would stay
+
+
+def _without_neutral(graph: fx.GraphModule) -> None:
+    for node in nodes_of(graph, _NEUTRAL):
+        given, number = node.args
+        neutral = not isinstance(number, fx.Node) and number == _NEUTRAL[node.target] and not node.kwargs
+        if neutral and isinstance(given, fx.Node) and _dtype(given) == _dtype(node):
+            node.replace_all_uses_with(given)
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
 
 
 def _takes_all(node: fx.Node) -> bool:

@@ -300,6 +300,27 @@ def test_values_times_their_sigmoid_are_one_op_of_onnxruntime(
     assert not any(node.op_type == "Sigmoid" for node in nodes)
 
 
+@pytest.mark.parametrize(("wide", "left"), [(0.8, 0), (0.1, 1)], ids=["reaches -3", "does not"])
+def test_a_hardswish_is_a_product_of_integers_on_onnxruntime(
+    wide: float, left: int, quantized: Callable[..., QuantizedModel], tmp_path: Path
+) -> None:
+    onnx, engine = pytest.importorskip("onnx"), OnnxRuntime(batch_size=20)
+
+    def network() -> nn.Module:
+        found = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Hardswish(), nn.Conv2d(4, 2, 6), nn.Flatten())
+        nn.init.uniform_(found[0].weight, -wide, wide)
+        return found
+
+    model = quantized(network)
+    (node,) = nodes_of(model.graph, {aten.hardswish.default})
+    grid = grid_of(source(node))
+    assert (grid.zero_point - grid.low >= 3 / grid.scale) == (not left)
+    found = outputs(engine, model, tmp_path, INPUTS)
+    torch.testing.assert_close(found, IntegerInterpreter(model.graph)(INPUTS), atol=1e-6, rtol=0)
+    kinds = [node.op_type for node in onnx.load(tmp_path / engine.engine / "model.onnx").graph.node]
+    assert (kinds.count("HardSwish"), kinds.count("Mul")) == (left, 2 - left)  # the input is scaled by the other one
+
+
 def test_a_norm_between_integers_is_a_layer_of_its_factors(quantized: Callable[..., QuantizedModel]) -> None:
     model, own = quantized(Dense, weight_bits=3), made(Dense)
     layers = {layer.name: layer for layer in model.layers()}

@@ -4,7 +4,15 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qsweep.hub.ties import settle_again, settle_mean, settle_product, settle_sum
+from qsweep.hub.ties import (
+    settle_again,
+    settle_hardswish,
+    settle_mean,
+    settle_product,
+    settle_sum,
+    steps_of_three,
+    whole_thirds,
+)
 
 Operand = tuple[float, int, int, int]
 F32 = np.float32
@@ -116,3 +124,44 @@ def test_scales_that_are_powers_of_two_stay_where_the_zero_point_is_even() -> No
 
 def test_the_mean_of_a_large_image_keeps_its_scale() -> None:
     assert settle_mean(0.02, 0, 255, 112 * 112, 0.013) == 0.013
+
+
+def hardswish_levels(given: Operand, scale: float, zero_point: int) -> list[np.ndarray]:
+    """Of every integer: by a table of the function, and as the product of two integers."""
+    centred, three = np.arange(given[2], given[3] + 1) - given[1], steps_of_three(given[0])
+    assert three is not None
+    gates = np.clip(centred + three, 0, 2 * three)
+    x = (centred.astype(F32) * F32(given[0])).astype(np.float64)
+    table = (x * np.clip(x + 3, 0, 6) / 6).astype(F32) * (F32(1) / F32(scale))
+    products = (centred * gates).astype(F32) * (F32(given[0]) * (F32(given[0]) / F32(6)) / F32(scale))
+    unsigned = products + F32(zero_point + 128)
+    return [np.rint(table), np.rint(products), np.rint(unsigned) - F32(zero_point + 128)]
+
+
+def test_there_is_a_hardswish_whose_table_is_not_its_product_until_it_is_settled() -> None:
+    given, scale = operand(3 / 16, -28), float(F32(3 / 7))
+    table, *products = hardswish_levels(given, scale, -120)
+    assert not all(np.array_equal(table, other) for other in products)
+    table, *products = hardswish_levels(given, settle_hardswish(given, scale, -120), -120)
+    assert all(np.array_equal(table, other) for other in products)
+
+
+@settings(max_examples=50, deadline=None)
+@given(steps=st.integers(16, 255), ratio=st.floats(0.3, 1.1), zero=points, zero_point=points)
+def test_a_hardswish_is_a_product_of_integers_once_it_is_settled(
+    steps: int, ratio: float, zero: int, zero_point: int
+) -> None:
+    given = operand(3 / steps, zero)
+    settled = settle_hardswish(given, given[0] * ratio, zero_point)
+    table, *products = hardswish_levels(given, settled, zero_point)
+    assert abs(settled / (given[0] * ratio) - 1) < 2e-3
+    assert all(np.array_equal(table, other) for other in products)
+
+
+@given(scale=st.floats(2.0**-100, 2.0**100, width=32))
+def test_three_is_a_whole_number_of_steps_where_8_bits_may_reach_it(scale: float) -> None:
+    moved = whole_thirds(scale)
+    steps = steps_of_three(moved)
+    assert scale <= moved <= scale * 17 / 16
+    assert (steps is not None and moved == F32(3) / F32(steps)) or moved == scale
+    assert steps is not None or not 3 / 255 <= scale <= 3 / 16

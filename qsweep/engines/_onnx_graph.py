@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qsweep.engines._onnx_structure import add, skeleton
 from qsweep.hub.form import QUANTIZE, QuantizedModel, attributes, grid_of, nodes_of
+from qsweep.hub.ties import steps_of_three
 
 if TYPE_CHECKING:
     import onnx
@@ -111,6 +112,8 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
             nodes.append(_scaled_input(content, node, grids[mark - 1]))
         if node.op_type in ("Conv", "ConvTranspose") and node.input[0] in integers and node.input[1] in constants:
             nodes.append(_channel_scales(content, node, constants[node.input[1]], *integers[node.input[0]]))
+        if node.op_type == "HardSwish" and node.input[0] in integers:
+            nodes += _gated(content, node, *integers[node.input[0]])
         nodes.append(node)
         if node.op_type == "QuantizeLinear":
             nodes += _bounded(content, node, grids[mark - 1], producers, readers)
@@ -138,6 +141,27 @@ def _channel_scales(
     ends = [add(content, f"{name}.{end}", number) for end, number in zip(("scale", "zero_point"), numbers, strict=True)]
     node.input[0] = name
     return helper.make_node("DequantizeLinear", [integers, *ends], [name], name=name, axis=1)
+
+
+def _gated(content: onnx.ModelProto, node: onnx.NodeProto, integers: str, grid: Any) -> list[onnx.NodeProto]:
+    """Make the hardswish `node` a product of integers, in place, where 3 is a whole number of steps and -3 on the grid:
+    x times clip(x + 3, 0, 6) / 6, which is x with other ends and another scale. Returns the nodes that give this."""
+    from onnx import helper
+
+    scale, zero_point, low, high = grid
+    three = steps_of_three(scale)
+    if three is None or zero_point - low < three:
+        return []
+    ends = zero_point - low - three, min(zero_point - low + three, high - low)
+    numbers = {"low": np.uint8(ends[0]), "high": np.uint8(ends[1]), "scale": np.float32(scale) / np.float32(6)}
+    names = {end: add(content, f"{node.name}.{end}", number) for end, number in numbers.items()}
+    bounded, gate = f"{node.name}.bounded", f"{node.name}.gate"
+    node.op_type = "Mul"
+    node.input.append(gate)
+    return [
+        helper.make_node("Clip", [integers, names["low"], names["high"]], [bounded], name=bounded),
+        helper.make_node("DequantizeLinear", [bounded, names["scale"], names["low"]], [gate], name=gate),
+    ]
 
 
 def _scaled_input(content: onnx.ModelProto, node: onnx.NodeProto, grid: Any) -> onnx.NodeProto:

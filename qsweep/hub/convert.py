@@ -23,6 +23,7 @@ from qsweep.hub.form import (
     aten,
     constant,
     grid_of,
+    nodes_of,
     pool_count,
     set_constant,
     source,
@@ -30,7 +31,14 @@ from qsweep.hub.form import (
 from qsweep.hub.insert import ActivationObserver, WeightObserver
 from qsweep.hub.norm import own_name
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS
-from qsweep.hub.ties import settle_again, settle_mean, settle_product, settle_sum
+from qsweep.hub.ties import (
+    settle_again,
+    settle_hardswish,
+    settle_mean,
+    settle_product,
+    settle_sum,
+    whole_thirds,
+)
 from qsweep.hub.weights import Channels
 
 
@@ -69,6 +77,8 @@ def _settled(graph: fx.GraphModule, activations: list[fx.Node]) -> dict[str, Gri
     names = {str(node.target) for node in activations}
     found = {name: cast(ActivationObserver, graph.get_submodule(name)).grid() for name in sorted(names)}
     grids = {name: grid for name, grid in found.items() if isinstance(grid, Grid)}
+    for name in _hardswishes(graph, activations) & grids.keys():
+        grids[name] = grids[name]._replace(scale=whole_thirds(grids[name].scale))
     for node in [node for node in activations if str(node.target) in grids]:
         value, grid = source(node), grids[str(node.target)]
         while value.target in RECTIFIERS:
@@ -83,11 +93,20 @@ def _settled(graph: fx.GraphModule, activations: list[fx.Node]) -> dict[str, Gri
             left, right = (grids[str(argument.target)] for argument in given)
             settle = settle_product if value.target is aten.mul.Tensor else settle_sum
             scale = settle(left, right, grid.scale, grid.zero_point)
+        elif value.target is aten.hardswish.default and len(given) == 1:
+            scale = settle_hardswish(grids[str(given[0].target)], grid.scale, grid.zero_point)
         elif value.target in POOLS and len(given) == 1:
             scale = _settled_mean(value, given[0], grids[str(given[0].target)], grid)
         if scale is not None:
             grids[str(node.target)] = grid._replace(scale=scale)
     return grids
+
+
+def _hardswishes(graph: fx.GraphModule, activations: list[fx.Node]) -> set[str]:
+    """Names of the observers of what layers alone give and a hardswish reads."""
+    readers = {str(source(node).target) for node in nodes_of(graph, {aten.hardswish.default})}
+    others = {str(node.target) for node in activations if source(node).target not in COMPUTE}
+    return readers - others
 
 
 def _settled_mean(pool: fx.Node, observed: fx.Node, given: Grid, grid: Grid) -> float | None:

@@ -23,6 +23,9 @@ _CLOSE = 2e-3
 _FARTHEST = 512
 """Levels from zero: what lies beyond is at the end of every grid."""
 
+_THREE = range(16, 256)
+"""Steps to 3 of grids that are moved to a whole number of them: scales stay within a 16th, and 8 bits may reach -3."""
+
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
@@ -49,19 +52,53 @@ def settle_product(
     """A scale close to `scale` for left * right, each (scale, zero_point, low, high), on which all orders agree."""
     a, b = (np.arange(side[2], side[3] + 1) - side[1] for side in (left, right))
     products = np.unique(np.multiply.outer(a, b))
-    step = np.float32(left[0]) * np.float32(right[0])
+    return _settle(scale, lambda candidate: _alike(products, left[0], right[0], candidate, zero_point))
+
+
+def whole_thirds(scale: float) -> float:
+    """The next scale from `scale` up of which 3 is a whole multiple, a 16th away at most; `scale` if that is of no use.
+
+    On such a grid x * clip(x + 3, 0, 6) / 6 is a product of integers.
+    """
+    steps = int(3 / scale)
+    return float(np.float32(3) / np.float32(steps)) if steps in _THREE else scale
+
+
+def steps_of_three(scale: float) -> int | None:
+    """How many steps of `scale` 3 is, if `whole_thirds` has made it a whole number."""
+    steps = round(3 / scale)
+    return steps if steps in _THREE and whole_thirds(3 / steps) == scale else None
+
+
+def settle_hardswish(given: tuple[float, int, int, int], scale: float, zero_point: int) -> float:
+    """A scale close to `scale` for x * clip(x + 3, 0, 6) / 6 of `given` (scale, zero_point, low, high), on which a
+    table of it and, if `steps_of_three` has them, all orders of the product agree."""
+    if (three := steps_of_three(given[0])) is None:
+        return scale
+    step, levels = np.float32(given[0]), np.arange(given[2], given[3] + 1) - given[1]
+    products = levels * np.clip(levels + three, 0, 2 * three)
+    x = (levels.astype(np.float32) * step).astype(np.float64)
+    table = (x * np.clip(x + 3, 0, 6) / 6).astype(np.float32)
 
     def agree(candidate: np.float32) -> bool:
-        exact = products * (np.float64(left[0]) * np.float64(right[0]) / np.float64(candidate))
-        near = products[_near_tie(exact) & (np.abs(exact) < _FARTHEST)].astype(np.float32)
-        levels = [np.rint(near * way) for way in (step / candidate, step * (np.float32(1) / candidate))]
-        levels += [np.rint(near * step / candidate), np.rint(near * step * (np.float32(1) / candidate))]
-        # the output's zero point added before rounding (MLAS, for signed and for unsigned storage)
-        for zero in (np.float32(zero_point), np.float32(zero_point + 128)):
-            levels.append(np.rint(near * (step / candidate) + zero) - zero)
-        return _all_equal(levels)
+        multiplier = step * (step / np.float32(6)) / candidate
+        same = np.array_equal(np.rint(products.astype(np.float32) * multiplier), np.rint(table * (1 / candidate)))
+        return same and _alike(products, float(step), float(step / np.float32(6)), candidate, zero_point)
 
     return _settle(scale, agree)
+
+
+def _alike(products: npt.NDArray[np.int64], left: float, right: float, candidate: np.float32, zero_point: int) -> bool:
+    """Whether all orders agree on `products` of integers of the scales `left` and `right`."""
+    step = np.float32(left) * np.float32(right)
+    exact = products * (np.float64(left) * np.float64(right) / np.float64(candidate))
+    near = products[_near_tie(exact) & (np.abs(exact) < _FARTHEST)].astype(np.float32)
+    levels = [np.rint(near * way) for way in (step / candidate, step * (np.float32(1) / candidate))]
+    levels += [np.rint(near * step / candidate), np.rint(near * step * (np.float32(1) / candidate))]
+    # the output's zero point added before rounding (MLAS, for signed and for unsigned storage)
+    for zero in (np.float32(zero_point), np.float32(zero_point + 128)):
+        levels.append(np.rint(near * (step / candidate) + zero) - zero)
+    return _all_equal(levels)
 
 
 def settle_mean(scale_in: float, low: int, high: int, count: int, scale: float) -> float:

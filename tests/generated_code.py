@@ -163,6 +163,10 @@ def multiply() -> object:
     return pointwise.multiply(image, 1, gate, 1, 0.5, Output(1), i8(4, 14, 14, 64))
 
 
+def repeat() -> object:
+    return pointwise.repeat(i8(4, 14, 14, 64), i8(4, 28, 28, 64))
+
+
 def average() -> object:
     return pool.global_avg_pool(i8(4, 7, 7, 64), 1, 0.5, Output(1), i8(4, 64))
 
@@ -218,6 +222,7 @@ CASES: dict[str, Callable[[], object]] = {
     "quantize-images": quantize_images,
     "add": add,
     "multiply": multiply,
+    "repeat": repeat,
     "average": average,
     "largest": largest,
     "largest-of-all": largest_of_all,

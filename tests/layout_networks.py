@@ -50,6 +50,24 @@ class Windowed(nn.Module):
         return logits
 
 
+class Upsampled(nn.Module):
+    """A U: pixels are repeated beside a shortcut, once more by another number a side, and cut out of channels."""
+
+    def __init__(self, size: tuple[int, int] = (16, 48)) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.both, self.wide = nn.Conv2d(24, 8, 3, padding=1), nn.Conv2d(8, 16, 1)
+        self.last, self.head, self.size = nn.Conv2d(4, 2, 3, stride=3), nn.Linear(2 * 10 * 16, 10), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = torch.cat([F.interpolate(F.relu(self.down(x)), scale_factor=2), x], 1)
+        x = F.pixel_shuffle(self.wide(F.relu(self.both(x))), 2)
+        x = self.last(F.interpolate(F.interpolate(x, self.size), (32, 48)))
+        logits: Tensor = self.head(x.flatten(1))
+        return logits
+
+
 class Viewed(nn.Module):
     """Its output is a view of an image in floating point."""
 
@@ -234,7 +252,7 @@ class Drawn(nn.Module):
         at = draw.choice([len(values) - 1, draw.randrange(len(values))])
         channels, height = values[at].shape[1], values[at].shape[2]
         kind = draw.choice(
-            ["conv"] * 4 + ["act", "table", "pad", "pool", "slice", "move"] + ["add", "cat"] * 2 + ["multiply"]
+            ["conv"] * 4 + ["act", "table", "pad", "pool", "slice", "move", "up"] + ["add", "cat"] * 2 + ["multiply"]
         )
         if kind == "conv":
             size, out = draw.choice([1, 3, 3, (1, 3), (5, 3)]), draw.choice([channels, 3, 5, 8, 16, 18])
@@ -256,6 +274,7 @@ class Drawn(nn.Module):
             "pad": [lambda x: F.pad(x, ends)],
             "pool": [lambda x: F.max_pool2d(x, 3, 1, 1), lambda x: F.max_pool2d(x, 2), lambda x: F.avg_pool2d(x, 2)],
             "slice": [lambda x: x[:, start : start + 2], lambda x: x[:, :, height // 2 :], lambda x: x[:, :, ::2, ::2]],
+            "up": [lambda x: F.interpolate(x, scale_factor=2), lambda x: F.interpolate(x, scale_factor=(1, 3))],
             "move": [lambda x: x.permute(0, 2, 3, 1), lambda x: x.transpose(2, 3), lambda x: x.contiguous()],
         }
         return draw.choice(choices[kind]), (at,)

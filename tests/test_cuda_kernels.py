@@ -614,6 +614,16 @@ def test_averages_of_all_pixels_equal_the_contract(size: tuple[int, int], zero_p
     assert torch.equal(real.cpu(), averages.real())
 
 
+@pytest.mark.parametrize("times", [(2, 2), (1, 3), (8, 1)])
+def test_pixels_are_repeated(times: tuple[int, int], device: str) -> None:
+    x = integers(torch.Generator().manual_seed(10), 3, 5, 7, 19)
+    _, given = halo(x, 1, UNTOUCHED, 32)
+    out = torch.full((3, 5 * times[0], 7 * times[1], 32), UNTOUCHED, dtype=torch.int8, device=device)
+    pointwise.repeat(given.to(device), out[..., :19])
+    assert torch.equal(out[..., :19].cpu(), x.repeat_interleave(times[0], 1).repeat_interleave(times[1], 2))
+    assert (out[..., 19:] == UNTOUCHED).all()
+
+
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (9, 13)])
 def test_the_largest_of_all_pixels(size: tuple[int, int], device: str) -> None:
     x = integers(torch.Generator().manual_seed(9), 2, *size, 70, high=-100)

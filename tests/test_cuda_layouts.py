@@ -24,6 +24,7 @@ from layout_networks import (
     Summed,
     Tokens,
     Transposed,
+    Upsampled,
     Viewed,
     Windowed,
 )
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from qsweep.cuda.chain import Chain
 from qsweep.cuda.steps import RowLayer, Rows
-from qsweep.hub.form import QuantizedModel
+from qsweep.hub.form import NEAREST, QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.quantize.ptq import PTQ
 
@@ -52,7 +53,10 @@ def assert_equal(model: QuantizedModel, batch: int, device: str, tolerance: floa
         torch.testing.assert_close(found, reference(inputs), rtol=0, atol=tolerance)
 
 
-KINDS = [Bordered, ConvNeXt, Deep, Gated, NormedParts, NormedSequence, Series, Spectrogram, Summed, Viewed, Windowed]
+KINDS = [
+    Bordered, ConvNeXt, Deep, Gated, NormedParts, NormedSequence, Series, Spectrogram, Summed, Upsampled, Viewed,
+    Windowed,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -61,8 +65,18 @@ def test_any_layout_gives_what_the_reference_gives(
     kind: type[nn.Module], batch: int, tmp_path: Path, device: str
 ) -> None:
     torch.manual_seed(0)
-    exact = kind in (Bordered, Spectrogram, Summed, Viewed)
+    exact = kind in (Bordered, Spectrogram, Summed, Upsampled, Viewed)
     assert_equal(quantized(kind(), tmp_path), batch, device, tolerance=0.0 if exact else 0.02)
+
+
+@pytest.mark.parametrize(("size", "islands"), [((16, 48), []), ((21, 30), [str(NEAREST)])], ids=str)
+def test_pixels_that_are_repeated_stay_integers_where_that_is_a_whole_number_of_times(
+    size: tuple[int, int], islands: list[str], tmp_path: Path, device: str
+) -> None:
+    torch.manual_seed(0)
+    model = quantized(Upsampled(size), tmp_path)
+    assert_equal(model, 2, device)
+    assert Chain(model, 2, device, {}).plan.islands == islands
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -79,6 +79,11 @@ ODD: dict[str, tuple[Callable[..., Tensor], Callable[[], list[nn.Module]]]] = {
         lambda x, up: up(x) * torch.linspace(0.5, 2, 8).reshape(1, 8, 1, 1),
         lambda: [nn.ConvTranspose2d(8, 8, 2, 2)],
     ),
+    "nearest pixels": (
+        lambda x, conv, last: last(torch.cat([x, F.interpolate(conv(x), x.shape[2:])], 1)),
+        lambda: [nn.Conv2d(8, 4, 3, 2, 1), nn.Conv2d(12, 4, 3)],
+    ),
+    "shuffled pixels": (lambda x, conv: conv(F.pixel_shuffle(x, 2)), lambda: [nn.Conv2d(2, 4, 3)]),
     "layers of constants": (lambda x, made: made(x), lambda: [Positions()]),
     "mean of rank 3": (lambda x: x[:, 0].mean((-2, -1), keepdim=True).flatten(1) + x[:, 1].mean(2), list),
     "mean of rank 5": (lambda x: x.reshape(-1, 2, 4, 8, 8).mean((2, 3), keepdim=True), list),

@@ -162,6 +162,7 @@ def test_a_hardswish_is_a_product_of_integers_once_it_is_settled(
 def test_three_is_a_whole_number_of_steps_where_8_bits_may_reach_it(scale: float) -> None:
     moved = whole_thirds(scale)
     steps = steps_of_three(moved)
-    assert scale <= moved <= scale * 17 / 16
+    assert scale * (1 - 2.0**-20) <= moved <= scale * 17 / 16
+    assert whole_thirds(moved) == moved
     assert (steps is not None and moved == F32(3) / F32(steps)) or moved == scale
     assert steps is not None or not 3 / 255 <= scale <= 3 / 16

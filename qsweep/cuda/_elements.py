@@ -82,6 +82,19 @@ def look_up_elements(
     tl.store(y_ptr + places_of(row, column, B, C, y_a, y_b, y_c, y_d), v, mask=mask)
 
 
+@triton.jit
+def repeat_elements(
+    x_ptr, y_ptr, R, B, C, D, x_a, x_b, x_c, x_d, y_a, y_b, y_c, y_d,
+    DOWN: tl.constexpr, ACROSS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Every line (of B) DOWN times, every pixel of it (of C) ACROSS times."""
+    row, column, mask = rows_and_columns(R, D, BR, BD)
+    line = row // C
+    there = (line // B * x_a + line % B // DOWN * x_b + row % C // ACROSS * x_c)[:, None] + (column * x_d)[None, :]
+    v = tl.load(x_ptr + there, mask=mask, other=0)
+    tl.store(y_ptr + places_of(row, column, B, C, y_a, y_b, y_c, y_d), v, mask=mask)
+
+
 @triton.jit(do_not_specialize=PLAIN)
 def add_elements(
     left_ptr, right_ptr, y_ptr, left_zero, left_multiplier, right_zero, right_multiplier, y_zero, low, high,

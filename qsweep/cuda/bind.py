@@ -22,6 +22,7 @@ from qsweep.cuda.plan import Plan
 from qsweep.cuda.products import PRODUCTS, for_products
 from qsweep.cuda.rooms import Forget, Rooms, last_reads
 from qsweep.cuda.steps import (
+    OF_IMAGES,
     Dequantize,
     Float,
     Layer,
@@ -105,7 +106,7 @@ class Binding:
                 self._map(step)
             case Move():
                 given = self.places[step.given[0].node]
-                if step.node.target is aten.max_pool2d.default:
+                if step.node.target in OF_IMAGES:
                     given = self._image(step.given[0], NO_HALO)
                 self.launches += move(step, given, self.places)
             case Norm():

@@ -13,7 +13,7 @@ from qsweep.cuda import pointwise, pool
 from qsweep.cuda.buffers import Value
 from qsweep.cuda.place import Places, joins_channels, spatial_pad
 from qsweep.cuda.steps import Layer, Move
-from qsweep.hub.form import LINEARS, arguments, aten
+from qsweep.hub.form import LINEARS, NEAREST, arguments, aten
 
 Launch = Callable[[], Any]
 
@@ -26,6 +26,8 @@ def move(step: Move, given: Value, places: Places) -> list[Launch]:
     node, out = step.node, step.out.node
     if node.target is aten.max_pool2d.default:
         return [_max_pool(node, given, places[out])]
+    if node.target is NEAREST:
+        return [partial(pointwise.repeat, given.pixels, places[out].pixels)]
     if node.target is aten.cat.default:
         return _concatenation(step, places)
     if node.target is aten.pad.default:

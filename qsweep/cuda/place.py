@@ -11,7 +11,7 @@ from qsweep.cuda.buffers import NO_HALO, Halo, Take, Value, allocate
 from qsweep.cuda.plan import Plan
 from qsweep.cuda.pointwise import DIMENSIONS
 from qsweep.cuda.rooms import Rooms
-from qsweep.cuda.steps import Layer, Move, Norm, Operand, Quantize, Step, reads, writes
+from qsweep.cuda.steps import OF_IMAGES, Layer, Move, Norm, Operand, Quantize, Step, reads, writes
 from qsweep.hub.form import CONVOLUTIONS, arguments, aten
 
 IMAGE_CHANNELS = 4
@@ -170,7 +170,7 @@ def _writes_anywhere(step: Step) -> bool:
     given."""
     if isinstance(step, Norm):
         return False
-    return not isinstance(step, Move) or step.node.target in (aten.cat.default, aten.max_pool2d.default)
+    return not isinstance(step, Move) or step.node.target in OF_IMAGES | {aten.cat.default}
 
 
 def joins_channels(node: fx.Node, rank: int) -> bool:

@@ -16,6 +16,7 @@ from qsweep.cuda.joins import with_residuals, with_tables, with_totals
 from qsweep.cuda.products import VIEWS
 from qsweep.cuda.shapes import sizes_of
 from qsweep.cuda.steps import (
+    OF_IMAGES,
     Add,
     Dequantize,
     Float,
@@ -40,6 +41,7 @@ from qsweep.hub.form import (
     COMPUTE,
     DEQUANTIZE,
     LINEARS,
+    NEAREST,
     POINTWISE,
     POOLS,
     QUANTIZE,
@@ -153,7 +155,7 @@ class _Planner:
             return self._norm(node, given)
         if isinstance(given, _Waiting):
             return self._rectified(node, given)
-        if keeps_grid(node) and not (node.target is aten.max_pool2d.default and len(self.shapes[node]) != 4):
+        if keeps_grid(node) and (node.target not in OF_IMAGES or self._has_kernel(node)):
             return self._moved(node)
         return self._begun(node, given) if isinstance(given, Operand) else None
 
@@ -209,6 +211,12 @@ class _Planner:
             both = given.step.left, given.step.right
             sides = both if all(self.shapes[side.node] == self.shapes[node] for side in both) else ()
         return _Waiting(Norm(Operand(node, _NO_GRID), node, sides))
+
+    def _has_kernel(self, node: fx.Node) -> bool:
+        """Whether it takes a batch of images, and repeats pixels a whole number of times if it does."""
+        given, size = self.shapes[source(node)], self.shapes[node]
+        whole = all(after % before == 0 for before, after in zip(given[2:], size[2:], strict=True))
+        return len(size) == 4 and (whole or node.target is not NEAREST)
 
     def _moved(self, node: fx.Node) -> _State:
         given = [self.states.get(value) for value in node.all_input_nodes]

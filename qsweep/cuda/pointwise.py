@@ -20,6 +20,7 @@ from qsweep.cuda._elements import (
     multiply_elements,
     quantize_elements,
     quantize_pixels,
+    repeat_elements,
     rescale_elements,
 )
 from qsweep.cuda._launch import EXACT, check_offsets, check_result, grid_arguments, power_of_two
@@ -170,13 +171,25 @@ def copy(x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _layout(**tensors: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The launch grid, and sizes and strides as the kernels take them, of tensors of one shape."""
+def repeat(x: Tensor, out: Tensor) -> Tensor:
+    """Write each pixel of `x` (N, H, W, C) into `out` (N, d H, a W, C), d times down and a across; both int8."""
+    (_, height, width, _), (_, lines, columns, _) = x.shape, out.shape
+    assert lines % height == columns % width == 0
+    check_offsets(x)
+    blocks, arguments = _layout(flat=False, y=out)
+    strides = {f"x_{axis}": stride for axis, stride in zip("abcd", x.stride(), strict=True)}
+    repeat_elements[blocks](x, out, **strides, **arguments, DOWN=lines // height, ACROSS=columns // width, **EXACT)
+    return out
+
+
+def _layout(*, flat: bool = True, **tensors: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The launch grid, and sizes and strides as the kernels take them, of tensors of one shape; `flat`: with as few
+    dimensions as they allow."""
     check_offsets(*tensors.values())
     shape = next(iter(tensors.values())).shape
     assert all(tensor.shape == shape for tensor in tensors.values())
     views = {name: tensor[(None,) * (DIMENSIONS - tensor.dim())] for name, tensor in tensors.items()}
-    if all(_rows_apart(view) for view in views.values()):
+    if flat and all(_rows_apart(view) for view in views.values()):
         views = {name: view.as_strided(_flat(view), (0, 0, *view.stride()[2:])) for name, view in views.items()}
     first, second, third, last = next(iter(views.values())).shape
     count = first * second * third

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from qsweep.cuda.plan import Plan
 from qsweep.cuda.products import PRODUCTS
-from qsweep.cuda.steps import Float, Move, Rows, Step, reads, real_reads, writes, writes_real
-from qsweep.hub.form import COMPUTE, aten
+from qsweep.cuda.steps import OF_IMAGES, Float, Move, Rows, Step, reads, real_reads, writes, writes_real
+from qsweep.hub.form import COMPUTE
 
 Key = tuple[fx.Node, bool]
 """A value: its node, and whether it is the real one."""
@@ -51,7 +51,7 @@ def last_reads(plan: Plan, *, together: bool) -> dict[Key, int]:
 
 def _may_be_views(step: Step) -> bool:
     if isinstance(step, Move):
-        return step.node.target is not aten.max_pool2d.default
+        return step.node.target not in OF_IMAGES
     return isinstance(step, Float) and step.node.target not in PRODUCTS | COMPUTE
 
 

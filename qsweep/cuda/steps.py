@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qsweep.hub.form import Grid, source
+from qsweep.hub.form import NEAREST, Grid, aten, source
 from qsweep.hub.integer import Bounds
 
 
@@ -101,6 +101,10 @@ class Pool:
     node: fx.Node
     given: Operand
     count: int
+
+
+OF_IMAGES = {aten.max_pool2d.default, NEAREST}
+"""Ops of `Move` that have kernels, for images; what the others give may be a view of what they are given."""
 
 
 @dataclass(frozen=True)

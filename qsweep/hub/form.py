@@ -53,8 +53,11 @@ SIZE = aten.sym_size.int
 BINARY = {aten.add.Tensor, aten.mul.Tensor}
 """Sums and products of two values, element by element."""
 POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default}
+NEAREST = aten.upsample_nearest2d.vec
 SAME_GRID = {
     aten.max_pool2d.default,
+    NEAREST,
+    aten.pixel_shuffle.default,
     aten.view.default,
     aten.reshape.default,
     aten.flatten.using_ints,

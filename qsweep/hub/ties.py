@@ -26,6 +26,9 @@ _FARTHEST = 512
 _THREE = range(16, 256)
 """Steps to 3 of grids that are moved to a whole number of them: scales stay within a 16th, and 8 bits may reach -3."""
 
+_ROUNDING = 2.0**-20
+"""More than float32 is off a quotient."""
+
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
@@ -60,14 +63,14 @@ def whole_thirds(scale: float) -> float:
 
     On such a grid x * clip(x + 3, 0, 6) / 6 is a product of integers.
     """
-    steps = int(3 / scale)
+    steps = int(3 / scale * (1 + _ROUNDING))
     return float(np.float32(3) / np.float32(steps)) if steps in _THREE else scale
 
 
 def steps_of_three(scale: float) -> int | None:
     """How many steps of `scale` 3 is, if `whole_thirds` has made it a whole number."""
     steps = round(3 / scale)
-    return steps if steps in _THREE and whole_thirds(3 / steps) == scale else None
+    return steps if steps in _THREE and np.float32(3) / np.float32(steps) == np.float32(scale) else None
 
 
 def settle_hardswish(given: tuple[float, int, int, int], scale: float, zero_point: int) -> float:

@@ -58,6 +58,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Gemma2ForSequenceClassification": _LLAMA | {"head_dim": 16},
     "ViTForImageClassification": _IMAGE,
     "BeitForImageClassification": _IMAGE,
+    "CLIPForImageClassification": {"vision_config": _IMAGE, "num_labels": 10},
     "Dinov2ForImageClassification": _IMAGE,
     "SwinForImageClassification": _SWIN,
     "Swinv2ForImageClassification": _SWIN,

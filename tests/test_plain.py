@@ -275,6 +275,60 @@ def test_products_with_parameters_are_linears() -> None:
     assert len(nodes_of(graph, {aten.matmul.default, aten.mm.default})) == 1
 
 
+class Summed(nn.Module):
+    def __init__(self, equation: str, shape: tuple[int, ...], first: bool = False) -> None:
+        super().__init__()
+        self.weight, self.equation, self.first = nn.Parameter(torch.rand(shape)), equation, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = (self.weight, x) if self.first else (x, self.weight)
+        return torch.einsum(self.equation, *operands)
+
+
+LINEAR = [("bchw,wn->bchn", (14, 5)), ("bchw, nw -> bchn", (5, 14)), ("bchw,dwe->bchde", (2, 14, 3))]
+LINEAR += [("bchw,ahw->bca", (5, 8, 14)), ("bchw,hdwe->bcde", (8, 2, 14, 3)), ("bchw,wdhe->bcde", (14, 2, 8, 3))]
+
+
+@pytest.mark.parametrize(("equation", "shape"), LINEAR)
+@pytest.mark.parametrize("first", [False, True])
+def test_einsums_with_parameters_are_linears(equation: str, shape: tuple[int, ...], first: bool) -> None:
+    if first:
+        given, weight = equation.partition("->")[0].replace(" ", "").split(",")
+        equation = f"{weight},{given}->{equation.partition('->')[2].strip()}"
+    model = Summed(equation, shape, first)
+    graph = export(model, INPUTS[:2]).graph
+    with torch.no_grad():
+        torch.testing.assert_close(graph(INPUTS), model(INPUTS))
+    (linear,) = nodes_of(graph, {aten.linear.default})
+    assert str(source(linear, 1).target) == "weight"
+    assert not nodes_of(graph, {aten.einsum.default})
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [
+        ("bchw,cwn->bchn", (6, 14, 5)),  # a matrix for each channel
+        ("bchw,wn->bcnh", (14, 5)),
+        ("bchw,cn->bnhw", (6, 5)),
+        ("bchw,w->bch", (14,)),
+        ("bchw,wn->bch", (14, 5)),
+        ("...w,wn->...n", (14, 5)),
+        ("bchw,hw->bch", (8, 14)),
+    ],
+)
+def test_other_einsums_stay(equation: str, shape: tuple[int, ...]) -> None:
+    model = Summed(equation, shape)
+    graph = export(model, INPUTS[:2]).graph
+    with torch.no_grad():
+        torch.testing.assert_close(graph(INPUTS), model(INPUTS))
+    assert not nodes_of(graph, {aten.linear.default})
+
+
+def test_numbers_less_integers_are_sums() -> None:
+    graph = exported(lambda x: x * (1.0 - (x > 0).long()) + (2 - x.int()) + (1 - x))
+    assert [source(node).meta["val"].dtype for node in nodes_of(graph, {aten.rsub.Scalar})] == [torch.float32]
+
+
 @pytest.mark.parametrize("indexing", ["ij", "xy"])
 def test_coordinates_of_a_grid_are_constants(indexing: str) -> None:
     def places(x: Tensor) -> Tensor:

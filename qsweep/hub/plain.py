@@ -11,7 +11,7 @@ from torch import fx
 from qsweep.errors import ExportFailure
 from qsweep.hub.activations import with_activations
 from qsweep.hub.factors import with_factors
-from qsweep.hub.fixed import fixed_nodes, with_fixed_weights
+from qsweep.hub.fixed import with_fixed_weights
 from qsweep.hub.form import (
     CONVOLUTIONS,
     LINEARS,
@@ -23,13 +23,12 @@ from qsweep.hub.form import (
     arguments,
     aten,
     attributes,
-    constant,
     nodes_of,
-    reached,
     set_constant,
     source,
 )
 from qsweep.hub.functional import functional
+from qsweep.hub.linears import with_linears
 from qsweep.hub.parts import without_tuples
 from qsweep.hub.pools import with_plain_borders, with_pools
 from qsweep.hub.regions import without_regions
@@ -62,8 +61,8 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     """
     graph.graph.set_codegen(fx.graph.CodeGen())
     _one_in_one_out(graph)
-    rewrites = without_regions, _without_idle, without_tuples, functional, _without_neutral, _with_reshapes
-    values = with_activations, _with_linears, with_factors, with_fixed_weights, with_fixed_shapes, with_sizes_of_tensors
+    rewrites = without_regions, _without_idle, without_tuples, functional, _without_neutral, _with_sums, _with_reshapes
+    values = with_activations, with_linears, with_factors, with_fixed_weights, with_fixed_shapes, with_sizes_of_tensors
     layers = with_pools, with_plain_borders, _with_batches, _with_sized_paddings, _with_heads, _with_flat_linears
     for rewrite in (*rewrites, *values, *layers, _rectified_first):
         rewrite(graph)
@@ -114,23 +113,6 @@ def _with_reshapes(graph: fx.GraphModule) -> None:
             node.target, node.args = aten.reshape.default, (node.args[0], shape)
 
 
-def _with_linears(graph: fx.GraphModule) -> None:
-    """Products with a matrix of parameters on the right as linears: `x @ w`, and the `Conv1D` of GPT-2."""
-    fixed = fixed_nodes(graph)
-    parameters = {node for node in fixed if isinstance(constant(graph, node), torch.nn.Parameter)}
-    call = graph.graph.call_function
-    for node in nodes_of(graph, {aten.addmm.default, aten.mm.default, aten.matmul.default}):
-        *bias, given, weight = cast(list[fx.Node], node.args)
-        of_parameters = weight in fixed and reached([weight], lambda each: each.all_input_nodes) & parameters
-        ranks = [value.meta["val"].dim() for value in (*bias, given, weight)]
-        if node.kwargs or given in fixed or not of_parameters or ranks[-1] != 2 or ranks[-2] < 2 or ranks[:-2] > [1]:
-            continue
-        with graph.graph.inserting_before(node):
-            turned = source(weight) if weight.target is aten.t.default else call(aten.t.default, (weight,))
-            turned.meta.setdefault("val", weight.meta["val"].t())
-            replace_by(node, call(aten.linear.default, (given, turned, *bias)))
-
-
 def _without_idle(graph: fx.GraphModule) -> None:
     for node in nodes_of(graph, {aten._assert_tensor_metadata.default}):  # of the types that were traced
         graph.graph.erase_node(node)
@@ -146,6 +128,20 @@ def _without_neutral(graph: fx.GraphModule) -> None:
         neutral = not isinstance(number, fx.Node) and number == _NEUTRAL[node.target] and not node.kwargs
         if neutral and isinstance(given, fx.Node) and _dtype(given) == _dtype(node):
             node.replace_all_uses_with(given)
+
+
+def _with_sums(graph: fx.GraphModule) -> None:
+    """A number less integers, as masks are turned around, as their negative plus the number: PyTorch's exporter to ONNX
+    knows the first of real values only."""
+    call = graph.graph.call_function
+    for node in nodes_of(graph, {aten.rsub.Scalar}):
+        dtype = _dtype(source(node))
+        if dtype is None or dtype.is_floating_point or arguments(node)["alpha"] != 1:
+            continue
+        with graph.graph.inserting_before(node):
+            negative = call(aten.neg.default, (source(node),))
+            negative.meta["val"] = source(node).meta["val"]
+            replace_by(node, call(aten.add.Tensor, (negative, node.args[1])))
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:

@@ -373,6 +373,34 @@ def test_numbers_that_change_nothing_are_left_out() -> None:
     assert [node.target for node in left] == [aten.add.Tensor, aten.mul.Tensor, aten.add.Tensor]  # that of a mask
 
 
+class Mixed(nn.Module):
+    """Branches that are summed, one of them subtracted, before they are scaled, as FastViT mixes; and a difference that
+    is none of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.bn, self.bn2, self.bn3 = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.twice, self.cut = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + (self.bn(self.one(x)) + self.two(x) - self.bn2(x)) * self.scale
+        y = self.twice(x)
+        return (F.avg_pool2d(x, 3, 1, 1) - x) + (y + y) * 0.5 + (self.cut(x) + self.bn3(x[:, :, :1])) * 2
+
+
+def test_sums_and_differences_of_layers_take_a_factor_each() -> None:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    nn.init.uniform_(model.bn2.running_var, 0.5, 2.0)
+    graph = export(model, INPUTS[:2]).graph
+    with torch.no_grad():
+        torch.testing.assert_close(graph(INPUTS), model(INPUTS))
+    assert len(nodes_of(graph, {aten.sub.Tensor})) == 1
+    assert len(nodes_of(graph, {aten.mul.Tensor})) == 2
+
+
 def test_factors_behind_layers_are_a_part_of_their_weights() -> None:
     torch.manual_seed(0)
     model = Scaled().eval()

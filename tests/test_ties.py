@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qsweep.hub.ties import (
     settle_again,
-    settle_hardswish,
     settle_mean,
     settle_product,
     settle_sum,
+    settle_values,
     steps_of_three,
     whole_thirds,
 )
@@ -126,15 +128,19 @@ def test_the_mean_of_a_large_image_keeps_its_scale() -> None:
     assert settle_mean(0.02, 0, 255, 112 * 112, 0.013) == 0.013
 
 
+def hardswish(given: Operand) -> np.ndarray:
+    x = ((np.arange(given[2], given[3] + 1) - given[1]).astype(F32) * F32(given[0])).astype(np.float64)
+    return (x * np.clip(x + 3, 0, 6) / 6).astype(F32)
+
+
 def hardswish_levels(given: Operand, scale: float, zero_point: int) -> list[np.ndarray]:
     """Of every integer: by a table of the function, and as the product of two integers."""
     centred, three = np.arange(given[2], given[3] + 1) - given[1], steps_of_three(given[0])
     assert three is not None
     gates = np.clip(centred + three, 0, 2 * three)
-    x = (centred.astype(F32) * F32(given[0])).astype(np.float64)
-    table = (x * np.clip(x + 3, 0, 6) / 6).astype(F32) * (F32(1) / F32(scale))
     products = (centred * gates).astype(F32) * (F32(given[0]) * (F32(given[0]) / F32(6)) / F32(scale))
     unsigned = products + F32(zero_point + 128)
+    table = hardswish(given) * (F32(1) / F32(scale))
     return [np.rint(table), np.rint(products), np.rint(unsigned) - F32(zero_point + 128)]
 
 
@@ -142,7 +148,7 @@ def test_there_is_a_hardswish_whose_table_is_not_its_product_until_it_is_settled
     given, scale = operand(3 / 16, -28), float(F32(3 / 7))
     table, *products = hardswish_levels(given, scale, -120)
     assert not all(np.array_equal(table, other) for other in products)
-    table, *products = hardswish_levels(given, settle_hardswish(given, scale, -120), -120)
+    table, *products = hardswish_levels(given, settle_values(hardswish(given), scale), -120)
     assert all(np.array_equal(table, other) for other in products)
 
 
@@ -152,10 +158,24 @@ def test_a_hardswish_is_a_product_of_integers_once_it_is_settled(
     steps: int, ratio: float, zero: int, zero_point: int
 ) -> None:
     given = operand(3 / steps, zero)
-    settled = settle_hardswish(given, given[0] * ratio, zero_point)
+    settled = settle_values(hardswish(given), given[0] * ratio)
     table, *products = hardswish_levels(given, settled, zero_point)
     assert abs(settled / (given[0] * ratio) - 1) < 2e-3
     assert all(np.array_equal(table, other) for other in products)
+
+
+@settings(max_examples=50, deadline=None)
+@given(scale=st.floats(2.0**-8, 1.0, width=32), ratio=st.floats(0.1, 1.2), zero=points)
+@example(scale=0.04, ratio=1.0, zero=-3)
+def test_the_last_bits_of_a_function_decide_nothing_once_it_is_settled(scale: float, ratio: float, zero: int) -> None:
+    x = torch.arange(-128 - zero, 128 - zero).float() * scale
+    exact = [function(x.double()).float().numpy() for function in (F.gelu, F.silu, torch.tanh, F.mish)]
+    real = [function(x).numpy() for function in (F.gelu, F.silu, torch.tanh, F.mish)]
+    for one, other in zip(exact, real, strict=True):
+        settled = settle_values(one, scale * ratio)
+        assert abs(settled / (scale * ratio) - 1) < 2e-3
+        for off in (1 - 1e-6, 1 + 1e-6):
+            assert np.array_equal(np.rint(one / F32(settled)), np.rint(other * F32(off) / F32(settled)))
 
 
 @given(scale=st.floats(2.0**-100, 2.0**100, width=32))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
@@ -13,6 +15,7 @@ from qsweep.hub.form import (
     BINARY,
     COMPUTE,
     DEQUANTIZE,
+    POINTWISE,
     POOLS,
     QUANTIZE,
     RECTIFIERS,
@@ -33,10 +36,10 @@ from qsweep.hub.norm import own_name
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS
 from qsweep.hub.ties import (
     settle_again,
-    settle_hardswish,
     settle_mean,
     settle_product,
     settle_sum,
+    settle_values,
     whole_thirds,
 )
 from qsweep.hub.weights import Channels
@@ -93,8 +96,8 @@ def _settled(graph: fx.GraphModule, activations: list[fx.Node]) -> dict[str, Gri
             left, right = (grids[str(argument.target)] for argument in given)
             settle = settle_product if value.target is aten.mul.Tensor else settle_sum
             scale = settle(left, right, grid.scale, grid.zero_point)
-        elif value.target is aten.hardswish.default and len(given) == 1:
-            scale = settle_hardswish(grids[str(given[0].target)], grid.scale, grid.zero_point)
+        elif value.target in POINTWISE and len(given) == 1:
+            scale = settle_values(_table(value, grids[str(given[0].target)]), grid.scale)
         elif value.target in POOLS and len(given) == 1:
             scale = _settled_mean(value, given[0], grids[str(given[0].target)], grid)
         if scale is not None:
@@ -107,6 +110,14 @@ def _hardswishes(graph: fx.GraphModule, activations: list[fx.Node]) -> set[str]:
     readers = {str(source(node).target) for node in nodes_of(graph, {aten.hardswish.default})}
     others = {str(node.target) for node in activations if source(node).target not in COMPUTE}
     return readers - others
+
+
+def _table(function: fx.Node, given: Grid) -> npt.NDArray[np.float32]:
+    """What `function` gives of all integers of the grid that it reads."""
+    target: Any = function.target
+    integers = torch.arange(given.low, given.high + 1) - given.zero_point
+    real = integers.float() * torch.tensor(given.scale, dtype=torch.float32)
+    return cast(Tensor, target(real.double(), *function.args[1:], **function.kwargs)).float().numpy()
 
 
 def _settled_mean(pool: fx.Node, observed: fx.Node, given: Grid, grid: Grid) -> float | None:

@@ -9,6 +9,7 @@ from torch import fx
 
 from qsweep.hub.fixed import fixed_nodes
 from qsweep.hub.form import CONVOLUTIONS, LINEARS, arguments, aten, nodes_of, source
+from qsweep.hub.traced import replace_by
 
 _NORMS = {aten.batch_norm.default}
 
@@ -16,24 +17,59 @@ _NORMS = {aten.batch_norm.default}
 def with_factors(graph: fx.GraphModule) -> None:
     """Let layers and norms multiply by the constants behind them, one for all or one a channel, in place.
 
-    Such as the scales of branches in ConvNeXt, CaiT and DINOv2: what is added to a shortcut is then a layer's result. A
-    layer whose weights others read, too, keeps them.
+    Such as the scales of branches in ConvNeXt, CaiT and DINOv2: what is added to a shortcut is then a layer's result.
+    What is subtracted is a layer's with its sign turned around, and sums of layers take a factor each. A layer whose
+    weights others read, too, keeps them.
     """
     fixed = fixed_nodes(graph)
     (before,) = (node for node in graph.graph.nodes if node.op == "placeholder")
     for node in fixed:  # a factor may be made after the layer
         before.append(node)
         before = node
+    _with_turned_signs(graph, fixed)
     for node in nodes_of(graph, {aten.mul.Tensor}):
         values = [value for value in node.all_input_nodes if value not in fixed]
         factors = [given for given in node.args if given not in values]
         if len(values) != 1 or len(factors) != 1 or node.kwargs:
             continue
-        layer, axis = _behind(values[0], _axis(values[0], factors[0]))
-        if axis is not None and _takes(layer, axis, fixed):
+        layers = _layers(values[0], _axis(values[0], factors[0]), fixed)
+        for layer in layers:
             fixed |= dict.fromkeys(_scale(graph, layer, factors[0]))
+        if layers:
             node.replace_all_uses_with(values[0])
             graph.graph.erase_node(node)
+
+
+def _with_turned_signs(graph: fx.GraphModule, fixed: dict[fx.Node, None]) -> None:
+    """Sums with the negative of what layers give for differences, in place."""
+    call = graph.graph.call_function
+    for node in nodes_of(graph, {aten.sub.Tensor}):
+        values = [value for value in node.all_input_nodes if value not in fixed]
+        if len(values) == len(node.args) == 2 and not node.kwargs and _layers(values[1], -1, fixed):
+            with graph.graph.inserting_before(node):
+                turned = call(aten.mul.Tensor, (values[1], -1.0))
+                turned.meta["val"] = values[1].meta["val"]
+                replace_by(node, call(aten.add.Tensor, (values[0], turned)))
+            graph.graph.erase_node(node)
+
+
+def _layers(value: fx.Node, axis: int | None, fixed: dict[fx.Node, None]) -> list[fx.Node]:
+    """The layers whose results, added up, are `value`; none where one of them takes no factor along `axis`."""
+    value, axis = _behind(value, axis)
+    if axis is None:
+        return []
+    if value.target is not aten.add.Tensor:
+        return [value] if _takes(value, axis, fixed) else []
+    parts = value.all_input_nodes
+    alone = len(value.users) == 1 and len(parts) == len(value.args) == 2 and not value.kwargs
+    if not alone or any(part in fixed or _shape(part) != _shape(value) for part in parts):
+        return []
+    found = [_layers(part, axis, fixed) for part in parts]
+    return [layer for layers in found for layer in layers] if all(found) else []
+
+
+def _shape(node: fx.Node) -> list[str]:
+    return list(map(str, node.meta["val"].shape)) if "val" in node.meta else []
 
 
 def _axis(value: fx.Node, factor: Any) -> int | None:

@@ -20,6 +20,10 @@ _NUDGE = 1 + 2.0**-17
 _CLOSE = 2e-3
 """Only inputs this close to a tie are looked at; the rounding of float32 below 512 moves a value by a tenth of it."""
 
+_CLEAR, _CLEAR_SHARE = 1e-4, 2e-6
+"""How far from ties what a function gives is kept, in levels and of its own level: ten times what float32 makes of an
+`erf`, or of one close to -1."""
+
 _FARTHEST = 512
 """Levels from zero: what lies beyond is at the end of every grid."""
 
@@ -55,7 +59,19 @@ def settle_product(
     """A scale close to `scale` for left * right, each (scale, zero_point, low, high), on which all orders agree."""
     a, b = (np.arange(side[2], side[3] + 1) - side[1] for side in (left, right))
     products = np.unique(np.multiply.outer(a, b))
-    return _settle(scale, lambda candidate: _alike(products, left[0], right[0], candidate, zero_point))
+    step = np.float32(left[0]) * np.float32(right[0])
+
+    def agree(candidate: np.float32) -> bool:
+        exact = products * (np.float64(left[0]) * np.float64(right[0]) / np.float64(candidate))
+        near = products[_near_tie(exact) & (np.abs(exact) < _FARTHEST)].astype(np.float32)
+        levels = [np.rint(near * way) for way in (step / candidate, step * (np.float32(1) / candidate))]
+        levels += [np.rint(near * step / candidate), np.rint(near * step * (np.float32(1) / candidate))]
+        # the output's zero point added before rounding (MLAS, for signed and for unsigned storage)
+        for zero in (np.float32(zero_point), np.float32(zero_point + 128)):
+            levels.append(np.rint(near * (step / candidate) + zero) - zero)
+        return _all_equal(levels)
+
+    return _settle(scale, agree)
 
 
 def whole_thirds(scale: float) -> float:
@@ -73,35 +89,16 @@ def steps_of_three(scale: float) -> int | None:
     return steps if steps in _THREE and np.float32(3) / np.float32(steps) == np.float32(scale) else None
 
 
-def settle_hardswish(given: tuple[float, int, int, int], scale: float, zero_point: int) -> float:
-    """A scale close to `scale` for x * clip(x + 3, 0, 6) / 6 of `given` (scale, zero_point, low, high), on which a
-    table of it and, if `steps_of_three` has them, all orders of the product agree."""
-    if (three := steps_of_three(given[0])) is None:
-        return scale
-    step, levels = np.float32(given[0]), np.arange(given[2], given[3] + 1) - given[1]
-    products = levels * np.clip(levels + three, 0, 2 * three)
-    x = (levels.astype(np.float32) * step).astype(np.float64)
-    table = (x * np.clip(x + 3, 0, 6) / 6).astype(np.float32)
+def settle_values(values: F32, scale: float) -> float:
+    """A scale close to `scale` on which none of `values`, all that a function gives, is close to a tie: runtimes differ
+    in the last bits of a function."""
 
     def agree(candidate: np.float32) -> bool:
-        multiplier = step * (step / np.float32(6)) / candidate
-        same = np.array_equal(np.rint(products.astype(np.float32) * multiplier), np.rint(table * (1 / candidate)))
-        return same and _alike(products, float(step), float(step / np.float32(6)), candidate, zero_point)
+        exact = values / np.float64(candidate)
+        near = _near_tie(exact, _CLEAR + _CLEAR_SHARE * np.abs(exact))
+        return not (near & (np.abs(exact) < _FARTHEST)).any()
 
     return _settle(scale, agree)
-
-
-def _alike(products: npt.NDArray[np.int64], left: float, right: float, candidate: np.float32, zero_point: int) -> bool:
-    """Whether all orders agree on `products` of integers of the scales `left` and `right`."""
-    step = np.float32(left) * np.float32(right)
-    exact = products * (np.float64(left) * np.float64(right) / np.float64(candidate))
-    near = products[_near_tie(exact) & (np.abs(exact) < _FARTHEST)].astype(np.float32)
-    levels = [np.rint(near * way) for way in (step / candidate, step * (np.float32(1) / candidate))]
-    levels += [np.rint(near * step / candidate), np.rint(near * step * (np.float32(1) / candidate))]
-    # the output's zero point added before rounding (MLAS, for signed and for unsigned storage)
-    for zero in (np.float32(zero_point), np.float32(zero_point + 128)):
-        levels.append(np.rint(near * (step / candidate) + zero) - zero)
-    return _all_equal(levels)
 
 
 def settle_mean(scale_in: float, low: int, high: int, count: int, scale: float) -> float:
@@ -147,8 +144,8 @@ def _settle(scale: float, agree: Callable[[np.float32], bool]) -> float:
     return scale
 
 
-def _near_tie(exact: F64) -> npt.NDArray[np.bool_]:
-    return np.abs(exact - np.floor(exact) - 0.5) < _CLOSE
+def _near_tie(exact: F64, close: float | F64 = _CLOSE) -> npt.NDArray[np.bool_]:
+    return np.abs(exact - np.floor(exact) - 0.5) < close
 
 
 def _sums(

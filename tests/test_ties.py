@@ -166,7 +166,7 @@ def test_a_hardswish_is_a_product_of_integers_once_it_is_settled(
 
 @settings(max_examples=50, deadline=None)
 @given(scale=st.floats(2.0**-8, 1.0, width=32), ratio=st.floats(0.1, 1.2), zero=points)
-@example(scale=0.04, ratio=1.0, zero=-3)
+@example(scale=0.015625, ratio=0.125, zero=-38)
 def test_the_last_bits_of_a_function_decide_nothing_once_it_is_settled(scale: float, ratio: float, zero: int) -> None:
     x = torch.arange(-128 - zero, 128 - zero).float() * scale
     exact = [function(x.double()).float().numpy() for function in (F.gelu, F.silu, torch.tanh, F.mish)]
@@ -174,8 +174,10 @@ def test_the_last_bits_of_a_function_decide_nothing_once_it_is_settled(scale: fl
     for one, other in zip(exact, real, strict=True):
         settled = settle_values(one, scale * ratio)
         assert abs(settled / (scale * ratio) - 1) < 2e-3
+        inside = np.abs(one) < 500 * settled
         for off in (1 - 1e-6, 1 + 1e-6):
-            assert np.array_equal(np.rint(one / F32(settled)), np.rint(other * F32(off) / F32(settled)))
+            levels = np.rint(one / F32(settled)), np.rint(other * F32(off) / F32(settled))
+            assert np.array_equal(*(level[inside] for level in levels))
 
 
 @given(scale=st.floats(2.0**-100, 2.0**100, width=32))

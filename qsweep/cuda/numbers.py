@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +12,7 @@ from qsweep.cuda.arithmetic import Output, Requantize, Residual, Total
 from qsweep.cuda.pointwise import inverse_of
 from qsweep.cuda.steps import Add, Layer, Norm, Operand, Pair
 from qsweep.errors import Refused
+from qsweep.hub.activations import function_of
 from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, arguments, aten, constant, grid_of, nodes_of, source
 from qsweep.hub.integer import UNBOUNDED, Bounds
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
@@ -96,10 +95,8 @@ def residual(layer: Layer, values: Tensor) -> Residual | None:
 
 def table(node: fx.Node | None, given: Grid, onto: Grid) -> Tensor:
     """int8 (256,): where each integer from -128 on goes, by the function of `node` (None: none) and the grid `onto`."""
-    real = (torch.arange(-128, 128) - given.zero_point).float() * f32(given.scale)
-    if node is not None:
-        function = cast(Callable[..., Tensor], node.target)
-        real = function(real.double(), *node.args[1:], **node.kwargs).float()
+    every = torch.arange(-128, 128)
+    real = (every - given.zero_point).float() * f32(given.scale) if node is None else function_of(node, given, every)
     integers = (real * (1 / f32(onto.scale))).round() + onto.zero_point
     return integers.clamp(onto.low, onto.high).to(torch.int8)
 

@@ -1,15 +1,15 @@
-"""Activation functions that a model writes in steps, as the one op that they are."""
+"""Activation functions: written in steps as the one op that they are, and what they give of integers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from qsweep.hub.fixed import fixed_nodes
-from qsweep.hub.form import aten, constant, nodes_of
+from qsweep.hub.form import Grid, aten, constant, nodes_of
 from qsweep.hub.ops import QUICK_GELU
 from qsweep.hub.traced import replace_by
 
@@ -53,6 +53,12 @@ def with_activations(graph: fx.GraphModule) -> None:
                 with graph.graph.inserting_before(node):
                     replace_by(node, graph.graph.call_function(found[0], (*given,), found[1]))
                 break
+
+
+def function_of(node: fx.Node, given: Grid, integers: Tensor) -> Tensor:
+    """What a node of POINTWISE or RECTIFIERS gives of `integers` on the grid `given`, float32, computed in float64."""
+    real = (integers - given.zero_point).float() * torch.tensor(given.scale, dtype=torch.float32)
+    return cast(Any, node.target)(real.double(), *node.args[1:], **node.kwargs).float()  # type: ignore[no-any-return]
 
 
 def _known(

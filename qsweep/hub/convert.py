@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
 from qsweep.errors import NotFinite
+from qsweep.hub.activations import function_of
 from qsweep.hub.affine import with_norm_layers
 from qsweep.hub.form import (
     BINARY,
@@ -97,7 +96,9 @@ def _settled(graph: fx.GraphModule, activations: list[fx.Node]) -> dict[str, Gri
             settle = settle_product if value.target is aten.mul.Tensor else settle_sum
             scale = settle(left, right, grid.scale, grid.zero_point)
         elif value.target in POINTWISE and len(given) == 1:
-            scale = settle_values(_table(value, grids[str(given[0].target)]), grid.scale)
+            read = grids[str(given[0].target)]
+            every = torch.arange(read.low, read.high + 1)
+            scale = settle_values(function_of(value, read, every).numpy(), grid.scale)
         elif value.target in POOLS and len(given) == 1:
             scale = _settled_mean(value, given[0], grids[str(given[0].target)], grid)
         if scale is not None:
@@ -110,14 +111,6 @@ def _hardswishes(graph: fx.GraphModule, activations: list[fx.Node]) -> set[str]:
     readers = {str(source(node).target) for node in nodes_of(graph, {aten.hardswish.default})}
     others = {str(node.target) for node in activations if source(node).target not in COMPUTE}
     return readers - others
-
-
-def _table(function: fx.Node, given: Grid) -> npt.NDArray[np.float32]:
-    """What `function` gives of all integers of the grid that it reads."""
-    target: Any = function.target
-    integers = torch.arange(given.low, given.high + 1) - given.zero_point
-    real = integers.float() * torch.tensor(given.scale, dtype=torch.float32)
-    return cast(Tensor, target(real.double(), *function.args[1:], **function.kwargs)).float().numpy()
 
 
 def _settled_mean(pool: fx.Node, observed: fx.Node, given: Grid, grid: Grid) -> float | None:

@@ -2,10 +2,10 @@
 
 A sum or product of two 8-bit tensors, a mean or function of one, or one on a coarser grid is rounded from a handful of
 float32 operations, and runtimes differ in their order, in whether they fuse multiply and add, and in the last bits of a
-function. On a value close to half way
-between two levels that decides the result: one pair of inputs in 65,536 was seen to differ between the contract and
-ONNX Runtime, and one flip spreads over the rest of the network. The inputs are few enough to look at all of them, so
-the output's scale is moved, by some millionths, to where all orders agree on every input.
+function. On a value close to half way between two levels that decides the result: one pair of inputs in 65,536 was seen
+to differ between the contract and ONNX Runtime, and one flip spreads over the rest of the network. The inputs are few
+enough to look at all of them, so the output's scale is moved, by some millionths, to where all orders agree on every
+input.
 """
 
 from __future__ import annotations

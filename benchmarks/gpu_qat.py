@@ -22,7 +22,8 @@ from qsweep.cuda import fake_quantize
 from qsweep.hub.export import export
 from qsweep.hub.form import aten, attributes, nodes_of
 from qsweep.hub.insert import Place, insert_observers
-from qsweep.replay import DeviceSGD, Recorded, own_stream
+from qsweep.optimizers import DeviceSGD
+from qsweep.replay import Recorded, own_stream
 
 BATCH = 128
 

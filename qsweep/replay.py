@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,35 +109,3 @@ def own_stream(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.cuda.current_stream(device).wait_stream(stream)
-
-
-class DeviceSGD(torch.optim.SGD):
-    """SGD in one kernel, which reads learning rates from the device: a recorded step follows their schedule.
-
-    `param_groups` hold them as numbers, as ever; `renew` brings them to where a replay reads them.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
-        super().__init__(groups, fused=True, **settings)
-        devices = (parameter.device for group in self.param_groups for parameter in group["params"])
-        self._device = next(devices, torch.device("cpu"))
-        for group in self.param_groups:  # made here, so that one whose first gradient comes late has it, too
-            for parameter in group["params"] if group["momentum"] else ():
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self._rates = [torch.tensor(float(group["lr"]), device=self._device) for group in self.param_groups]
-
-    def renew(self) -> None:
-        for group, rate in zip(self.param_groups, self._rates, strict=True):
-            rate.fill_(group["lr"])
-
-    def step(self, closure: Any = None) -> Any:
-        if self._device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            self.renew()
-        numbers = [group["lr"] for group in self.param_groups]
-        for group, rate in zip(self.param_groups, self._rates, strict=True):
-            group["lr"] = rate
-        try:
-            return super().step(closure)
-        finally:
-            for group, number in zip(self.param_groups, numbers, strict=True):
-                group["lr"] = number

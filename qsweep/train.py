@@ -15,9 +15,10 @@ from qsweep.batches import Batches, Losses
 from qsweep.checkpoints import Progress
 from qsweep.devices import on_device
 from qsweep.errors import TaskFailure
-from qsweep.replay import DeviceSGD, Recorded, Step, own_stream
+from qsweep.optimizers import OnDevice, optimizer_of
+from qsweep.replay import Recorded, Step, own_stream
 from qsweep.stage import Context
-from qsweep.tasks.base import Task, Training
+from qsweep.tasks.base import USUAL, Task, Training
 from qsweep.weights import apply_masks, check_finite, masks
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,9 +44,8 @@ def fit(
 ) -> None:
     """Train `model` in place on the train split; leaves it on the CPU, in eval mode and contiguous layout.
 
-    SGD with Nesterov momentum; weight decay on parameters of two dimensions and more. The same arguments give the same
-    weights, bit for bit, on one machine with one number of threads. Takes eager models and graphs from `torch.export`,
-    prepared ones too.
+    The same arguments give the same weights, bit for bit, on one machine with one number of threads. Takes eager models
+    and graphs from `torch.export`, prepared ones too.
 
     `keep_zeros`: weights of convolutions and linears that are zero now stay zero. `checkpoint`: a file written after
     each epoch; if it is there already, training goes on from it, to the same bits. `settle()` is called after each
@@ -61,7 +61,7 @@ def fit(
     _move(model, device)
     model.to(memory_format=batches.layout)  # type: ignore[call-overload]
     kept = masks(model) if keep_zeros else {}
-    optimizer = _optimizer(model, training)
+    optimizer = optimizer_of(model, training)
     rate = _schedule(optimizer, training, training.epochs * steps)
     state = Progress(model, optimizer, rate, batches.generators)
     with (
@@ -112,7 +112,7 @@ class FineTuning(Protocol):
     def epochs(self) -> int: ...
 
     @property
-    def learning_rate(self) -> float: ...
+    def learning_rate(self) -> float | None: ...
 
 
 def fine_tune(
@@ -122,7 +122,8 @@ def fine_tune(
 
     `settings`: fields of `Training` that go before those of the stage and of the task; `options`: those of `fit`.
     """
-    own = {"epochs": stage.epochs, "learning_rate": stage.learning_rate}
+    rate = USUAL[context.training.optimizer].fine_tuning if stage.learning_rate is None else stage.learning_rate
+    own = {"epochs": stage.epochs, "learning_rate": rate}
     training = context.training.model_copy(update=own | (settings or {}))
     given: dict[str, Any] = {"keep_zeros": True, "progress": context.progress}
     fit(model, context.task, training, seed=context.seed, **given | options)
@@ -143,20 +144,9 @@ def _settle(model: nn.Module) -> None:
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    momentum, on_cpu = training.momentum, training.device == "cpu"
-    kind = torch.optim.SGD if on_cpu else DeviceSGD
-    return kind(groups, lr=training.learning_rate, momentum=momentum, nesterov=momentum > 0)
-
-
 def _replayed(issued: Step, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> Step:
     """Graphs branch on nothing that changes from batch to batch; a module may, on the CPU where nobody sees it."""
-    if isinstance(optimizer, DeviceSGD) and isinstance(model, fx.GraphModule):
+    if isinstance(optimizer, OnDevice) and isinstance(model, fx.GraphModule):
         return Recorded(issued, batches.full, optimizer.renew)
     return issued
 
@@ -166,7 +156,7 @@ def _schedule(optimizer: torch.optim.Optimizer, training: Training, steps: int) 
     if training.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps + 1)
     return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=training.learning_rate, total_steps=steps + 1, cycle_momentum=False
+        optimizer, max_lr=training.rate, total_steps=steps + 1, cycle_momentum=False
     )
 
 

@@ -18,13 +18,14 @@ from toy_task import Toy
 
 import qsweep.train
 from qsweep.cuda.capture import captured
+from qsweep.optimizers import DeviceAdamW, DeviceSGD
 from qsweep.quantize._training import prepared, start
 from qsweep.quantize.dorefa import DoReFa
 from qsweep.quantize.lsq import LSQ
 from qsweep.quantize.pact import PACT
 from qsweep.quantize.qat import QAT
 from qsweep.quantize.trained import Trained
-from qsweep.replay import DeviceSGD, Recorded, own_stream
+from qsweep.replay import Recorded, own_stream
 from qsweep.stage import Context
 from qsweep.store import Store
 from qsweep.tasks.base import Training
@@ -72,13 +73,20 @@ def test_no_step_looks_at_values(method: type[Trained], fields: dict[str, Any], 
     assert looks.found == ["_local_scalar_dense"]
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_rates_on_the_device_are_those_of_the_schedule(momentum: float) -> None:
+SETTINGS = {
+    "sgd": (torch.optim.SGD, DeviceSGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "without momentum": (torch.optim.SGD, DeviceSGD, {"lr": 0.1, "momentum": 0.0}),
+    "adamw": (torch.optim.AdamW, DeviceAdamW, {"lr": 0.1, "betas": (0.9, 0.999)}),
+}
+
+
+@pytest.mark.parametrize(("known", "own", "settings"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_rates_on_the_device_are_those_of_the_schedule(known: Any, own: Any, settings: dict[str, Any]) -> None:
     found = []
-    for kind in (torch.optim.SGD, DeviceSGD):
+    for kind in (known, own):
         values = [nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)), nn.Parameter(torch.ones(2))]
         groups = [{"params": values[:1], "weight_decay": 0.1}, {"params": values[1:], "weight_decay": 0.0}]
-        optimizer = kind(groups, lr=0.1, momentum=momentum, nesterov=momentum > 0)
+        optimizer = kind(groups, **settings)
         rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
         for _ in range(4):
             optimizer.zero_grad()
@@ -90,16 +98,27 @@ def test_rates_on_the_device_are_those_of_the_schedule(momentum: float) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
 
 
-def test_a_gradient_that_comes_late_has_a_momentum_too() -> None:
+def remembered(optimizer: torch.optim.Optimizer) -> set[int]:
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return {id(value) for value in values if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize(("known", "own", "settings"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_gradient_that_comes_late_finds_what_it_needs(known: Any, own: Any, settings: dict[str, Any]) -> None:
     found = []
-    for kind in (torch.optim.SGD, DeviceSGD):
+    for kind in (known, own):
         values = [nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)), nn.Parameter(torch.ones(2))]
-        optimizer = kind([{"params": values}], lr=0.1, momentum=0.9, nesterov=True)
+        optimizer = kind([{"params": values}], **settings)
+        kept = remembered(optimizer)
         for step in range(4):
             optimizer.zero_grad()
             sum((value**2).sum() for value in (values if step > 1 else values[:1])).backward()
             optimizer.step()
         found.append(values)
+        if kind is own:  # nothing new that a replay would not know
+            assert kept >= {
+                id(value) for state in optimizer.state.values() for value in state.values() if value is not None
+            }
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
 
 
@@ -178,6 +197,13 @@ def test_replayed_steps_train_to_the_same_bits(
     method: type[Trained], precision: str, tmp_path: Path, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_as_issued(method, tmp_path, recorded, monkeypatch, precision=precision)
+
+
+@needs_gpu
+def test_replayed_steps_of_adamw_train_to_the_same_bits(
+    tmp_path: Path, recorded: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_as_issued(LSQ, tmp_path, recorded, monkeypatch, optimizer="adamw")
 
 
 @needs_gpu

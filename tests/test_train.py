@@ -14,13 +14,15 @@ from qsweep.baseline import baseline, baseline_key, kept
 from qsweep.batches import Losses, parts
 from qsweep.errors import DataError, NotFinite, Refused, SpecError, TaskFailure
 from qsweep.evaluate import check, evaluate, predict
+from qsweep.prune.magnitude import Magnitude
 from qsweep.ship import compress
 from qsweep.spec import Spec
+from qsweep.stage import Context
 from qsweep.store import Store
 from qsweep.study.plan import check as check_plan
 from qsweep.tasks.base import Samples, SplitName, Training
 from qsweep.tasks.image_classification import ImageClassification
-from qsweep.train import fit
+from qsweep.train import fine_tune, fit
 from qsweep.weights import masks, weight_names
 
 TRAINING = Training(batch_size=16, epochs=3, learning_rate=0.1)
@@ -48,11 +50,12 @@ def test_another_seed_gives_other_weights() -> None:
     assert not same(trained(Toy()), trained(Toy(), seed=1))
 
 
-def test_training_raises_the_accuracy() -> None:
+@pytest.mark.parametrize("fields", [{}, {"optimizer": "adamw", "learning_rate": 0.01}], ids=["sgd", "adamw"])
+def test_training_raises_the_accuracy(fields: dict[str, Any]) -> None:
     task = Toy(count=256)
     model = task.model()
     before = evaluate(model, task, "validation").mean().item()
-    trained(task, model=model, epochs=10)
+    trained(task, model=model, epochs=10, **fields)
     assert evaluate(model, task, "validation").mean().item() > max(0.85, before)
 
 
@@ -77,12 +80,33 @@ def test_every_sample_is_in_one_batch_and_none_is_alone(count: int, size: int) -
     assert all(2 <= len(batch) <= size + 1 for batch in batches)
 
 
-def test_weight_decay_spares_biases_and_batch_norm() -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_spares_biases_and_batch_norm(optimizer: str) -> None:
     task, model = Toy(), Toy().model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    trained(task, model=model, epochs=1, loss=lambda x, outputs, y: 0 * outputs.sum())
+    trained(task, model=model, epochs=1, optimizer=optimizer, loss=lambda x, outputs, y: 0 * outputs.sum())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (parameter.dim() < 2), name
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rates"), [("sgd", (0.05, 0.01, 5e-4)), ("adamw", (1e-3, 3e-4, 1e-2))], ids=["sgd", "adamw"]
+)
+def test_what_is_not_said_is_what_the_optimizer_usually_takes(
+    optimizer: Any, rates: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, fine_tuning, decay = rates
+    training = Training(optimizer=optimizer)
+    assert (training.rate, training.decay) == (scratch, decay)
+    assert Training(optimizer=optimizer, learning_rate=scratch, weight_decay=decay).uid() == training.uid()
+    assert Training(optimizer=optimizer, weight_decay=0.0).decay == 0
+    assert Training(optimizer=optimizer, weight_decay=0.0).uid() != training.uid()
+    seen = list[Training]()
+    monkeypatch.setattr("qsweep.train.fit", lambda model, task, training, **_: seen.append(training))
+    context = Context(Toy(), Store(tmp_path), "model", 0, Toy().model, training)
+    for stage in (Magnitude(), Magnitude(learning_rate=0.5)):
+        fine_tune(Toy().model(), stage, context)
+    assert [found.rate for found in seen] == [fine_tuning, 0.5]
 
 
 def test_a_diverging_training_raises_not_finite() -> None:
@@ -275,19 +299,21 @@ def test_a_sound_task_passes_the_check() -> None:
     check(Toy(), Toy().model())
 
 
-@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
-def test_a_training_that_was_killed_goes_on_from_its_checkpoint_to_the_same_bits(schedule: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{}, {"schedule": "cosine"}, {"optimizer": "adamw"}], ids=str)
+def test_a_training_that_was_killed_goes_on_from_its_checkpoint_to_the_same_bits(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
     def stop() -> None:
         before.append(None)
         if len(before) == 6:
             raise KeyboardInterrupt
 
     checkpoint, before, after, all_ = tmp_path / "epoch.pt", list[None](), list[None](), list[None]()
-    whole = trained(Toy(dropout=0.5), schedule=schedule, settle=lambda: all_.append(None))
+    whole = trained(Toy(dropout=0.5), **fields, settle=lambda: all_.append(None))
     with pytest.raises(KeyboardInterrupt):
-        trained(Toy(dropout=0.5), schedule=schedule, checkpoint=checkpoint, settle=stop)
+        trained(Toy(dropout=0.5), **fields, checkpoint=checkpoint, settle=stop)
     assert checkpoint.exists()
-    found = trained(Toy(dropout=0.5), schedule=schedule, checkpoint=checkpoint, settle=lambda: after.append(None))
+    found = trained(Toy(dropout=0.5), **fields, checkpoint=checkpoint, settle=lambda: after.append(None))
     assert same(found, whole)
     assert len(all_) - 6 <= len(after) < len(all_)
 

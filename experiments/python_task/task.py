@@ -7,7 +7,8 @@ What qsweep asks of them, and says before it trains where one does not hold: the
 tensor (N, ...) and gives one tensor (N, ...), such as logits (N, C), maps (N, C, H, W) or numbers (N,); numbers of
 tokens come as float32, too, and the model makes indices of them (`self.embedding(tokens.long())`). Scores go from 0 to
 1, one a sample, as their mean is shown in per cent: for a regression take, say, the share of its outputs within a
-tolerance. Data that are read from files belong into `depends_on`.
+tolerance. Data that are read from files belong into `depends_on`. Every job is a process of its own that opens the task
+anew: keep what takes long to prepare in a file.
 """
 
 from __future__ import annotations

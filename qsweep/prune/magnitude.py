@@ -29,8 +29,8 @@ class Magnitude(Pruning):
     """Share of the weights that are set to zero."""
     epochs: Annotated[int, Field(ge=0)] = 1
     """Fine-tuning with the zeros kept."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    """Highest of the schedule."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest of the schedule; null: 0.01, with the optimizer adamw 0.0003."""
 
     def canonical(self) -> Self:
         return super().canonical().with_defaults(*["learning_rate"] * (self.epochs == 0))

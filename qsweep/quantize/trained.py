@@ -30,8 +30,8 @@ class Trained(Uniform):
 
     epochs: Annotated[int, Field(ge=1)] = 1
     """Over the train split."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    """Highest of the schedule."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest of the schedule; null: 0.01, with the optimizer adamw 0.0003."""
     schedule: Schedule = "one_cycle"
     """one_cycle warms up from a 25th of the rate in the first 30 % of the steps; cosine begins at its highest."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None

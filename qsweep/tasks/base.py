@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SplitName = Literal["train", "validation", "test"]
 Schedule = Literal["one_cycle", "cosine"]
+Optimizer = Literal["sgd", "adamw"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -50,17 +51,35 @@ class Task(Protocol):
         """(B,) values in [0, 1], one a sample; their mean is the accuracy."""
 
 
+class Usual(NamedTuple):
+    """What an optimizer takes where nothing else is said."""
+
+    learning_rate: float
+    """From scratch."""
+    fine_tuning: float
+    """Learning rate of the stages."""
+    weight_decay: float
+
+
+USUAL: dict[Optimizer, Usual] = {"sgd": Usual(0.05, 0.01, 5e-4), "adamw": Usual(1e-3, 3e-4, 1e-2)}
+
+
 class Training(Config):
     """Settings of a training run from scratch, or of fine-tuning."""
 
     epochs: Annotated[int, Field(ge=1)] = 20
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05
-    """Highest of the schedule."""
+    optimizer: Optimizer = "sgd"
+    """sgd: with Nesterov momentum; adamw: Adam with decoupled weight decay (Loshchilov & Hutter 2019,
+    arXiv:1711.05101), as transformers are trained."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest of the schedule; null: 0.05 for sgd, 0.001 for adamw. Stages have their own."""
     schedule: Schedule = "one_cycle"
     """one_cycle warms up from a 25th of the rate in the first 30 % of the steps (Smith 2018, arXiv:1803.09820); cosine
     falls from its highest to 0 (Loshchilov & Hutter 2017)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Of adamw: the decay of the mean of the gradients (beta1); that of their squares is 0.999."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of parameters of two dimensions and more; null: 0.0005 for sgd, 0.01 for adamw."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     precision: Precision = "fp32"
     """bf16: the model runs under autocast; its parameters, the loss and the optimizer stay float32. Quicker where the
@@ -70,6 +89,21 @@ class Training(Config):
     are augmented there, with other random numbers than on the CPU."""
     compile: bool = False
     """Train through `torch.compile`, QAT too. Compiling takes a minute or so, once a training: for long ones."""
+
+    def canonical(self) -> Self:
+        usual = USUAL[self.optimizer]
+        same = [name for name in ("learning_rate", "weight_decay") if getattr(self, name) == getattr(usual, name)]
+        return self.with_defaults(*same)
+
+    @property
+    def rate(self) -> float:
+        """`learning_rate`, that of the optimizer where it is null."""
+        return USUAL[self.optimizer].learning_rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def decay(self) -> float:
+        """`weight_decay`, that of the optimizer where it is null."""
+        return USUAL[self.optimizer].weight_decay if self.weight_decay is None else self.weight_decay
 
     def unavailable(self) -> str | None:
         """Why no model can be trained like this on this machine, or None."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import arguments, aten, nodes_of, source
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import arguments, nodes_of, source
 
 
 def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, *window: Any) -> Tensor:

@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from qsweep.cuda import fake_quantize
 from qsweep.hub.export import export
-from qsweep.hub.form import aten, attributes, nodes_of
 from qsweep.hub.insert import Place, insert_observers
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import attributes, nodes_of
 from qsweep.optimizers import DeviceSGD
 from qsweep.replay import Recorded, own_stream
 

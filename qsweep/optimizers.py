@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qsweep.tasks.base import Training
+if TYPE_CHECKING:
+    from qsweep.tasks.base import Training
 
 _SQUARES = 0.999
 """Decay of the mean of squared gradients (beta2 of AdamW)."""

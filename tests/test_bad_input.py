@@ -13,7 +13,7 @@ from test_quantize import METHODS, real, small
 from torch import Tensor, nn
 
 from qsweep.errors import DataError, NotFinite, Refused
-from qsweep.hub.form import constant
+from qsweep.hub.nodes import constant
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import Quantization
 from qsweep.quantize.base import Grids

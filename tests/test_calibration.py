@@ -22,8 +22,10 @@ from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
 from qsweep.errors import DataError, NotFinite
 from qsweep.evaluate import predict
-from qsweep.hub.form import COMPUTE, QUANTIZE, Grid, grid_of, nodes_of, source
+from qsweep.hub.form import Grid, grid_of
 from qsweep.hub.insert import Place
+from qsweep.hub.kinds import COMPUTE, QUANTIZE
+from qsweep.hub.nodes import nodes_of, source
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, dynamic_fake_quantize
 from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation

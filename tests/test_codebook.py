@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qsweep.engines.float import Float
 from qsweep.errors import NotFinite
 from qsweep.hub.export import float_graph
-from qsweep.hub.form import QuantizedModel, nodes_of, source
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.nodes import nodes_of, source
 from qsweep.hub.ops import LOOK_UP
 from qsweep.hub.packing import pack, unpack
 from qsweep.hub.save import load, save

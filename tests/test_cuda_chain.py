@@ -26,8 +26,10 @@ from qsweep.cuda.products import ATTENTION
 from qsweep.cuda.steps import Float, Layer, Map, Move, Norm, RowLayer, Rows
 from qsweep.cuda.tune import DEPTHWISE, MOST, Tiles, candidates
 from qsweep.errors import Refused
-from qsweep.hub.form import DEQUANTIZE, QUANTIZE, RECTIFIERS, QuantizedModel, aten, grid_of, nodes_of, set_constant
+from qsweep.hub.form import QuantizedModel, grid_of
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import DEQUANTIZE, QUANTIZE, RECTIFIERS, aten
+from qsweep.hub.nodes import nodes_of, set_constant
 from qsweep.hub.ops import QUICK_GELU
 from qsweep.quantize.ptq import PTQ
 

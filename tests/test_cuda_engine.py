@@ -22,8 +22,10 @@ from qsweep.engines.cuda import Cuda
 from qsweep.engines.float import Float
 from qsweep.errors import Refused, SpecError, TaskFailure
 from qsweep.executors.local import Local
-from qsweep.hub.form import QUANTIZE, QuantizedModel, aten, nodes_of
+from qsweep.hub.form import QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import QUANTIZE, aten
+from qsweep.hub.nodes import nodes_of
 from qsweep.hub.save import load
 from qsweep.quantize.ptq import PTQ
 from qsweep.records import Failure

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from qsweep.cuda.chain import Chain
 from qsweep.cuda.steps import RowLayer, Rows
-from qsweep.hub.form import NEAREST, QuantizedModel
+from qsweep.hub.form import QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import NEAREST
 from qsweep.quantize.ptq import PTQ
 
 

@@ -21,8 +21,9 @@ from qsweep.cuda.chain import Chain
 from qsweep.cuda.norm import layer_norm
 from qsweep.cuda.plan import plan
 from qsweep.cuda.steps import Add, Norm
-from qsweep.hub.form import arguments, aten, constant
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import arguments, constant
 from qsweep.quantize.ptq import PTQ
 
 

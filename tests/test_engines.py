@@ -26,8 +26,10 @@ from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
 from qsweep.errors import BundleError, Refused
 from qsweep.hub.export import float_graph
-from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, QuantizedModel, grid_of, nodes_of, set_constant
+from qsweep.hub.form import QuantizedModel, grid_of
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE
+from qsweep.hub.nodes import nodes_of, set_constant
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import Quantization
 from qsweep.quantize.ptq import PTQ

@@ -16,7 +16,9 @@ from qsweep.engines.reference import Reference
 from qsweep.errors import NotFinite, Refused
 from qsweep.hub.convert import convert
 from qsweep.hub.export import export, float_graph
-from qsweep.hub.form import COMPUTE, DEQUANTIZE, QuantizedModel, constant, grid_of, nodes_of, source
+from qsweep.hub.form import QuantizedModel, grid_of
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE
+from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.simulate import simulation
 from qsweep.quantize._bias import correct_biases, mean_outputs

@@ -19,18 +19,10 @@ from qsweep.engines import EngineConfig
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.errors import NotFinite, Refused
-from qsweep.hub.form import (
-    DEQUANTIZE,
-    QUANTIZE,
-    QuantizedModel,
-    aten,
-    constant,
-    grid_of,
-    nodes_of,
-    set_constant,
-    source,
-)
+from qsweep.hub.form import QuantizedModel, grid_of
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import DEQUANTIZE, QUANTIZE, aten
+from qsweep.hub.nodes import constant, nodes_of, set_constant, source
 from qsweep.hub.weights import real_weight
 from qsweep.quantize.lsq import LSQ
 from qsweep.quantize.ptq import PTQ

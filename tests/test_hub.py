@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from qsweep.devices import on_device
 from qsweep.errors import BundleError, ExportFailure, NotFinite
 from qsweep.hub.export import export
-from qsweep.hub.form import QUANTIZE, QuantizedModel, aten, nodes_of, source
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import QUANTIZE, aten
+from qsweep.hub.nodes import nodes_of, source
 from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.packing import pack, unpack
 from qsweep.hub.save import GRAPH, WEIGHTS, load, save

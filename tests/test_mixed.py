@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from qsweep.errors import NotFinite, Refused, SpecError
 from qsweep.hub.export import float_graph
-from qsweep.hub.form import QuantizedModel, set_constant
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.nodes import set_constant
 from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
 from qsweep.measure.sizes import work

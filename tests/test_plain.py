@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qsweep.errors import ExportFailure
 from qsweep.hub.export import export
-from qsweep.hub.form import POOLS, arguments, aten, nodes_of, source
+from qsweep.hub.kinds import POOLS, aten
+from qsweep.hub.nodes import arguments, nodes_of, source
 from qsweep.hub.ops import QUICK_GELU
 
 INPUTS = torch.randn(5, 6, 8, 14, generator=torch.Generator().manual_seed(0))

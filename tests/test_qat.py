@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from qsweep.config import members
 from qsweep.errors import NotFinite
 from qsweep.hub.convert import convert
-from qsweep.hub.form import QuantizedModel, aten, constant, nodes_of
+from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import Place
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import constant, nodes_of
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.simulate import simulation
 from qsweep.hub.weights import real_weight

@@ -16,7 +16,8 @@ from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
-from qsweep.hub.form import Layer, QuantizedModel, constant, nodes_of, source, weight_bits_of
+from qsweep.hub.form import Layer, QuantizedModel, weight_bits_of
+from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
 from qsweep.hub.simulate import simulation
 from qsweep.hub.weights import real_weight

@@ -15,8 +15,10 @@ from torch import Tensor, fx, nn
 
 from qsweep.errors import NotFinite
 from qsweep.hub.export import float_graph
-from qsweep.hub.form import QuantizedModel, aten, constant, nodes_of
+from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import insert_observers
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import constant, nodes_of
 from qsweep.hub.ops import STORED
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import _patches as windows

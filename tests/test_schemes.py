@@ -17,7 +17,8 @@ from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
-from qsweep.hub.form import nodes_of, weight_bits_of
+from qsweep.hub.form import weight_bits_of
+from qsweep.hub.nodes import nodes_of
 from qsweep.hub.ops import DEQUANTIZE_GROUPS, STORED
 from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from networks import Noise, context, digits, network
 from torch import Tensor, nn
 
-from qsweep.hub.form import BINARY, COMPUTE, DEQUANTIZE, QuantizedModel, grid_of, nodes_of
+from qsweep.hub.form import QuantizedModel, grid_of
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import BINARY, COMPUTE, DEQUANTIZE
+from qsweep.hub.nodes import nodes_of
 from qsweep.hub.simulate import simulation
 from qsweep.quantize import _calibrate as calibrate
 from qsweep.quantize.base import Grids

@@ -20,8 +20,10 @@ from qsweep.engines.reference import Reference
 from qsweep.errors import Refused
 from qsweep.evaluate import predict
 from qsweep.hub.accumulators import check_accumulators
-from qsweep.hub.form import CONVOLUTIONS, LINEARS, QUANTIZE, QuantizedModel, nodes_of, source
+from qsweep.hub.form import QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, QUANTIZE
+from qsweep.hub.nodes import nodes_of, source
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, row_fake_quantize
 from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation

@@ -21,17 +21,10 @@ from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
 from qsweep.hub.convert import convert
 from qsweep.hub.export import float_graph
-from qsweep.hub.form import (
-    EMBEDDING,
-    QuantizedModel,
-    attributes,
-    constant,
-    nodes_of,
-    source,
-    stored_bits,
-    weight_bits_of,
-)
+from qsweep.hub.form import QuantizedModel, stored_bits, weight_bits_of
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import EMBEDDING
+from qsweep.hub.nodes import attributes, constant, nodes_of, source
 from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
 from qsweep.hub.weights import real_weight

@@ -18,8 +18,9 @@ from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.hub.export import export, float_graph
-from qsweep.hub.form import QuantizedModel, aten
+from qsweep.hub.form import QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import aten
 from qsweep.quantize.ptq import PTQ
 
 Quantized = Callable[[type[nn.Module]], QuantizedModel]

@@ -39,7 +39,8 @@ from qsweep.cuda.steps import (
     Step,
     writes,
 )
-from qsweep.hub.form import LINEARS, QUANTIZE, SIZE, arguments, aten, constant, source
+from qsweep.hub.kinds import LINEARS, QUANTIZE, SIZE, aten
+from qsweep.hub.nodes import arguments, constant, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
 

@@ -16,7 +16,9 @@ from qsweep.cuda.buffers import Value, channels_last, up
 from qsweep.cuda.numbers import requantize, residual
 from qsweep.cuda.place import IMAGE_CHANNELS, padding_of
 from qsweep.cuda.steps import Layer, RowLayer
-from qsweep.hub.form import LINEARS, arguments, aten, constant, source, weight_bits_of
+from qsweep.hub.form import weight_bits_of
+from qsweep.hub.kinds import LINEARS, aten
+from qsweep.hub.nodes import arguments, constant, source
 
 FEW_ROWS = 64
 """Products of at most so many rows are bound by reading their weights: linears read those of 4 bits packed.

@@ -13,7 +13,8 @@ from qsweep.cuda import pointwise, pool
 from qsweep.cuda.buffers import Value
 from qsweep.cuda.place import Places, joins_channels, spatial_pad
 from qsweep.cuda.steps import Layer, Move
-from qsweep.hub.form import LINEARS, NEAREST, arguments, aten
+from qsweep.hub.kinds import LINEARS, NEAREST, aten
+from qsweep.hub.nodes import arguments
 
 Launch = Callable[[], Any]
 

@@ -13,8 +13,10 @@ from qsweep.cuda.pointwise import inverse_of
 from qsweep.cuda.steps import Add, Layer, Norm, Operand, Pair
 from qsweep.errors import Refused
 from qsweep.hub.activations import function_of
-from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, Grid, arguments, aten, constant, grid_of, nodes_of, source
+from qsweep.hub.form import Grid, grid_of
 from qsweep.hub.integer import UNBOUNDED, Bounds
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE, aten
+from qsweep.hub.nodes import arguments, constant, nodes_of, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
 

@@ -12,7 +12,8 @@ from qsweep.cuda.plan import Plan
 from qsweep.cuda.pointwise import DIMENSIONS
 from qsweep.cuda.rooms import Rooms
 from qsweep.cuda.steps import OF_IMAGES, Layer, Move, Norm, Operand, Quantize, Step, reads, writes
-from qsweep.hub.form import CONVOLUTIONS, arguments, aten
+from qsweep.hub.kinds import CONVOLUTIONS, aten
+from qsweep.hub.nodes import arguments
 
 IMAGE_CHANNELS = 4
 """Room for channels where at most so many come and only dense convolutions read them: the kernel takes 4-byte loads."""

@@ -36,7 +36,9 @@ from qsweep.cuda.steps import (
 )
 from qsweep.errors import Refused
 from qsweep.hub.fixed import fixed_nodes
-from qsweep.hub.form import (
+from qsweep.hub.form import Grid, QuantizedModel, grid_of
+from qsweep.hub.integer import UNBOUNDED
+from qsweep.hub.kinds import (
     BINARY,
     COMPUTE,
     DEQUANTIZE,
@@ -47,18 +49,12 @@ from qsweep.hub.form import (
     QUANTIZE,
     RECTIFIERS,
     SIZE,
-    Grid,
-    QuantizedModel,
-    arguments,
     aten,
-    constant,
-    grid_of,
     keeps_grid,
     pool_count,
     rectified,
-    source,
 )
-from qsweep.hub.integer import UNBOUNDED
+from qsweep.hub.nodes import arguments, constant, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS
 
 WIDEST_NORM = 8192

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from qsweep.hub.form import aten
+from qsweep.hub.kinds import aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
 PRODUCTS = {

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from qsweep.cuda.plan import Plan
 from qsweep.cuda.products import PRODUCTS
 from qsweep.cuda.steps import OF_IMAGES, Float, Move, Rows, Step, reads, real_reads, writes, writes_real
-from qsweep.hub.form import COMPUTE
+from qsweep.hub.kinds import COMPUTE
 
 Key = tuple[fx.Node, bool]
 """A value: its node, and whether it is the real one."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qsweep.hub.form import DEQUANTIZE, QUANTIZE, QuantizedModel
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import DEQUANTIZE, QUANTIZE
 from qsweep.hub.macs import counted
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED
 

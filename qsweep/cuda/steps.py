@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qsweep.hub.form import NEAREST, Grid, aten, source
+from qsweep.hub.form import Grid
 from qsweep.hub.integer import Bounds
+from qsweep.hub.kinds import NEAREST, aten
+from qsweep.hub.nodes import source
 
 
 @dataclass(frozen=True)

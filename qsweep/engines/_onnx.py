@@ -18,7 +18,9 @@ from torch import Tensor
 from qsweep.engines._onnx_graph import add_weights, without_weights
 from qsweep.errors import BundleError, Refused, why
 from qsweep.hub.fixed import with_computed_layers
-from qsweep.hub.form import QuantizedModel, arguments, aten, nodes_of
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import arguments, nodes_of
 from qsweep.hub.save import DAMAGE, load_weights, save_weights
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from qsweep.engines._onnx_structure import add, skeleton
-from qsweep.hub.form import QUANTIZE, QuantizedModel, attributes, grid_of, nodes_of
+from qsweep.hub.form import QuantizedModel, grid_of
+from qsweep.hub.kinds import QUANTIZE
+from qsweep.hub.nodes import attributes, nodes_of
 from qsweep.hub.ties import steps_of_three
 
 if TYPE_CHECKING:

@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 
 from qsweep.errors import Refused, why
-from qsweep.hub.form import (
-    COMPUTE,
-    DEQUANTIZE,
-    QUANTIZE,
-    QuantizedModel,
-    aten,
-    attributes,
-    constant,
-    nodes_of,
-    set_constant,
-    source,
-)
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE, aten
+from qsweep.hub.nodes import attributes, constant, nodes_of, set_constant, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
 from qsweep.hub.save import structure
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from qsweep.hub.form import EMBEDDING, NAMESPACES, aten, nodes_of, source
+from qsweep.hub.kinds import EMBEDDING, NAMESPACES, aten
+from qsweep.hub.nodes import nodes_of, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation

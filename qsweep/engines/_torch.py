@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from qsweep.engines._torch_graph import for_patterns, multiplies_channels, with_grid_input
 from qsweep.errors import Refused, why
 from qsweep.hub.fixed import with_constants
-from qsweep.hub.form import DEQUANTIZE, TRANSPOSED, nodes_of, source
+from qsweep.hub.kinds import DEQUANTIZE, TRANSPOSED
+from qsweep.hub.nodes import nodes_of, source
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation
 

@@ -7,22 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from qsweep.hub.form import (
-    COMPUTE,
-    CONVOLUTIONS,
-    DEQUANTIZE,
-    NEAREST,
-    QUANTIZE,
-    RECTIFIERS,
-    SAME_GRID,
-    arguments,
-    aten,
-    constant,
-    grid_of,
-    nodes_of,
-    set_constant,
-    source,
-)
+from qsweep.hub.form import grid_of
+from qsweep.hub.kinds import COMPUTE, CONVOLUTIONS, DEQUANTIZE, NEAREST, QUANTIZE, RECTIFIERS, SAME_GRID, aten
+from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.weights import real_weight
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from qsweep.engines import _isa
 from qsweep.engines._torch import compiled
 from qsweep.engines._torch_graph import unsigned
-from qsweep.hub.form import DEQUANTIZE, QUANTIZE, aten, set_constant
+from qsweep.hub.kinds import DEQUANTIZE, QUANTIZE, aten
+from qsweep.hub.nodes import set_constant
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
 

@@ -7,15 +7,9 @@ from typing import cast
 import torch
 
 from qsweep.errors import Refused
-from qsweep.hub.form import (
-    COMPUTE,
-    DEQUANTIZE,
-    QuantizedModel,
-    constant,
-    grid_of,
-    nodes_of,
-    source,
-)
+from qsweep.hub.form import QuantizedModel, grid_of
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE
+from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS
 
 _LIMIT = 2**31

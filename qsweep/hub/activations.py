@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsweep.hub.fixed import fixed_nodes
-from qsweep.hub.form import Grid, aten, constant, nodes_of
+from qsweep.hub.form import Grid
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import constant, nodes_of
 from qsweep.hub.ops import QUICK_GELU
 from qsweep.hub.traced import replace_by
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qsweep.hub.form import aten, nodes_of, source
+from qsweep.hub.kinds import NORMS, aten
+from qsweep.hub.nodes import nodes_of, source
 from qsweep.hub.norm import affine, replace_weight, stands_alone
 from qsweep.hub.ops import LEAST_SCALE
 from qsweep.hub.readers import end_of
@@ -35,7 +36,7 @@ class Factors(nn.Module):
 def with_norm_layers(graph: fx.GraphModule) -> None:
     """Replace the batch norms that read an observed value, and whose result is only observed, by depthwise
     convolutions of one number with `Factors` on their weights, in place."""
-    for norm in nodes_of(graph, {aten.batch_norm.default}):
+    for norm in nodes_of(graph, NORMS):
         observed = source(norm), *end_of(norm).users
         if stands_alone(norm) and all(node.op == "call_module" for node in observed):
             _replace(graph, norm)

@@ -10,27 +10,10 @@ from torch import Tensor, fx
 from qsweep.errors import NotFinite
 from qsweep.hub.activations import function_of
 from qsweep.hub.affine import with_norm_layers
-from qsweep.hub.form import (
-    BINARY,
-    COMPUTE,
-    DEQUANTIZE,
-    POINTWISE,
-    POOLS,
-    QUANTIZE,
-    RECTIFIERS,
-    DynamicGrid,
-    Grid,
-    QuantizedModel,
-    RowGrid,
-    aten,
-    constant,
-    grid_of,
-    nodes_of,
-    pool_count,
-    set_constant,
-    source,
-)
+from qsweep.hub.form import DynamicGrid, Grid, QuantizedModel, RowGrid, grid_of
 from qsweep.hub.insert import ActivationObserver, WeightObserver
+from qsweep.hub.kinds import BINARY, COMPUTE, DEQUANTIZE, POINTWISE, POOLS, QUANTIZE, RECTIFIERS, aten, pool_count
+from qsweep.hub.nodes import constant, nodes_of, set_constant, source
 from qsweep.hub.norm import own_name
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS
 from qsweep.hub.ties import (

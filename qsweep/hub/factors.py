@@ -8,10 +8,9 @@ from typing import Any
 from torch import fx
 
 from qsweep.hub.fixed import fixed_nodes
-from qsweep.hub.form import CONVOLUTIONS, LINEARS, arguments, aten, nodes_of, source
-from qsweep.hub.traced import replace_by
-
-_NORMS = {aten.batch_norm.default}
+from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, NORMS, aten
+from qsweep.hub.nodes import arguments, nodes_of, source
+from qsweep.hub.traced import replace_by, shape_of
 
 
 def with_factors(graph: fx.GraphModule) -> None:
@@ -62,14 +61,11 @@ def _layers(value: fx.Node, axis: int | None, fixed: dict[fx.Node, None]) -> lis
         return [value] if _takes(value, axis, fixed) else []
     parts = value.all_input_nodes
     alone = len(value.users) == 1 and len(parts) == len(value.args) == 2 and not value.kwargs
-    if not alone or any(part in fixed or _shape(part) != _shape(value) for part in parts):
+    shape = shape_of(value)
+    if not alone or shape is None or any(part in fixed or shape_of(part) != shape for part in parts):
         return []
     found = [_layers(part, axis, fixed) for part in parts]
     return [layer for layers in found for layer in layers] if all(found) else []
-
-
-def _shape(node: fx.Node) -> list[str]:
-    return list(map(str, node.meta["val"].shape)) if "val" in node.meta else []
 
 
 def _axis(value: fx.Node, factor: Any) -> int | None:
@@ -104,7 +100,7 @@ def _behind(value: fx.Node, axis: int | None) -> tuple[fx.Node, int | None]:
 
 def _takes(layer: fx.Node, axis: int, fixed: dict[fx.Node, None]) -> bool:
     """Whether `layer` alone has its weights, its channels are `axis`, and nothing else reads what it gives."""
-    if layer.target not in CONVOLUTIONS | LINEARS | _NORMS or len(layer.users) > 1 or 1 not in _places(layer):
+    if layer.target not in CONVOLUTIONS | LINEARS | NORMS or len(layer.users) > 1 or 1 not in _places(layer):
         return False
     weights, rank = [source(layer, place) for place in _places(layer)], layer.meta["val"].dim()
     names = {each.target for each in weights if each.op == "get_attr"}

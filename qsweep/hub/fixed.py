@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import COMPUTE, QuantizedModel, aten, constant, nodes_of, reached, set_constant
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import COMPUTE, NORMS
+from qsweep.hub.nodes import constant, nodes_of, reached, set_constant
 from qsweep.hub.ops import STORED
 
-_READERS = COMPUTE | {aten.batch_norm.default}
+_READERS = COMPUTE | NORMS
 
 
 def with_fixed_weights(graph: fx.GraphModule) -> None:

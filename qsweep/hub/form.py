@@ -9,84 +9,24 @@ beside integer activations are float32 multiples of their accumulator's step. Wh
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.fx.passes.shape_prop import ShapeProp
 
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE
 from qsweep.hub.macs import counted
+from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.ops import (
     DEQUANTIZE_GROUPS,
     DEQUANTIZE_WEIGHT,
     LOOK_UP,
     QUANTIZE_DYNAMIC,
     QUANTIZE_ROWS,
-    QUICK_GELU,
     STORED,
 )
-
-aten = torch.ops.aten
-quantized = torch.ops.quantized_decomposed
-
-QUANTIZE = quantized.quantize_per_tensor.default
-DEQUANTIZE = quantized.dequantize_per_tensor.default
-
-NAMESPACES = ("aten", "quantized_decomposed", "qsweep")
-"""Of the ops that a graph may call: nothing else is looked up when one is loaded."""
-CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default}
-LINEARS = {aten.linear.default}
-COMPUTE = CONVOLUTIONS | LINEARS
-"""Ops that multiply activations (argument 0) by a weight (argument 1) and add a bias (argument 2)."""
-EMBEDDING = aten.embedding.default
-"""Looks rows up in a table (argument 0)."""
-TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
-GATED = {aten.lstm.input, aten.gru.input}
-"""Recurrent layers (parameters: argument 2) whose weights are stored in few bits and made real to compute with."""
-RECURRENT = GATED | {aten.rnn_tanh.input, aten.rnn_relu.input}
-"""In floating point everywhere; the only ops that give several tensors."""
-SIZE = aten.sym_size.int
-"""A number that depends on the batch."""
-BINARY = {aten.add.Tensor, aten.mul.Tensor}
-"""Sums and products of two values, element by element."""
-POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default}
-NEAREST = aten.upsample_nearest2d.vec
-SAME_GRID = {
-    aten.max_pool2d.default,
-    NEAREST,
-    aten.pixel_shuffle.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.slice.Tensor,
-    aten.pad.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    aten.cat.default,
-}
-"""Ops that only move or select values, see `keeps_grid`."""
-RECTIFIERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
-POINTWISE = {
-    aten.gelu.default,
-    aten.silu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-    aten.hardswish.default,
-    aten.hardsigmoid.default,
-    aten.elu.default,
-    aten.leaky_relu.default,
-    aten.mish.default,
-    aten.softplus.default,
-    QUICK_GELU,
-}
-"""Functions of one number: of integers they are tables, computed in float64."""
 
 
 class Grid(NamedTuple):
@@ -152,8 +92,7 @@ class QuantizedModel:
         """Its convolutions and linears, in order of execution."""
         with torch.no_grad():
             ShapeProp(self.graph).propagate(self.example)
-        nodes = [node for node in nodes_of(self.graph, COMPUTE) if constant(self.graph, node.args[1]) is not None]
-        return [self._layer(node, node.meta["tensor_meta"].shape) for node in nodes]
+        return [self._layer(node, node.meta["tensor_meta"].shape) for node in layers_of(self.graph)]
 
     @property
     def macs(self) -> int:
@@ -183,31 +122,9 @@ class QuantizedModel:
         return Layer(node, str(stored.target), macs, weight, weight_bits, input_bits)
 
 
-def nodes_of(graph: fx.GraphModule, targets: Collection[Any]) -> list[fx.Node]:
-    """The nodes that call one of `targets`, in order of execution."""
-    return [node for node in graph.graph.nodes if node.target in targets]
-
-
-def reached(start: Iterable[fx.Node], near: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """`start`, what is near it, and so on."""
-    found = set(start)
-    ends = [*found]
-    while ends:
-        new = set(near(ends.pop())) - found
-        ends += new
-        found |= new
-    return found
-
-
-def is_real(node: fx.Node) -> bool:
-    """Whether it is a tensor of real numbers, no indices or masks, as ShapeProp has seen it."""
-    meta = node.meta.get("tensor_meta")
-    return isinstance(meta, TensorMetadata) and meta.dtype.is_floating_point
-
-
-def source(node: fx.Node, index: int = 0) -> fx.Node:
-    """The node that gives `node` its argument `index`."""
-    return cast(fx.Node, node.args[index])
+def layers_of(graph: fx.GraphModule) -> list[fx.Node]:
+    """The convolutions and linears whose weights are constants, in order of execution."""
+    return [node for node in nodes_of(graph, COMPUTE) if constant(graph, node.args[1]) is not None]
 
 
 def grid_of(node: fx.Node) -> Grid:
@@ -236,78 +153,3 @@ def beside_weights(graph: fx.GraphModule) -> set[str]:
 def idle_zero_points(graph: fx.GraphModule) -> set[str]:
     """Names of the zero points of symmetric weights, which are all 0."""
     return {str(source(node, 2).target) for node in nodes_of(graph, {DEQUANTIZE_WEIGHT})}
-
-
-def keeps_grid(node: fx.Node) -> bool:
-    """Whether the output of `node` stays on the grid of its inputs, which must all be on one."""
-    if node.target is aten.pad.default:
-        given = arguments(node)
-        return given["mode"] == "constant" and not given["value"]
-    return node.target in SAME_GRID
-
-
-def rectified(node: fx.Node) -> tuple[float, float]:
-    """Between which real values a node of RECTIFIERS leaves its input."""
-    given = arguments(node)
-    if node.target is aten.hardtanh.default:
-        return float(given["min_val"]), float(given["max_val"])
-    if node.target is aten.clamp.default:
-        low, high = given["min"], given["max"]
-        return -math.inf if low is None else float(low), math.inf if high is None else float(high)
-    return 0.0, 6.0 if node.target is aten.relu6.default else math.inf
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by the names of its op's schema, defaults filled in."""
-    schema = cast(torch._ops.OpOverload, node.target)._schema
-    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
-    return {argument.name: argument.default_value for argument in schema.arguments} | given
-
-
-def pool_count(node: fx.Node, height: int, width: int) -> int | None:
-    """Elements that each output of a pool over (B, C, height, width) averages; None where their number differs."""
-    given = arguments(node)
-    if node.target is aten.adaptive_avg_pool2d.default:
-        return height * width if list(given["output_size"]) == [1, 1] else None
-    uneven = given["ceil_mode"] or (any(given["padding"] or [0]) and not given["count_include_pad"])
-    down, across = (*given["kernel_size"], *given["kernel_size"])[:2]
-    return None if uneven or given["divisor_override"] is not None else int(down * across)
-
-
-def constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
-    """The constant behind `node`: that of a get_attr, or the integers of stored weights; else None."""
-    if isinstance(node, fx.Node) and node.target in STORED:
-        node = source(node)
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value: Any = graph
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value if isinstance(value, Tensor) else None
-
-
-def set_constant(root: torch.nn.Module, name: str, value: Tensor, *, trainable: bool = False) -> None:
-    """Put `value` at the dotted `name`, replacing what is there."""
-    *path, last = name.split(".")
-    module = root
-    for part in path:
-        if not hasattr(module, part):
-            module.add_module(part, torch.nn.Module())
-        module = getattr(module, part)
-    if hasattr(module, last):
-        delattr(module, last)
-    if trainable:
-        module.register_parameter(last, torch.nn.Parameter(value))
-    else:
-        module.register_buffer(last, value)
-
-
-def attributes(graph: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
-    """The constants that the graph reads, by name, each once."""
-    seen = set()
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and node.target not in seen:
-            seen.add(node.target)
-            value = constant(graph, node)
-            if value is not None:
-                yield str(node.target), value

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from qsweep.errors import ExportFailure
-from qsweep.hub.form import aten, reached, source
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import reached, source
 from qsweep.hub.traced import line_of
 
 _SOMETIMES_VIEWS = {aten.reshape.default, aten.contiguous.default, aten.type_as.default}

@@ -13,22 +13,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.hub.fixed import fixed_nodes
-from qsweep.hub.form import (
-    COMPUTE,
-    EMBEDDING,
-    GATED,
-    LINEARS,
-    POOLS,
-    RECTIFIERS,
-    DynamicGrid,
-    Grid,
-    QuantizedModel,
-    RowGrid,
-    constant,
-    nodes_of,
-    rectified,
-    source,
-)
+from qsweep.hub.form import DynamicGrid, Grid, QuantizedModel, RowGrid, layers_of
+from qsweep.hub.kinds import EMBEDDING, GATED, LINEARS, POOLS, RECTIFIERS, rectified
+from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.readers import groups_of, moves, readers_on_grids, readers_that_are_layers
 from qsweep.hub.weights import Stored
 
@@ -86,7 +73,7 @@ def insert_observers(
     readers = readers_that_are_layers(graph) if layers_only else readers_on_grids(graph)
     groups = [[value] for value in readers] if layers_only else groups_of(graph, readers)
     signs = [all(map(_nonnegative, group)) for group in groups]
-    layers = {node: str(source(node, 1).target) for node in nodes_of(graph, COMPUTE) if _has_weight(graph, node)}
+    layers = {node: str(source(node, 1).target) for node in layers_of(graph)}
     edges = {next(iter(layers), None), next(reversed(layers), None)}
     for group, nonnegative in zip(groups, signs, strict=True):
         users = [user for value in group for user in readers[value] if user in layers]
@@ -117,7 +104,7 @@ def insert_observers(
 def _weights(graph: fx.GraphModule) -> dict[str, list[tuple[fx.Node, fx.Node]]]:
     """Those of layers, gated ones too, then tables that are looked up in and read by nothing else, which would keep the
     real ones beside them; by name: who reads them, and as what."""
-    read = [(node, source(node, 1)) for node in nodes_of(graph, COMPUTE) if _has_weight(graph, node)]
+    read = [(node, source(node, 1)) for node in layers_of(graph)]
     for node in nodes_of(graph, GATED):
         parameters = [(given, constant(graph, given)) for given in cast(Sequence[fx.Node], node.args[2])]
         read += [(node, given) for given, value in parameters if value is not None and value.dim() > 1]
@@ -133,10 +120,6 @@ def _read_as_it_is(graph: fx.GraphModule, table: str, readers: list[tuple[fx.Nod
     known = {reader for reader, _ in readers}
     nodes = [node for node in graph.graph.nodes if node.op == "get_attr" and node.target == table]
     return all(reader.target is EMBEDDING for reader in known) and any(node.users.keys() - known for node in nodes)
-
-
-def _has_weight(graph: fx.GraphModule, node: fx.Node) -> bool:
-    return constant(graph, node.args[1]) is not None
 
 
 def _looks_up(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import (
+from qsweep.hub.form import Grid
+from qsweep.hub.kinds import (
     BINARY,
     COMPUTE,
     DEQUANTIZE,
@@ -26,13 +27,12 @@ from qsweep.hub.form import (
     POOLS,
     QUANTIZE,
     RECTIFIERS,
-    Grid,
-    arguments,
     aten,
     keeps_grid,
     pool_count,
     rectified,
 )
+from qsweep.hub.nodes import arguments
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS, row_scale
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from qsweep.hub.fixed import fixed_nodes
-from qsweep.hub.form import aten, constant, nodes_of, reached, source
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import constant, nodes_of, reached, source
 from qsweep.hub.traced import replace_by, shape_of
 
 _PRODUCTS = {aten.addmm.default, aten.mm.default, aten.matmul.default}

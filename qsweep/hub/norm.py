@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import COMPUTE, TRANSPOSED, arguments, aten, constant, nodes_of, set_constant, source
+from qsweep.hub.kinds import COMPUTE, NORMS, TRANSPOSED
+from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, source
 
 
 def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
@@ -17,7 +18,7 @@ def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
     (PyTorch's exporter to ONNX and its compiler fold those of transposed convolutions wrongly or under old names.)
     w' = w * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta (Jacob et al. 2018, section 3.2).
     """
-    found = [norm for norm in nodes_of(graph, {aten.batch_norm.default}) if joins(norm, COMPUTE | TRANSPOSED)]
+    found = [norm for norm in nodes_of(graph, NORMS) if joins(norm, COMPUTE | TRANSPOSED)]
     for norms in alike(found):
         weight, bias = folded(graph, source(norms[0]), norms[0])
         replace_weight(graph, list(map(source, norms)), weight, bias)

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from torch import fx
 
-from qsweep.hub.form import arguments, aten, nodes_of, source
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import arguments, nodes_of, source
 from qsweep.hub.traced import replace_by, shape_of
 
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}

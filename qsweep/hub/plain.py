@@ -12,23 +12,10 @@ from qsweep.errors import ExportFailure
 from qsweep.hub.activations import with_activations
 from qsweep.hub.factors import with_factors
 from qsweep.hub.fixed import with_fixed_weights
-from qsweep.hub.form import (
-    CONVOLUTIONS,
-    LINEARS,
-    NAMESPACES,
-    POINTWISE,
-    RECTIFIERS,
-    RECURRENT,
-    TRANSPOSED,
-    arguments,
-    aten,
-    attributes,
-    nodes_of,
-    set_constant,
-    source,
-)
 from qsweep.hub.functional import functional
+from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, NAMESPACES, POINTWISE, RECTIFIERS, RECURRENT, TRANSPOSED, aten
 from qsweep.hub.linears import with_linears
+from qsweep.hub.nodes import arguments, attributes, nodes_of, set_constant, source
 from qsweep.hub.parts import without_tuples
 from qsweep.hub.pools import with_plain_borders, with_pools
 from qsweep.hub.regions import without_regions

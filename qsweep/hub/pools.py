@@ -8,7 +8,8 @@ from itertools import pairwise
 
 from torch import fx
 
-from qsweep.hub.form import RECTIFIERS, arguments, aten, nodes_of, rectified, source
+from qsweep.hub.kinds import RECTIFIERS, aten, rectified
+from qsweep.hub.nodes import arguments, nodes_of, source
 from qsweep.hub.traced import replace_by, shape_of
 
 _MEANS = {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default}

@@ -16,31 +16,17 @@ from __future__ import annotations
 
 from torch import fx
 
-from qsweep.hub.form import (
-    BINARY,
-    COMPUTE,
-    CONVOLUTIONS,
-    POINTWISE,
-    POOLS,
-    RECTIFIERS,
-    aten,
-    constant,
-    is_real,
-    keeps_grid,
-    nodes_of,
-    reached,
-    source,
-)
+from qsweep.hub.form import layers_of
+from qsweep.hub.kinds import BINARY, COMPUTE, CONVOLUTIONS, NORMS, POINTWISE, POOLS, RECTIFIERS, aten, keeps_grid
+from qsweep.hub.nodes import is_real, nodes_of, reached, source
 from qsweep.hub.norm import joins, stands_alone
-
-_NORMS = {aten.batch_norm.default}
 
 
 def readers_on_grids(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     """By value that is to be quantized, in order: who reads it so. Takes what ShapeProp and `fixed_nodes` know."""
     shown = reached([source(graph.graph.output_node())], lambda node: node.all_input_nodes if moves(node) else ())
     given, known = _given_by_convolutions(graph) - shown, _known(graph)
-    ends = {norm: end_of(norm) for norm in nodes_of(graph, _NORMS) if norm in known and stands_alone(norm)}
+    ends = {norm: end_of(norm) for norm in nodes_of(graph, NORMS) if norm in known and stands_alone(norm)}
     norms = {norm: end for norm, end in ends.items() if end not in shown}
     wanted: set[fx.Node] = set()
 
@@ -91,8 +77,7 @@ def moves(node: fx.Node) -> bool:
 
 def _given_by_convolutions(graph: fx.GraphModule) -> set[fx.Node]:
     """What convolutions give, norm and rectifier behind them, but for the last layer."""
-    layers = [node for node in nodes_of(graph, COMPUTE) if constant(graph, node.args[1]) is not None]
-    return {end_of(node) for node in layers[:-1] if node.target in CONVOLUTIONS}
+    return {end_of(node) for node in layers_of(graph)[:-1] if node.target in CONVOLUTIONS}
 
 
 def end_of(layer: fx.Node) -> fx.Node:
@@ -100,7 +85,7 @@ def end_of(layer: fx.Node) -> fx.Node:
     end = layer
     while len(end.users) == 1:
         (reader,) = end.users
-        if reader.target not in RECTIFIERS and not (reader.target in _NORMS and joins(reader)):
+        if reader.target not in RECTIFIERS and not (reader.target in NORMS and joins(reader)):
             break
         end = reader
     return end
@@ -132,7 +117,7 @@ def _known(graph: fx.GraphModule) -> set[fx.Node]:
         of_known = found.issuperset(value for value in node.all_input_nodes if not _fixed(value))
         if node.target is aten.mul.Tensor:
             kept = of_known and _of_two(node) and node.args[0] is not node.args[1]
-        elif node.target in POINTWISE | RECTIFIERS | _NORMS:
+        elif node.target in POINTWISE | RECTIFIERS | NORMS:
             kept = of_known
         else:
             kept = node.target in COMPUTE | POOLS | {aten.add.Tensor} or (of_known and moves(node))

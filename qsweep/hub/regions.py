@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from qsweep.errors import ExportFailure
-from qsweep.hub.form import nodes_of
+from qsweep.hub.nodes import nodes_of
 
 _GRADIENTS: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST: Any = torch.ops.higher_order.wrap_with_autocast

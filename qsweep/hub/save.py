@@ -14,14 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from qsweep.errors import BundleError
-from qsweep.hub.form import (
-    NAMESPACES,
-    QuantizedModel,
-    attributes,
-    idle_zero_points,
-    set_constant,
-    stored_bits,
-)
+from qsweep.hub.form import QuantizedModel, idle_zero_points, stored_bits
+from qsweep.hub.kinds import NAMESPACES
+from qsweep.hub.nodes import attributes, set_constant
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.packing import pack, unpack
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.form import COMPUTE, DEQUANTIZE, QUANTIZE, RECURRENT, QuantizedModel, aten, is_real, set_constant
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE, RECURRENT, aten
+from qsweep.hub.nodes import is_real, set_constant
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED, dynamic_fake_quantize, row_fake_quantize
 from qsweep.hub.weights import real_weight
 

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from qsweep.errors import ExportFailure
-from qsweep.hub.form import SIZE, arguments, aten, nodes_of
+from qsweep.hub.kinds import SIZE, aten
+from qsweep.hub.nodes import arguments, nodes_of
 from qsweep.hub.traced import line_of, shape_of
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.errors import ExportFailure
-from qsweep.hub.form import attributes, constant, set_constant
+from qsweep.hub.nodes import attributes, constant, set_constant
 from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT, LOOK_UP, dequantize_groups, look_up
 
 

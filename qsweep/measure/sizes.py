@@ -9,16 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qsweep.hub.form import (
-    DEQUANTIZE,
-    Layer,
-    QuantizedModel,
-    attributes,
-    beside_weights,
-    idle_zero_points,
-    source,
-    stored_bits,
-)
+from qsweep.hub.form import Layer, QuantizedModel, beside_weights, idle_zero_points, stored_bits
+from qsweep.hub.kinds import DEQUANTIZE
+from qsweep.hub.nodes import attributes, source
 from qsweep.hub.ops import STORED
 from qsweep.hub.weights import real_weight
 

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor, fx, nn
 
-from qsweep.hub.form import constant, source
+from qsweep.hub.nodes import constant, source
 from qsweep.quantize._arithmetic import WeightLevels
 from qsweep.quantize._calibrate import calibrated
 from qsweep.quantize._norm import FoldedNorm, weight_quantizers

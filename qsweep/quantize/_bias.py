@@ -15,7 +15,9 @@ from torch.fx.node import map_aggregate
 
 from qsweep.errors import NotFinite
 from qsweep.hub.convert import convert
-from qsweep.hub.form import COMPUTE, CONVOLUTIONS, QuantizedModel, constant, nodes_of, set_constant, source
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import COMPUTE, CONVOLUTIONS
+from qsweep.hub.nodes import constant, nodes_of, set_constant, source
 from qsweep.hub.norm import own_name
 from qsweep.hub.simulate import simulation
 from qsweep.quantize._calibrate import calibration_inputs

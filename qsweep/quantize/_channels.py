@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
-from qsweep.hub.form import COMPUTE, CONVOLUTIONS, POOLS, arguments, aten, constant, set_constant, source
+from qsweep.hub.kinds import COMPUTE, CONVOLUTIONS, POOLS, aten
+from qsweep.hub.nodes import arguments, constant, set_constant, source
 from qsweep.hub.norm import own_name
 
 _HOMOGENEOUS = POOLS | {aten.relu.default, aten.leaky_relu.default, aten.max_pool2d.default}

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.form import COMPUTE, QuantizedModel, constant, nodes_of
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import COMPUTE
+from qsweep.hub.nodes import constant, nodes_of
 from qsweep.quantize._channels import (
     has_own_weight,
     input_maxima,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.errors import NotFinite
-from qsweep.hub.form import QuantizedModel, attributes
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.nodes import attributes
 
 _BATCH = 64
 

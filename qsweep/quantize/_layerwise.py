@@ -12,8 +12,10 @@ from torch.fx.node import map_aggregate
 
 from qsweep.errors import NotFinite
 from qsweep.hub.convert import least_scales
-from qsweep.hub.form import COMPUTE, RECTIFIERS, DynamicGrid, Grid, QuantizedModel, RowGrid, constant, nodes_of, source
+from qsweep.hub.form import DynamicGrid, Grid, QuantizedModel, RowGrid
 from qsweep.hub.insert import ActivationObserver
+from qsweep.hub.kinds import COMPUTE, RECTIFIERS
+from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.ops import dynamic_fake_quantize, row_fake_quantize
 from qsweep.quantize._arithmetic import WeightLevels
 from qsweep.quantize._observers import NearestWeight

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qsweep.hub.form import arguments, aten, constant, nodes_of, set_constant, source
+from qsweep.hub.kinds import NORMS, aten
+from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, source
 from qsweep.hub.norm import alike, joins, own_name, replace_weight
 from qsweep.quantize._arithmetic import WeightLevels
 from qsweep.quantize._fake import FakeWeight
@@ -161,7 +162,7 @@ def _calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
 def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
     """Replace each convolution or linear (its weight observed) and the batch norm after it by a FoldedNorm, other batch
     norms by a LiveNorm."""
-    norms = nodes_of(graph, {aten.batch_norm.default})
+    norms = nodes_of(graph, NORMS)
     joined = [norm for norm in norms if joins(norm)]
     for norm in norms:
         if norm not in joined:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from qsweep.hub.form import LINEARS, arguments
+from qsweep.hub.kinds import LINEARS
+from qsweep.hub.nodes import arguments
 from qsweep.quantize._arithmetic import WeightLevels
 from qsweep.quantize._layerwise import Layer
 

@@ -6,7 +6,8 @@ from collections import defaultdict
 
 from torch import fx
 
-from qsweep.hub.form import aten, source
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import source
 from qsweep.quantize._fake import FakeActivation
 
 RECTIFIER = aten.relu.default

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from qsweep.hub.form import COMPUTE, QuantizedModel, nodes_of, set_constant, source
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import COMPUTE
+from qsweep.hub.nodes import nodes_of, set_constant, source
 from qsweep.hub.norm import own_name
 from qsweep.quantize._adaround import adaround
 from qsweep.quantize._arithmetic import WeightLevels

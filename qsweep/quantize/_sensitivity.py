@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from qsweep.errors import NotFinite, Refused
-from qsweep.hub.form import QuantizedModel, constant
+from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import Place
+from qsweep.hub.nodes import constant
 from qsweep.quantize._observers import NearestWeight
 from qsweep.quantize._prepare import preparation
 from qsweep.quantize.mixed import Mixed

@@ -9,7 +9,9 @@ from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.errors import NotFinite
-from qsweep.hub.form import QuantizedModel, aten, constant, nodes_of, source
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.quantize._channels import (
     input_maxima,
     output_axis,

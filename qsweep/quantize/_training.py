@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from qsweep.checkpoints import resumable
 from qsweep.hub.convert import convert
 from qsweep.hub.export import example_of, export
-from qsweep.hub.form import QuantizedModel, constant
+from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import insert_observers
+from qsweep.hub.nodes import constant
 from qsweep.hub.save import load, save
 from qsweep.quantize._begin import begin_rounded
 from qsweep.quantize._calibrate import calibration_inputs, observe

@@ -87,6 +87,8 @@ def fit(
         first = state.restore(checkpoint) if checkpoint else 0
         set_mode(model, training=True)
         step = _replayed(issued, model, optimizer, batches)
+        if progress is not None:
+            progress(f"epoch {first + 1}/{training.epochs}")
         for epoch in range(first, training.epochs):
             losses = Losses(device)
             for number, (inputs, labels) in enumerate(batches, epoch * steps + 1):

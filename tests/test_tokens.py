@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from layout_networks import Tokens
 from networks import Noise, context, digits, network
 from torch import Tensor, nn
 
@@ -29,6 +32,7 @@ from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression
+from qsweep.store import Store
 
 INPUTS = Noise(50).inputs
 
@@ -110,10 +114,64 @@ def test_engines_that_have_kernels_take_it_and_others_say_which_do() -> None:
     config = Compression(quantize=PTQ(activation_mode="token"))
     assert Cuda().refuses(config) is None
     assert Reference().refuses(config) is None
-    for engine in (Inductor(), OnnxRuntime()):
-        assert "`cuda` and `reference` take `token`" in (engine.refuses(config) or "")
+    assert OnnxRuntime().refuses(config) is None
+    assert "`cuda`, `onnxruntime` and `reference` take `token`" in (Inductor().refuses(config) or "")
     assert Float().refuses(config)
     assert Float(simulate=True).refuses(config) is None
+
+
+class Attention(nn.Module):
+    """Tokens (B, 8, 8): projections with and without bias, and a weight that two linears share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(8, 12), nn.Linear(8, 12, bias=False), nn.Linear(8, 12)
+        self.shared, self.head = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.squeeze(1)
+        found = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        found = self.shared(torch.tanh(self.shared(found)))
+        logits: Tensor = self.head(found.mean(1))
+        return logits + x[:, 0, :5]
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> Callable[[QuantizedModel], Path]:
+    def lowered(model: QuantizedModel) -> Path:
+        folder = tmp_path / "artifact"
+        folder.mkdir()
+        OnnxRuntime().lower(model, folder, Store(tmp_path / "onnx"))
+        return folder
+
+    return lowered
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+def test_onnxruntime_gives_the_bits_of_the_reference(
+    bits: int, deployed: Callable[[QuantizedModel], Path], tmp_path: Path
+) -> None:
+    model = by_token(tmp_path, activation_bits=bits)
+    folder = deployed(model)
+    run, reference = OnnxRuntime().load(folder), IntegerInterpreter(model.graph)
+    inputs = torch.cat([INPUTS, torch.zeros(1, 1, 8, 8), 1e-40 * INPUTS[:1], 1e30 * INPUTS[:1]])
+    assert torch.equal(run(inputs), reference(inputs))
+    assert OnnxRuntime().integer_macs(folder, run, inputs) == reference.integer_macs > 0
+    assert torch.equal(run(inputs[:1]), run(inputs)[:1])
+
+
+@pytest.mark.parametrize("kind", [Attention, Tokens])
+def test_onnxruntime_runs_every_linear_of_a_transformer_on_integers(
+    kind: type[nn.Module], deployed: Callable[[QuantizedModel], Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = PTQ(activation_mode="token").apply(kind().eval(), context(tmp_path, task=Noise(50)))
+    folder = deployed(model)
+    run, reference = OnnxRuntime().load(folder), IntegerInterpreter(model.graph)
+    torch.testing.assert_close(run(INPUTS), reference(INPUTS), atol=0.02, rtol=0)
+    assert OnnxRuntime().integer_macs(folder, run, INPUTS) == reference.integer_macs
+    layers = sum(layer.macs for layer in model.layers() if layer.node.target in LINEARS)
+    assert reference.integer_macs == len(INPUTS) * layers
 
 
 def test_the_scheme_of_activations_and_calibration_do_not_count() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qsweep.engines._onnx_structure import add, skeleton
+from qsweep.engines._onnx_tokens import with_token_grids
 from qsweep.hub.form import QuantizedModel, grid_of
 from qsweep.hub.kinds import QUANTIZE
 from qsweep.hub.nodes import attributes, nodes_of
@@ -30,6 +31,7 @@ def without_weights(model: QuantizedModel, store: Store) -> onnx.ModelProto:
     """The graph of `model` with its grids; the weights are inputs of nodes that nothing gives yet."""
     content = skeleton(model, store)
     _fill(content, [grid_of(node) for node in nodes_of(model.graph, {QUANTIZE})])
+    with_token_grids(content)
     names = {name for name, _ in attributes(model.graph)}
     inline = [tensor for tensor in content.graph.initializer if tensor.name not in names]
     del content.graph.initializer[:]

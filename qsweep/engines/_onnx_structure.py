@@ -8,7 +8,7 @@ import io
 import warnings
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from qsweep.errors import Refused, why
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE, aten
 from qsweep.hub.nodes import attributes, constant, nodes_of, set_constant, source
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS, STORED
 from qsweep.hub.save import structure
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _with_quick_gelus(content)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 9, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 10, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
@@ -63,9 +63,13 @@ def _other_constants(model: QuantizedModel) -> dict[str, str]:
 _MARK = 9 / 64
 """Fraction of the factors that stand for grids; a number that float32 holds exactly and models do not multiply by."""
 
+ROWS = 27 / 64
+"""Fraction of those that stand for rows on grids of their own; before the point stands their highest integer."""
+
 
 def _marked(model: QuantizedModel) -> tuple[torch.fx.GraphModule, set[str]]:
-    """The graph with one multiplication for each quantize-dequantize pair, and the names of its integer weights.
+    """The graph with one multiplication for each quantize-dequantize pair and for quantized rows, and the names of its
+    integer weights.
 
     The exporter takes half of its time for these pairs; it passes a multiplication on as it is. Weights and biases have
     random values: it drops a bias of zeros, and one of two constants that are equal.
@@ -79,6 +83,10 @@ def _marked(model: QuantizedModel) -> tuple[torch.fx.GraphModule, set[str]]:
         for pair in [user for user in node.users if user.target is DEQUANTIZE]:
             with graph.graph.inserting_before(pair):
                 pair.replace_all_uses_with(graph.graph.call_function(aten.mul.Tensor, (node.args[0], i + _MARK)))
+    for node in nodes_of(graph, {QUANTIZE_ROWS}):
+        with graph.graph.inserting_before(node):
+            high = cast(int, node.args[2])
+            node.replace_all_uses_with(graph.graph.call_function(aten.mul.Tensor, (node.args[0], high + ROWS)))
     for node in nodes_of(graph, {DEQUANTIZE_WEIGHT}):
         name = str(source(node).target)
         weights.add(name)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qsweep.hub.form import QuantizedModel
-    from qsweep.quantize.base import Quantization
     from qsweep.spec import Compression
     from qsweep.store import Store
 
@@ -24,12 +23,6 @@ Runner = Callable[["Tensor"], "Tensor"]
 
 The output may lie in a buffer that the next call writes to.
 """
-
-
-def not_static(quantize: Quantization) -> str | None:
-    """Why integer kernels that need every range beforehand cannot compute it, or None."""
-    by_token = "they need ranges fixed beforehand (`activation_mode: static`); `cuda` and `reference` take `token`"
-    return quantize.not_integer or (by_token if quantize.by_token else None)
 
 
 class EngineConfig(Config, ABC):

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qsweep.engines.base import EngineConfig, Runner, not_static
+from qsweep.engines.base import EngineConfig, Runner
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from qsweep.hub.form import QuantizedModel
     from qsweep.spec import Compression
     from qsweep.store import Store
+
+_BY_TOKEN = (
+    "they need ranges fixed beforehand (`activation_mode: static`); `cuda`, `onnxruntime` and `reference` take `token`"
+)
 
 
 class Inductor(EngineConfig):
@@ -31,7 +35,8 @@ class Inductor(EngineConfig):
         return no_compiler()
 
     def refuses(self, config: Compression) -> str | None:
-        reason = "no stage quantizes" if config.quantize is None else not_static(config.quantize)
+        given = config.quantize
+        reason = "no stage quantizes" if given is None else given.not_integer or (_BY_TOKEN if given.by_token else None)
         return reason and f"integer kernels cannot run it: {reason}; `float` is the same compiler in floating point"
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qsweep.engines.base import EngineConfig, Runner, not_static
+from qsweep.engines.base import EngineConfig, Runner
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class OnnxRuntime(EngineConfig):
         return f"`{missing[0]}` is not installed: `pip install {missing[0]}`" if missing else None
 
     def refuses(self, config: Compression) -> str | None:
-        reason = config.quantize and not_static(config.quantize)
+        reason = config.quantize and config.quantize.not_integer
         return f"ONNX Runtime's integer kernels cannot run it: {reason}; use `float`" if reason else None
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:

@@ -477,12 +477,13 @@ def test_the_label_says_it() -> None:
     [found for found in members(Quantization, "qsweep.quantize") if issubclass(found, Grids)],
     ids=lambda found: found.__name__,
 )
-def test_methods_that_fit_ranges_beforehand_refuse_it(method: type[Grids]) -> None:
-    if method.takes_dynamic:
-        assert method.model_validate({"activation_mode": "dynamic"}).label().endswith("-dynamic")
+@pytest.mark.parametrize("mode", ["dynamic", "token"])
+def test_a_mode_that_a_method_does_not_have_is_refused(mode: str, method: type[Grids]) -> None:
+    if mode in method.modes:
+        assert f"-{mode}" in method.model_validate({"activation_mode": mode}).label()
     else:
-        with pytest.raises(ValidationError, match="must be `static`"):
-            method.model_validate({"activation_mode": "dynamic"})
+        with pytest.raises(ValidationError, match=rf"must be `static`.* \(got `{mode}`\)"):
+            method.model_validate({"activation_mode": mode})
 
 
 def test_a_deployed_dynamic_model_agrees_with_its_simulation_at_the_batch_size_of_the_target(tmp_path: Path) -> None:

@@ -23,14 +23,23 @@ from qsweep.engines.reference import Reference
 from qsweep.errors import Refused
 from qsweep.evaluate import predict
 from qsweep.hub.accumulators import check_accumulators
-from qsweep.hub.form import QuantizedModel
+from qsweep.hub.convert import convert
+from qsweep.hub.form import QuantizedModel, layers_of
+from qsweep.hub.insert import Place
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, QUANTIZE
 from qsweep.hub.nodes import nodes_of, source
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, row_fake_quantize
 from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
+from qsweep.quantize._fake import FakeActivation
+from qsweep.quantize._fake_activations import TokenGrids
+from qsweep.quantize._training import finished, prepared, start
+from qsweep.quantize.dorefa import DoReFa
+from qsweep.quantize.lsq import LSQ
 from qsweep.quantize.ptq import PTQ
+from qsweep.quantize.qat import QAT
+from qsweep.quantize.trained import Trained
 from qsweep.spec import Compression
 from qsweep.store import Store
 
@@ -118,6 +127,54 @@ def test_engines_that_have_kernels_take_it_and_others_say_which_do() -> None:
     assert "`cuda`, `onnxruntime` and `reference` take `token`" in (Inductor().refuses(config) or "")
     assert Float().refuses(config)
     assert Float(simulate=True).refuses(config) is None
+
+
+@pytest.mark.parametrize("method", [QAT, LSQ, DoReFa])
+def test_what_a_training_rounds_is_what_ships(method: type[Trained], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = method(activation_mode="token", weight_bits=4, activation_bits=5, bits_schedule=(8,), epochs=2)
+    model, found = Attention().eval(), context(tmp_path, task=Noise(50))
+    live = prepared(config, model, found)
+    for bits, expected in ((8, 8), (2, 5)):
+        start(live.graph, bits, None)
+        assert {module.bits for module in live.graph.modules() if isinstance(module, TokenGrids)} == {expected}
+    rounded = live.graph(INPUTS)
+    save(convert(finished(live)), tmp_path)
+    shipped = load(tmp_path)
+    assert {source(node).target for node in layers_of(shipped.graph)} == {QUANTIZE_ROWS}
+    assert {(layer.weight_bits, layer.activation_bits) for layer in shipped.layers()} == {(4, 5)}
+    torch.testing.assert_close(simulation(shipped)(INPUTS), rounded, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [QAT, LSQ])
+def test_training_wins_back_what_few_bits_lose(method: type[Trained]) -> None:
+    model, found, _ = digits()
+    fields = {"activation_mode": "token", "weight_bits": 2}
+    inputs, labels = found.task.samples("validation")
+    accuracy = [
+        found.task.score(predict(simulation(config.apply(model, found)), found.task, inputs), labels).float().mean()
+        for config in (PTQ.model_validate(fields), method.model_validate(fields | {"epochs": 2}))
+    ]
+    assert accuracy[1] > accuracy[0] + 0.05
+
+
+def test_a_relu_stays_before_rows_that_are_symmetric(tmp_path: Path) -> None:
+    live = prepared(QAT(activation_mode="token"), network("mlp"), context(tmp_path, "mlp"))
+    assert nodes_of(live.graph, {torch.ops.aten.relu.default})
+    assert not any(module.rectifies for module in live.graph.modules() if isinstance(module, FakeActivation))
+
+
+def test_gradients_and_values_of_rows_are_those_of_the_contract() -> None:
+    place = Place(("head.weight",), edge=False, rows=True)
+    quantizer = TokenGrids(QAT(activation_mode="token", activation_bits=4), place)
+    quantizer.watch(2)
+    quantizer.start()
+    values = (torch.randn(3, 5, 9) * torch.logspace(-20, 20, 15).reshape(3, 5, 1)).requires_grad_()
+    found = quantizer(values)
+    assert torch.equal(found, row_fake_quantize(values.detach(), -7, 7))
+    found.sum().backward()
+    assert values.grad is not None
+    assert values.grad.unique().tolist() == [1.0]
 
 
 class Attention(nn.Module):

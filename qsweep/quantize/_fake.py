@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qsweep.hub.form import Grid
+from qsweep.hub.form import Grid, RowGrid
 from qsweep.hub.insert import Place
 from qsweep.quantize import _fused
 from qsweep.quantize._arithmetic import WeightLevels
@@ -34,8 +34,10 @@ class FakeActivation(nn.Module):
     """Stands on an activation: observes, then, once started, rounds as it will be rounded when shipped."""
 
     enabled = False
+    joins = True
+    """Whether it can stand for a ReLU before it, too: a grid that begins at 0 does what that does."""
     rectifies = False
-    """Whether it stands for the ReLU before it, too: a grid that begins at 0 does what that does."""
+    """Whether it does."""
 
     def __init__(self, config: Uniform, place: Place) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class FakeActivation(nn.Module):
     def rounded(self, values: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def grid(self) -> Grid:
+    def grid(self) -> Grid | RowGrid:
         """See `qsweep.hub.insert.ActivationObserver`."""
         raise NotImplementedError
 

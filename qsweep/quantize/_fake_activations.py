@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qsweep.hub.form import Grid
+from qsweep.hub.form import Grid, RowGrid
 from qsweep.hub.insert import Place
-from qsweep.hub.ops import LEAST_SCALE
+from qsweep.hub.ops import LEAST_SCALE, row_scale
 from qsweep.quantize._arithmetic import EMPTY_SCALE
 from qsweep.quantize._fake import (
     FakeActivation,
@@ -17,6 +17,7 @@ from qsweep.quantize._fake import (
     straight_through,
     straight_through_observed,
 )
+from qsweep.quantize._observers import activation_bits
 from qsweep.quantize.base import Uniform
 
 _SMALLEST = 2.0**-10
@@ -65,6 +66,26 @@ class LearnedStep(FakeActivation):
     @torch.no_grad()
     def settle(self) -> None:
         self.scale.clamp_(min=self.smallest)
+
+
+class TokenGrids(FakeActivation):
+    """A symmetric grid for each row, which it sets itself (`activation_mode: token`): nothing is learned."""
+
+    joins = False
+
+    def watch(self, bits: int) -> None:
+        self.bits, self.observer, self.enabled = max(bits, activation_bits(self.config, self.place)), None, False
+
+    def start(self) -> None:
+        self.enabled = True
+
+    def rounded(self, values: Tensor) -> Tensor:
+        values, high = values.float(), self.grid().high
+        return straight_through(values, row_scale(values, high), float(-high), 2 * high)
+
+    def grid(self) -> RowGrid:
+        high = (1 << (self.bits - 1)) - 1
+        return RowGrid(-high, high)
 
 
 class EndsOfRange(FakeActivation):

@@ -19,10 +19,11 @@ def join_rectifiers(graph: fx.GraphModule) -> None:
     A quantizer of several values does so if all of them are such ReLUs.
     """
     for nodes in _quantized(graph).values():
-        rectifiers = [source(node) for node in nodes]
-        if not all(rectifier.target is RECTIFIER and len(rectifier.users) == 1 for rectifier in rectifiers):
+        rectifiers, quantizer = [source(node) for node in nodes], _quantizer(graph, nodes[0])
+        alone = all(rectifier.target is RECTIFIER and len(rectifier.users) == 1 for rectifier in rectifiers)
+        if not (alone and quantizer.joins):
             continue
-        _quantizer(graph, nodes[0]).rectifies = True
+        quantizer.rectifies = True
         for node, rectifier in zip(nodes, rectifiers, strict=True):
             node.meta["rectifier"] = dict(rectifier.meta)
             node.update_arg(0, source(rectifier))

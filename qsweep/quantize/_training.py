@@ -11,12 +11,13 @@ from qsweep.checkpoints import resumable
 from qsweep.hub.convert import convert
 from qsweep.hub.export import example_of, export
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.insert import insert_observers
+from qsweep.hub.insert import Place, insert_observers
 from qsweep.hub.nodes import constant
 from qsweep.hub.save import load, save
 from qsweep.quantize._begin import begin_rounded
 from qsweep.quantize._calibrate import calibration_inputs, observe
 from qsweep.quantize._fake import FakeActivation, FakeWeight
+from qsweep.quantize._fake_activations import TokenGrids
 from qsweep.quantize._fake_weights import RangeWeight
 from qsweep.quantize._norm import FoldedNorm, join_norms, ship_weights, split_norms, weight_quantizers
 from qsweep.quantize._observers import apart, embedding_observer
@@ -40,7 +41,7 @@ def _train(config: Trained, model: nn.Module, context: Context, checkpoints: Pat
     live = prepared(config, model, context)
     if (ptq := config.starts_from()) is not None:
         begin_rounded(live.graph, ptq, model, context)
-    inputs = calibration_inputs(config, context) if config.activation_bits else None
+    inputs = calibration_inputs(config, context) if config.looks_at_samples else None
     stages = [*config.widths()[:-1], 2]  # in the last one everything has its own bits, however few
     for number, (bits, epochs) in enumerate(zip(stages, config.epochs_at(), strict=True)):
         start(live.graph, bits, inputs)
@@ -54,14 +55,21 @@ def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedMo
     config.check_layers(live.layers())
     insert_observers(
         live,
-        lambda place: config.activation(place) if config.activation_bits else None,
+        lambda place: _activation(config, place),
         config.weight,
         lambda: embedding_observer(config, RangeWeight),
         apart=lambda place: apart(config, place),
+        layers_only=config.by_token,
     )
     join_norms(live.graph, fold_scales=config.weight_granularity == "channel")
     join_rectifiers(live.graph)
     return live
+
+
+def _activation(config: Trained, place: Place) -> FakeActivation | None:
+    if config.by_token:
+        return TokenGrids(config, place) if place.rows else None
+    return config.activation(place) if config.activation_bits else None
 
 
 def start(graph: fx.GraphModule, bits: int, inputs: Tensor | None) -> None:

@@ -79,8 +79,8 @@ class Grids(LowBit):
     are integers on the grid, so that 0 is exact (Jacob et al. 2018, section 2.1).
     """
 
-    takes_dynamic: ClassVar[bool] = False
-    """Whether modes other than `activation_mode: static` are implemented."""
+    modes: ClassVar[tuple[str, ...]] = ("static",)
+    """What `activation_mode` may be."""
     weight_scheme: Scheme = "symmetric"
     """Symmetric levels are as many below zero as above, 2^bits - 1 of them; asymmetric ones fit both ends."""
     weight_granularity: Literal["channel", "tensor"] = "channel"
@@ -105,8 +105,8 @@ class Grids(LowBit):
     """static: ranges are fixed by calibration. dynamic: each batch sets the range of what convolutions and linears
     read, so that samples of one batch share it and a result depends on its batch; sums and pools stay in floating
     point, and there is no calibration. token: as dynamic, but each row that a linear reads (a token of a transformer)
-    sets a symmetric range of its own, so that no result depends on others; convolutions read floating point. Counts
-    where `activation_bits` is not null."""
+    sets a symmetric range of its own, so that no result depends on others; convolutions read floating point. Trainings
+    take static and, but for `pact`, token. Counts where `activation_bits` is not null."""
     layer_bits: dict[str, Bits] = {}
     """Bits of the weights of some layers, by a pattern of their names, such as `layer1.*: 6`; of several patterns that
     match, the longest counts. Goes before `edge_bits`. Each pattern must match a layer."""
@@ -128,9 +128,10 @@ class Grids(LowBit):
         return self
 
     @model_validator(mode="after")
-    def _fixed_ranges_where_needed(self) -> Grids:
-        if self.activation_mode != "static" and not self.takes_dynamic:
-            raise ValueError("`activation_mode` must be `static` for this method, which fits ranges beforehand")
+    def _a_mode_of_the_method(self) -> Grids:
+        if self.activation_mode not in self.modes:
+            known = " or ".join(f"`{mode}`" for mode in self.modes)
+            raise ValueError(f"`activation_mode` must be {known} for this method (got `{self.activation_mode}`)")
         return self
 
     @property

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class PostTraining(Grids):
     """What a trained model can be given without training: fields that `ptq` and `mixed` share."""
 
-    takes_dynamic: ClassVar[bool] = True
+    modes: ClassVar[tuple[str, ...]] = ("static", "dynamic", "token")
     equalize: bool = False
     """Cross-layer equalization (Nagel et al. 2019, section 4.1, equations 11 to 13): channels between two layers with
     nothing but ReLU or pooling between them get one range, which tells most for weights with one scale a tensor. ReLU6

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,7 @@ class Trained(Uniform):
     model that `task.training.compile` cannot take.
     """
 
+    modes: ClassVar[tuple[str, ...]] = ("static", "token")
     epochs: Annotated[int, Field(ge=1)] = 1
     """Over the train split."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None

@@ -1,7 +1,7 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [network] [chain] [latency]
+    python benchmarks/zoo.py [network] [token] [chain] [latency]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
 against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Chains of its kernels
@@ -48,14 +48,14 @@ Random weights, four inputs, smallest members of their families. Measured: devia
 model's, and of ONNX Runtime's from the reference's, over the deviation of the model's outputs; the share of multiply-
 accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point. Of chains of kernels: the integers of
 one input (after @ an image's pixels a side) that are not the reference's; behind norms and softmax a float may fall
-on the other side of a tie, and what follows from it. Latencies are medians of ONNX Runtime on one thread for one
-image of 224 pixels a side.
+on the other side of a tie, and what follows from it. Tokens: ranges that each row of a linear sets itself. Latencies
+are medians of ONNX Runtime on one thread for one image of 224 pixels a side.
 """
 
 
 @contextmanager
-def quantized(name: str) -> Iterator[tuple[nn.Module, Tensor, QuantizedModel, Context]]:
-    """A network in float and in 8 bits, its inputs, and what stages work in."""
+def quantized(name: str, mode: str = "static") -> Iterator[tuple[nn.Module, Tensor, QuantizedModel, Context]]:
+    """A network in float and in 8 bits, its inputs, and what stages work in; `mode` is that of the activations."""
     import torch
 
     sys.path.insert(0, str(HERE.parent / "tests"))
@@ -68,7 +68,8 @@ def quantized(name: str) -> Iterator[tuple[nn.Module, Tensor, QuantizedModel, Co
     model, inputs = made(name)
     with tempfile.TemporaryDirectory() as folder:
         found = context(Path(folder), task=Noise(inputs=inputs))
-        yield model, inputs, PTQ(calibration_samples=len(inputs)).apply(model, found), found
+        config = PTQ.model_validate({"calibration_samples": len(inputs), "activation_mode": mode})
+        yield model, inputs, config.apply(model, found), found
 
 
 def lowered(engine: OnnxRuntime, graph: QuantizedModel, found: Context, kind: str) -> tuple[Path, Runner]:
@@ -78,12 +79,12 @@ def lowered(engine: OnnxRuntime, graph: QuantizedModel, found: Context, kind: st
     return artifact, engine.load(artifact)
 
 
-def network(name: str) -> dict[str, Any]:
+def network(name: str, mode: str = "static") -> dict[str, Any]:
     """How far quantized outputs are from the model's, ONNX Runtime's from the reference's; shares of integers."""
     from qsweep.engines.onnxruntime import OnnxRuntime
     from qsweep.hub.integer import IntegerInterpreter
 
-    with quantized(name) as (model, inputs, graph, found):
+    with quantized(name, mode) as (model, inputs, graph, found):
         wanted, reference = model(inputs).detach(), IntegerInterpreter(graph.graph)(inputs)
         engine = OnnxRuntime(batch_size=len(inputs))
         artifact, runner = lowered(engine, graph, found, "int8")
@@ -99,6 +100,11 @@ def network(name: str) -> dict[str, Any]:
         planned = plan(graph, len(inputs))
         figures |= {"cuda": planned.macs[0] / work, "islands": planned.islands}
     return figures
+
+
+def token(name: str) -> dict[str, Any]:
+    """The same with ranges by token."""
+    return network(name, "token")
 
 
 def chain(name: str) -> dict[str, Any]:
@@ -175,6 +181,7 @@ def row(part: str, name: str) -> tuple[str, str, str, bool]:
 Say = Callable[[dict[str, Any]], tuple[str, bool]]
 PARTS: dict[str, tuple[str, str, Say]] = {
     "network": ("less apart from the reference than int8 from float", "", said_of_network),
+    "token": ("less apart from the reference than int8 from float", ", tokens", said_of_network),
     "chain": ("none differs, one in 1000 behind floats", ", chain", said_of_chain),
     "latency": ("under float32", ", latency", said_of_latency),
 }
@@ -199,7 +206,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     from zoo_models import CHAINS, LATENCIES, NAMES
 
-    names = {"network": NAMES, "chain": CHAINS, "latency": LATENCIES}
+    transformers = [name for name in NAMES if name.startswith("transformers ")]
+    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "latency": LATENCIES}
     for part in sys.argv[1:] or PARTS:
         there = [name for name in names[part] if find_spec(name.split()[0])]
         with ThreadPoolExecutor(1 if part == "latency" else os.cpu_count()) as pool:

@@ -58,7 +58,8 @@ class _Rows:
     def _quantize(self, node: onnx.NodeProto) -> None:
         """`NAME.integers` and `NAME.scale` (..., 1), and the real values for whoever else reads them.
 
-        Scales under `LEAST_SCALE` become that, not 1: such rows are nothing but zeros all the same, or next to it.
+        Scales under `LEAST_SCALE` become that, not 1: such rows are nothing but zeros all the same, or next to it. The
+        runtime's maximum of a row overlooks NaN.
         """
         given, name = node.input[0], node.output[0]
         last, high = self._constant("rows.last", np.array([-1])), self.high[name]

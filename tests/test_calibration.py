@@ -482,7 +482,7 @@ def test_a_mode_that_a_method_does_not_have_is_refused(mode: str, method: type[G
     if mode in method.modes:
         assert f"-{mode}" in method.model_validate({"activation_mode": mode}).label()
     else:
-        with pytest.raises(ValidationError, match=rf"must be `static`.* \(got `{mode}`\)"):
+        with pytest.raises(ValidationError, match="`activation_mode` must be `static`"):
             method.model_validate({"activation_mode": mode})
 
 

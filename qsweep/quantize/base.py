@@ -131,7 +131,7 @@ class Grids(LowBit):
     def _a_mode_of_the_method(self) -> Grids:
         if self.activation_mode not in self.modes:
             known = " or ".join(f"`{mode}`" for mode in self.modes)
-            raise ValueError(f"`activation_mode` must be {known} for this method (got `{self.activation_mode}`)")
+            raise ValueError(f"`activation_mode` must be {known} for this method")
         return self
 
     @property

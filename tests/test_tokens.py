@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from layout_networks import Tokens
 from networks import Noise, context, digits, network
 from torch import Tensor, nn
 
+from qsweep.engines import EngineConfig
 from qsweep.engines.cuda import Cuda
 from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
@@ -119,12 +119,9 @@ def test_it_keeps_the_accuracy_of_a_trained_network() -> None:
     assert scores[1].float().mean() > scores[0].float().mean() - 0.02
 
 
-def test_engines_that_have_kernels_take_it_and_others_say_which_do() -> None:
+def test_every_engine_of_integers_takes_it() -> None:
     config = Compression(quantize=PTQ(activation_mode="token"))
-    assert Cuda().refuses(config) is None
-    assert Reference().refuses(config) is None
-    assert OnnxRuntime().refuses(config) is None
-    assert "`cuda`, `onnxruntime` and `reference` take `token`" in (Inductor().refuses(config) or "")
+    assert all(engine().refuses(config) is None for engine in (Cuda, Inductor, OnnxRuntime, Reference))
     assert Float().refuses(config)
     assert Float(simulate=True).refuses(config) is None
 
@@ -193,42 +190,31 @@ class Attention(nn.Module):
         return logits + x[:, 0, :5]
 
 
-@pytest.fixture
-def deployed(tmp_path: Path) -> Callable[[QuantizedModel], Path]:
-    def lowered(model: QuantizedModel) -> Path:
-        folder = tmp_path / "artifact"
-        folder.mkdir()
-        OnnxRuntime().lower(model, folder, Store(tmp_path / "onnx"))
-        return folder
-
-    return lowered
+def assert_deployed(engine: EngineConfig, model: QuantizedModel, inputs: Tensor, place: Path, **apart: float) -> None:
+    """All that the reference computes in integers `engine` does, too, and its outputs are no further apart."""
+    folder = place / "artifact"
+    folder.mkdir()
+    engine.lower(model, folder, Store(place / "lowered"))
+    run, reference = engine.load(folder), IntegerInterpreter(model.graph)
+    torch.testing.assert_close(run(inputs), reference(inputs), **apart)
+    layers = sum(layer.macs for layer in model.layers() if layer.node.target in LINEARS)
+    assert engine.integer_macs(folder, run, inputs) == reference.integer_macs == len(inputs) * layers
 
 
 @pytest.mark.parametrize("bits", [8, 3])
-def test_onnxruntime_gives_the_bits_of_the_reference(
-    bits: int, deployed: Callable[[QuantizedModel], Path], tmp_path: Path
-) -> None:
-    model = by_token(tmp_path, activation_bits=bits)
-    folder = deployed(model)
-    run, reference = OnnxRuntime().load(folder), IntegerInterpreter(model.graph)
+def test_onnxruntime_gives_the_bits_of_the_reference(bits: int, tmp_path: Path) -> None:
     inputs = torch.cat([INPUTS, torch.zeros(1, 1, 8, 8), 1e-40 * INPUTS[:1], 1e30 * INPUTS[:1]])
-    assert torch.equal(run(inputs), reference(inputs))
-    assert OnnxRuntime().integer_macs(folder, run, inputs) == reference.integer_macs > 0
-    assert torch.equal(run(inputs[:1]), run(inputs)[:1])
+    assert_deployed(OnnxRuntime(), by_token(tmp_path, activation_bits=bits), inputs, tmp_path, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("engine", [OnnxRuntime, Inductor])
 @pytest.mark.parametrize("kind", [Attention, Tokens])
-def test_onnxruntime_runs_every_linear_of_a_transformer_on_integers(
-    kind: type[nn.Module], deployed: Callable[[QuantizedModel], Path], tmp_path: Path
+def test_every_linear_of_a_transformer_is_on_integers(
+    kind: type[nn.Module], engine: type[EngineConfig], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = PTQ(activation_mode="token").apply(kind().eval(), context(tmp_path, task=Noise(50)))
-    folder = deployed(model)
-    run, reference = OnnxRuntime().load(folder), IntegerInterpreter(model.graph)
-    torch.testing.assert_close(run(INPUTS), reference(INPUTS), atol=0.02, rtol=0)
-    assert OnnxRuntime().integer_macs(folder, run, INPUTS) == reference.integer_macs
-    layers = sum(layer.macs for layer in model.layers() if layer.node.target in LINEARS)
-    assert reference.integer_macs == len(INPUTS) * layers
+    assert_deployed(engine(batch_size=len(INPUTS)), model, INPUTS, tmp_path, atol=0.02, rtol=0)
 
 
 def test_the_scheme_of_activations_and_calibration_do_not_count() -> None:

@@ -20,6 +20,7 @@ from qsweep.errors import Refused, why
 from qsweep.hub.fixed import with_constants
 from qsweep.hub.kinds import DEQUANTIZE, TRANSPOSED
 from qsweep.hub.nodes import nodes_of, source
+from qsweep.hub.ops import QUANTIZE_ROWS
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation
 
@@ -31,7 +32,7 @@ def runner(folder: Path, engine: EngineConfig, *, compile: bool, integers: bool)
     """The artifact in PyTorch, on integer kernels or in floating point, called once: all that is lazy has happened."""
     torch.set_num_threads(engine.threads)
     model = load(folder)
-    graph = with_constants(for_patterns(model.graph) if integers else simulation(model))
+    graph = with_constants(for_patterns(model) if integers else simulation(model))
     example = torch.zeros(engine.batch_size, *model.example.shape[1:])
     call: Any = None
 
@@ -128,7 +129,7 @@ def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> int:
     model = load(folder)
     layers = [layer for layer in model.layers() if not multiplies_channels(model.graph, layer.node)]
     kernels = [name for name in _calls(run, inputs) if name in _INTEGER | _FLOAT]
-    found = [layer for layer in layers if source(layer.node).target is DEQUANTIZE]
+    found = [layer for layer in layers if source(layer.node).target in (DEQUANTIZE, QUANTIZE_ROWS)]
     if sum(name in _INTEGER for name in kernels) != len(found):
         if len(kernels) != len(layers):
             raise Refused(f"the profile shows {len(kernels)} matrix kernels for {len(layers)} layers")
@@ -164,7 +165,7 @@ def _silent() -> Iterator[None]:
         os.close(null)
 
 
-_INTEGER = {"onednn::qconv_pointwise", "onednn::qconv2d_pointwise", "onednn::qlinear_pointwise"}
+_INTEGER = {"onednn::qconv_pointwise", "onednn::qconv2d_pointwise", "onednn::qlinear_pointwise", "aten::_int_mm"}
 _FLOAT = {
     "aten::convolution",
     "aten::addmm",

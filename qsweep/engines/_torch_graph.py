@@ -6,17 +6,32 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.form import grid_of
-from qsweep.hub.kinds import COMPUTE, CONVOLUTIONS, DEQUANTIZE, NEAREST, QUANTIZE, RECTIFIERS, SAME_GRID, aten
+from qsweep.hub.form import QuantizedModel, grid_of
+from qsweep.hub.kinds import (
+    COMPUTE,
+    CONVOLUTIONS,
+    DEQUANTIZE,
+    LINEARS,
+    NEAREST,
+    QUANTIZE,
+    RECTIFIERS,
+    SAME_GRID,
+    SIZE,
+    aten,
+)
 from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, source
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, LEAST_SCALE, QUANTIZE_ROWS
 from qsweep.hub.weights import real_weight
 
 
-def for_patterns(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same graph as Inductor's patterns of integer kernels are written, in place."""
-    return with_image_convolutions(with_own_weights(with_norms_as_steps(unsigned(graph))))
+def for_patterns(model: QuantizedModel) -> fx.GraphModule:
+    """The graph of `model` as Inductor's patterns of integer kernels are written, in place."""
+    if nodes_of(model.graph, {QUANTIZE_ROWS}):
+        ShapeProp(model.graph).propagate(model.example)
+        with_token_grids(model.graph)
+    return with_image_convolutions(with_own_weights(with_norms_as_steps(unsigned(model.graph))))
 
 
 def unsigned(graph: fx.GraphModule) -> fx.GraphModule:
@@ -51,6 +66,53 @@ def with_own_weights(graph: fx.GraphModule) -> fx.GraphModule:
         seen.add(name)
     graph.recompile()
     return graph
+
+
+def with_token_grids(graph: fx.GraphModule) -> None:
+    """Rows on grids of their own, and the linears that read them as products of integers, in place. The order is that
+    of the contract: f32(sum) * row scale * weight scale + bias. Takes what ShapeProp knows.
+
+    Scales under `LEAST_SCALE` become that, not 1: such rows are nothing but zeros all the same, or next to it.
+    """
+    call = graph.graph.call_function
+    for rows in nodes_of(graph, {QUANTIZE_ROWS}):
+        values, _, high = rows.args
+        with graph.graph.inserting_before(rows):
+            largest = _chain(graph, source(rows), (aten.abs.default,), (aten.amax.default, [-1], True))
+            scale = _chain(graph, largest, (aten.div.Tensor, high), (aten.clamp_min.default, LEAST_SCALE))
+            steps = call(aten.mul.Tensor, (values, call(aten.reciprocal.default, (scale,))))
+            levels = _chain(graph, steps, (aten.round.default,))
+            integers = _chain(graph, levels, (aten.to.dtype, torch.int8))
+            real = call(aten.mul.Tensor, (levels, scale))
+        for reader in list(rows.users):
+            if reader.target in LINEARS and source(reader, 1).target is DEQUANTIZE_WEIGHT:
+                _multiply_rows(graph, reader, integers, scale)
+            else:
+                reader.replace_input_with(rows, real)
+        graph.graph.erase_node(rows)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _multiply_rows(graph: fx.GraphModule, linear: fx.Node, integers: fx.Node, scale: fx.Node) -> None:
+    """Put the product of `integers` (..., K) in the place of `linear`."""
+    call, stored = graph.graph.call_function, source(linear, 1)
+    weight, bias = constant(graph, stored), arguments(linear)["bias"]
+    assert weight is not None
+    columns, depth = weight.shape
+    with graph.graph.inserting_before(linear):
+        sizes = [call(SIZE, (integers, dim)) for dim in range(len(linear.meta["tensor_meta"].shape) - 1)]
+        flat = call(aten.reshape.default, (integers, [-1, depth]))
+        sums = call(aten._int_mm.default, (flat, call(aten.permute.default, (stored.args[0], [1, 0]))))
+        result = _chain(
+            graph,
+            call(aten.reshape.default, (sums, [*sizes, columns])),
+            (aten.to.dtype, torch.float32),
+            (aten.mul.Tensor, scale),
+            (aten.mul.Tensor, stored.args[1]),
+        )
+        linear.replace_all_uses_with(result if bias is None else call(aten.add.Tensor, (result, bias)))
+    graph.graph.erase_node(linear)
 
 
 def with_norms_as_steps(graph: fx.GraphModule) -> fx.GraphModule:

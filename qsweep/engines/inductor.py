@@ -12,10 +12,6 @@ if TYPE_CHECKING:
     from qsweep.spec import Compression
     from qsweep.store import Store
 
-_BY_TOKEN = (
-    "they need ranges fixed beforehand (`activation_mode: static`); `cuda`, `onnxruntime` and `reference` take `token`"
-)
-
 
 class Inductor(EngineConfig):
     """`torch.compile` with freezing: oneDNN int8 kernels (VNNI, AMX) on x86 CPUs."""
@@ -35,8 +31,7 @@ class Inductor(EngineConfig):
         return no_compiler()
 
     def refuses(self, config: Compression) -> str | None:
-        given = config.quantize
-        reason = "no stage quantizes" if given is None else given.not_integer or (_BY_TOKEN if given.by_token else None)
+        reason = "no stage quantizes" if config.quantize is None else config.quantize.not_integer
         return reason and f"integer kernels cannot run it: {reason}; `float` is the same compiler in floating point"
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:

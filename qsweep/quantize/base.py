@@ -48,11 +48,6 @@ class Quantization(Stage):
         return None
 
     @property
-    def by_token(self) -> bool:
-        """Whether integers are on grids that rows set at run time, which few integer kernels take."""
-        return False
-
-    @property
     def in_float(self) -> bool:
         """Whether arithmetic in floating point is what it is for: weights are made smaller, activations are not."""
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,20 @@ def test_float_baselines_are_the_model(name: str, engine: EngineConfig, tmp_path
     model = made(name)
     live = float_graph(model, context(tmp_path, "odd", task=Noise(inputs=INPUTS)))
     torch.testing.assert_close(outputs(engine, live, tmp_path), model(INPUTS).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_factors_behind_transposed_convolutions_stay_in_the_first_compilation_of_a_process(tmp_path: Path) -> None:
+    found, folder = context(tmp_path, "odd", task=Noise(inputs=INPUTS)), tmp_path / "artifact"
+    model = PTQ(calibration_samples=20).apply(made("transposed and scaled"), found)
+    folder.mkdir()
+    Inductor(batch_size=20).lower(model, folder, found.store)
+    torch.save(INPUTS, tmp_path / "inputs")
+    load = f"Inductor(batch_size=20).load(Path({str(folder)!r}))(torch.load('inputs'))"
+    imports = "from pathlib import Path; import torch; from qsweep.engines.inductor import Inductor"
+    code = f"{imports}; torch.save({load}, 'given')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    wanted = IntegerInterpreter(model.graph)(INPUTS)
+    torch.testing.assert_close(torch.load(tmp_path / "given"), wanted, atol=0.02 * wanted.std().item(), rtol=0)
 
 
 @pytest.mark.parametrize("sizes", [(64, 16, 1), (16, 16, 4), (64, 8, 1)], ids=str)

@@ -111,6 +111,7 @@ def _sound_folding(graph: fx.GraphModule) -> Iterator[None]:
     from torch._inductor.fx_passes import freezing_patterns
     from torch._inductor.pattern_matcher import PatternMatcherPass
 
+    freezing_patterns.lazy_init()  # else a process's first compilation puts its patterns into what stands in here
     kept = freezing_patterns.binary_folding_pass
     if nodes_of(graph, TRANSPOSED):
         freezing_patterns.binary_folding_pass = PatternMatcherPass()

@@ -11,8 +11,8 @@ endif
 demo: venv  ## run the demo sweep, print its front and where to look
 	.venv/bin/qsweep run $(SPEC)
 
-test: venv-test  ## run the test suite, files side by side; in their order, as the last ones of the default, by number of tests, are long
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: venv-test  ## run the test suite, files side by side
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: venv-test  ## lint, format, types, layers, import weight
 	scripts/check

@@ -207,8 +207,9 @@ def test_onnxruntime_gives_the_bits_of_the_reference(bits: int, tmp_path: Path) 
     assert_deployed(OnnxRuntime(), by_token(tmp_path, activation_bits=bits), inputs, tmp_path, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("engine", [OnnxRuntime, Inductor])
-@pytest.mark.parametrize("kind", [Attention, Tokens])
+@pytest.mark.parametrize(
+    ("kind", "engine"), [(Attention, OnnxRuntime), (Tokens, OnnxRuntime), (Attention, Inductor)], ids=str
+)
 def test_every_linear_of_a_transformer_is_on_integers(
     kind: type[nn.Module], engine: type[EngineConfig], tmp_path: Path
 ) -> None:

@@ -44,6 +44,11 @@ class RowGrid(NamedTuple):
     low: int
     high: int
 
+    @classmethod
+    def of(cls, bits: int) -> RowGrid:
+        high = (1 << (bits - 1)) - 1
+        return cls(-high, high)
+
 
 class DynamicGrid(NamedTuple):
     """Integers from low to high whose scale and zero point each batch sets anew: QUANTIZE_DYNAMIC."""

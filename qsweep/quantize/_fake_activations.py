@@ -84,8 +84,7 @@ class TokenGrids(FakeActivation):
         return straight_through(values, row_scale(values, high), float(-high), 2 * high)
 
     def grid(self) -> RowGrid:
-        high = (1 << (self.bits - 1)) - 1
-        return RowGrid(-high, high)
+        return RowGrid.of(self.bits)
 
 
 class EndsOfRange(FakeActivation):

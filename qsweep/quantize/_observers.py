@@ -142,8 +142,7 @@ class RowObserver(nn.Module):
         return values
 
     def grid(self) -> RowGrid:
-        high = (1 << (self.bits - 1)) - 1
-        return RowGrid(-high, high)
+        return RowGrid.of(self.bits)
 
 
 def activation_bits(config: Grids, place: Place) -> int:

@@ -291,6 +291,28 @@ def test_models_of_one_structure_and_other_numbers_do_not_share_any(
         torch.testing.assert_close(engine.load(folder)(inputs), model(inputs).detach(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of PyTorch's exporter
+def test_what_a_user_has_the_exporter_write_for_an_op_does_not_reach_qsweep(tmp_path: Path) -> None:
+    from onnxscript import opset20
+
+    def wrong(x: Any) -> Any:
+        return opset20.Neg(x)
+
+    table: dict[Any, Any] = {torch.ops.aten.relu.default: wrong}
+    model = nn.Sequential(nn.Flatten(), nn.ReLU()).eval()
+    inputs, found = Noise(COUNT).inputs, context(tmp_path)
+    kinds = []
+    for name in ("before", "after"):
+        engine, folder = OnnxRuntime(batch_size=COUNT), tmp_path / name
+        folder.mkdir()
+        engine.lower(float_graph(model, found), folder, Store(folder / "store"))
+        torch.testing.assert_close(engine.load(folder)(inputs), model(inputs))
+        own = torch.onnx.export(model, (inputs,), dynamo=True, verbose=False, custom_translation_table=table)
+        assert own is not None
+        kinds.append([node.op_type for node in own.model_proto.graph.node])
+    assert all("Neg" in written and "Relu" not in written for written in kinds)
+
+
 def test_what_the_compiler_cannot_take_is_refused(root: Path, tmp_path: Path) -> None:
     from torch._inductor import config
 

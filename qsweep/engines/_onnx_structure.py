@@ -266,12 +266,20 @@ _RUNTIME = "com.microsoft"
 
 
 def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
+    from qsweep.engines._onnx_table import OPSET, table_read_once
+
     batch = torch.export.Dim("batch")
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), table_read_once():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                graph, (example,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False, external_data=False
+                graph,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: batch},),
+                opset_version=OPSET,
+                verbose=False,
+                external_data=False,
             )
     except Exception as error:  # the exporter raises many types; all mean that this engine cannot take the model
         raise Refused(f"`torch.onnx` cannot export the model: {why(error)}") from error

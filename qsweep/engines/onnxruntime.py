@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class OnnxRuntime(EngineConfig):
     """ONNX Runtime on the CPU, explicit quantize/dequantize (QDQ) with uint8 activations and int8 weights."""
 
-    preload: ClassVar[tuple[str, ...]] = ("onnxscript.function_libs.torch_lib",)
+    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._onnx_table",)
     """The export's. Not onnxruntime: its import starts a thread, and takes no time."""
     engine: Literal["onnxruntime"] = "onnxruntime"
     device: Literal["cpu"] = "cpu"

@@ -38,7 +38,7 @@ PATIENCE = 100
 
 
 def run(
-    spec: Spec, root: Path, jobs: str = "qsweep.jobs", preload: Sequence[str] = PRELOAD
+    spec: Spec, root: Path, jobs: str = "qsweep.jobs", preload: Sequence[str] | None = None
 ) -> Generator[Record, None, bool]:
     """Run the sweep of `spec`, or go on with it; `root` is the folder that its relative paths start at.
 
@@ -46,7 +46,7 @@ def run(
     the last trial is over, records that were repeated, or whose membership of the front or test accuracy has changed,
     come once more: a record replaces an earlier one of the same number. Returns whether the sweep has finished; it has
     not after SIGINT or SIGTERM, of which the first stops it in order: what runs is killed and is done again by the next
-    run.
+    run. `preload` is what is imported before workers are forked, by default what `qsweep.jobs` and the engines need.
 
     Raises SpecError, SweepError (another driver, another spec), DiskFull, and what `prepare` or the fp32 baseline
     failed with; a trial that fails is a record.
@@ -55,7 +55,7 @@ def run(
     folder = SweepFolder(root, spec.name)
     with disk_full_is_said(folder.path), folder.lock():
         known = folder.claim(spec, spec.task.fingerprint(folder.root), baselines(spec))
-        executor = Local([*_preloads(spec), *preload], folder.path / "server.log")
+        executor = Local(_preloads(spec) if preload is None else preload, folder.path / "server.log")
         try:
             with interruptible() as stopping:
                 return (yield from Driver(spec, folder, executor, jobs, known, stopping).run())
@@ -64,8 +64,7 @@ def run(
 
 
 def _preloads(spec: Spec) -> list[str]:
-    """What the engines of the sweep want imported before workers are forked."""
-    return list(dict.fromkeys(name for engine in working(spec) for name in engine.preload))
+    return list(dict.fromkeys([*(name for engine in working(spec) for name in engine.preload), *PRELOAD]))
 
 
 @dataclass

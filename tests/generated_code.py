@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,7 @@ from qsweep.cuda import conv, depthwise, fake_quantize, linear, norm, pointwise,
 from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile, Total
 from qsweep.cuda.layers import lines
 
+ARCHITECTURES = {80: "SM80", 90: "SM90a"}
 DISASSEMBLER = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
 
 
@@ -57,22 +60,37 @@ class Driver:
         return name
 
 
-def facts(kernel: Any) -> dict[str, Any]:
-    """What the assembler made of a compiled kernel."""
-    text = kernel.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions in an ELF file: its executable sections."""
+    table, size, count = struct.unpack_from("<Q10xHH", cubin, 0x28)
+    sections = [struct.unpack_from("<8xQ8xQQ", cubin, table + i * size) for i in range(count)]
+    return b"".join(cubin[start : start + length] for flags, start, length in sections if flags & 4)
+
+
+def operations(cubins: list[bytes], capability: int) -> list[Counter[str]]:
+    """How often each instruction stands in each kernel. The disassembler takes longer to start than for all of them."""
+    codes = [machine_code(cubin) for cubin in cubins]
+    ends = list(itertools.accumulate(map(len, codes)))
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
         file.flush()
-        listing = [DISASSEMBLER, "-c", file.name]
+        listing = [DISASSEMBLER, "--binary", ARCHITECTURES[capability], file.name]
         machine = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
-    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", machine)
+    found: list[Counter[str]] = [Counter() for _ in cubins]
+    for place, name in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", machine):
+        found[bisect_right(ends, int(place, 16))][name] += 1
+    return found
+
+
+def facts(kernel: Any) -> dict[str, Any]:
+    """What the compiler made of a kernel, but for its instructions."""
+    text = kernel.asm["ptx"]
     return {
         "matrix": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S+", text))),
         "copies": Counter(re.findall(r"cp\.async\.c\w\.shared\.global[^;]*?\], (0x\w+)", text)),
         "padding": sorted(set(re.findall(r"mov\.\w+ %\w+, (0x[0-9a-f]+);", text))),
         "flushes_denormals": ".ftz" in text,
         "shared": kernel.metadata.shared,
-        "operations": Counter(operations),
     }
 
 
@@ -238,16 +256,22 @@ CASES: dict[str, Callable[[], object]] = {
 def main(capabilities: list[int]) -> None:
     launch = JITFunction.run
     about: dict[str, Any] = {}
+    found: list[tuple[dict[str, Any], bytes]] = []
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
-        print(json.dumps({**about, "kernel": self.fn.__name__, **facts(kernel)}), flush=True)
+        found.append(({**about, "kernel": self.fn.__name__, **facts(kernel)}, kernel.asm["cubin"]))
 
     JITFunction.run = compile_only
-    for capability, (case, call) in itertools.product(capabilities, CASES.items()):
+    for capability in capabilities:
         driver.set_active(Driver(capability))
-        about = {"capability": capability, "case": case}
-        call()
+        for case, call in CASES.items():
+            about = {"capability": capability, "case": case}
+            call()
+        counts = operations([cubin for _, cubin in found], capability)
+        for (known, _), counted in zip(found, counts, strict=True):
+            print(json.dumps({**known, "operations": counted}), flush=True)
+        found.clear()
 
 
 if __name__ == "__main__":

@@ -212,6 +212,19 @@ def context(root: Path, key: str = "model", task: Task | None = None, seed: int 
     )
 
 
+@cache
+def _session() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="networks"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+def shared(key: str, inputs: Tensor) -> Context:
+    """A context whose store is that of all tests: the model that `key` names is traced once, and calibrated once on
+    `inputs`, however many tests want it."""
+    return context(_session(), key, Noise(inputs=inputs))
+
+
 DIGITS = {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": {"method": "digits"}}
 
 

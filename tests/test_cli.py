@@ -60,6 +60,20 @@ def test_validate_says_what_a_spec_asks_for(spec: Path) -> None:
     assert "every point" in said
 
 
+def test_validate_says_which_files_are_missing(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FOLDER", raising=False)
+    (spec.parent / "there.parquet").touch()
+    data = {"method": "parquet", "train": {"file": "there.parquet"}, "test": "$FOLDER/test.parquet", "classes": 10}
+    model = {"arch": "resnet20", "checkpoint": "none.safetensors"}
+    images = {"method": "image_classification", "model": model, "data": data}
+    own = {"method": "python", "file": "none.py:Task", "depends_on": ["there.parquet"]}
+    for task, missing in ((images, ("none.safetensors", "$FOLDER/test.parquet")), (own, ("none.py",))):
+        spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | {"task": task}), encoding="utf-8")
+        said = qsweep_("validate", spec)
+        lines = [line.split("`")[1] for line in said.output.splitlines() if line.startswith("  missing")]
+        assert (said.exit_code, lines) == (0, list(missing))
+
+
 def test_validate_counts_no_points_where_there_are_ranges_of_real_numbers(spec: Path) -> None:
     compress = {"quantize": {"method": "qat", "learning_rate": {"range": [0.001, 0.1]}}}
     spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | {"compress": compress}), encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Noise, context
+from networks import Noise, context, shared
 from torch import Tensor, nn
 
 from qsweep.engines import EngineConfig
@@ -23,6 +23,7 @@ from qsweep.hub.export import export, float_graph
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.quantize.ptq import PTQ
+from qsweep.store import Store
 
 INPUTS = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -111,17 +112,15 @@ def made(name: str) -> nn.Module:
 
 
 def outputs(engine: EngineConfig, model: QuantizedModel, folder: Path, inputs: Tensor = INPUTS) -> Tensor:
-    found = context(folder, "odd", task=Noise(inputs=INPUTS))
     (folder / engine.engine).mkdir()
-    engine.lower(model, folder / engine.engine, found.store)
+    engine.lower(model, folder / engine.engine, Store(folder / "store"))
     return engine.load(folder / engine.engine)(inputs)
 
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("engine", [Inductor, OnnxRuntime], ids=lambda engine: engine.__name__)
 def test_integers_are_those_of_the_reference(name: str, engine: type[EngineConfig], tmp_path: Path) -> None:
-    found = context(tmp_path, "odd", task=Noise(inputs=INPUTS))
-    model = PTQ(calibration_samples=20).apply(made(name), found)
+    model = PTQ(calibration_samples=20).apply(made(name), shared(name, INPUTS))
     wanted = IntegerInterpreter(model.graph)(INPUTS)
     given = outputs(engine(batch_size=20), model, tmp_path)
     torch.testing.assert_close(given, wanted, atol=0.02 * wanted.std().item(), rtol=0)
@@ -133,12 +132,12 @@ def test_integers_are_those_of_the_reference(name: str, engine: type[EngineConfi
 )
 def test_float_baselines_are_the_model(name: str, engine: EngineConfig, tmp_path: Path) -> None:
     model = made(name)
-    live = float_graph(model, context(tmp_path, "odd", task=Noise(inputs=INPUTS)))
+    live = float_graph(model, shared(name, INPUTS))
     torch.testing.assert_close(outputs(engine, live, tmp_path), model(INPUTS).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_factors_behind_transposed_convolutions_stay_in_the_first_compilation_of_a_process(tmp_path: Path) -> None:
-    found, folder = context(tmp_path, "odd", task=Noise(inputs=INPUTS)), tmp_path / "artifact"
+    found, folder = shared("transposed and scaled", INPUTS), tmp_path / "artifact"
     model = PTQ(calibration_samples=20).apply(made("transposed and scaled"), found)
     folder.mkdir()
     Inductor(batch_size=20).lower(model, folder, found.store)

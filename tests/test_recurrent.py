@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Noise, context
+from networks import shared
 from torch import Tensor, nn
 
 from qsweep.engines.base import EngineConfig
@@ -24,6 +24,8 @@ from qsweep.quantize.codebook import Codebook
 from qsweep.quantize.lsq import LSQ
 from qsweep.quantize.ptq import PTQ
 from qsweep.quantize.qat import QAT
+from qsweep.stage import Context
+from qsweep.store import Store
 
 STEPS = 6
 INPUTS = torch.randn(40, 8, STEPS, generator=torch.Generator().manual_seed(0))
@@ -88,14 +90,18 @@ def made(kind: type[nn.Module]) -> nn.Module:
     return kind().eval()
 
 
-def quantized(kind: type[nn.Module], config: Quantization, folder: Path) -> QuantizedModel:
-    return config.apply(made(kind), context(folder, task=Noise(inputs=INPUTS)))
+def found_in(kind: type[nn.Module]) -> Context:
+    return shared(f"recurrent {kind.__name__}", INPUTS)
+
+
+def quantized(kind: type[nn.Module], config: Quantization) -> QuantizedModel:
+    return config.apply(made(kind), found_in(kind))
 
 
 def run(engine: EngineConfig, model: QuantizedModel, folder: Path) -> tuple[Tensor, float]:
     """Outputs and the size of the artifact."""
     (artifact := folder / "artifact").mkdir()
-    engine.lower(model, artifact, context(folder, task=Noise(inputs=INPUTS)).store)
+    engine.lower(model, artifact, Store(folder / "store"))
     return engine.load(artifact)(INPUTS), file_sizes(artifact)["size_bytes"]
 
 
@@ -104,7 +110,7 @@ def run(engine: EngineConfig, model: QuantizedModel, folder: Path) -> tuple[Tens
 def test_engines_give_what_the_reference_gives(
     kind: type[nn.Module], engine: type[EngineConfig] | None, tmp_path: Path, device: str
 ) -> None:
-    model = quantized(kind, PTQ(calibration_samples=40), tmp_path)
+    model = quantized(kind, PTQ(calibration_samples=40))
     expected = IntegerInterpreter(model.graph)(INPUTS)
     with torch.no_grad():
         assert (expected - made(kind)(INPUTS)).std() < 0.03 * expected.std()
@@ -123,7 +129,7 @@ def test_engines_give_what_the_reference_gives(
 @pytest.mark.parametrize("engine", [Float, OnnxRuntime])
 @pytest.mark.parametrize("kind", KINDS)
 def test_baselines_are_the_model(kind: type[nn.Module], engine: type[EngineConfig], tmp_path: Path) -> None:
-    live = float_graph(made(kind), context(tmp_path, task=Noise(inputs=INPUTS)))
+    live = float_graph(made(kind), found_in(kind))
     assert live.macs == work(live)["macs"] == MACS[kind]
     wanted = made(kind)(INPUTS).detach()
     found, _ = run(engine(batch_size=40), live, tmp_path)
@@ -144,7 +150,7 @@ def test_baselines_are_the_model(kind: type[nn.Module], engine: type[EngineConfi
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_their_weights_have_the_bits_of_the_method(kind: type[nn.Module], config: Quantization, tmp_path: Path) -> None:
-    model = quantized(kind, config, tmp_path)
+    model = quantized(kind, config)
     weights = {name for name, value in made(kind).named_parameters() if value.dim() == 2 or "conv.weight" in name}
     weights -= {name for name in weights if name.startswith(("one.", "other."))}
     assert stored_bits(model.graph) == model.layer_bits() == dict.fromkeys(weights, 4)
@@ -154,7 +160,7 @@ def test_their_weights_have_the_bits_of_the_method(kind: type[nn.Module], config
 
 
 def test_tables_of_values_take_them_too(tmp_path: Path) -> None:
-    model = quantized(Spoken, Codebook(weight_bits=8), tmp_path)
+    model = quantized(Spoken, Codebook(weight_bits=8))
     with torch.no_grad():
         torch.testing.assert_close(simulation(model)(INPUTS), made(Spoken)(INPUTS), atol=0.02, rtol=0)
 
@@ -176,7 +182,7 @@ def test_onnx_has_them_as_integers_and_computes_with_real_ones(
 
     from qsweep.engines._onnx import complete
 
-    model = quantized(kind, PTQ(calibration_samples=40), tmp_path)
+    model = quantized(kind, PTQ(calibration_samples=40))
     found, size = run(OnnxRuntime(batch_size=40), model, tmp_path)
     torch.testing.assert_close(found, IntegerInterpreter(model.graph)(INPUTS), atol=1e-3, rtol=0)
     assert size < work(model)["size_theoretical_bytes"] + rest
@@ -192,9 +198,9 @@ def test_onnx_has_them_as_integers_and_computes_with_real_ones(
 
 @pytest.mark.parametrize("kind", [Spoken, Gated])
 def test_pytorch_alone_runs_an_exported_one(kind: type[nn.Module], tmp_path: Path) -> None:
-    model = quantized(kind, PTQ(calibration_samples=40), tmp_path)
+    model = quantized(kind, PTQ(calibration_samples=40))
     (artifact := tmp_path / "artifact").mkdir()
-    Inductor(batch_size=40).lower(model, artifact, context(tmp_path, task=Noise(inputs=INPUTS)).store)
+    Inductor(batch_size=40).lower(model, artifact, Store(tmp_path / "store"))
     Inductor(batch_size=40).export(artifact, tmp_path)
     found = torch.export.load(tmp_path / "model.pt2").module()(INPUTS[:3])
     torch.testing.assert_close(found, simulation(model)(INPUTS[:3]), atol=1e-4, rtol=0)

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import Noise, context
+from networks import Noise, context, shared
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -64,18 +64,18 @@ def texts(count: int) -> Tensor:
     return torch.where(torch.arange(LENGTH) < lengths, numbers, 0).float()
 
 
-def quantized(folder: Path, **fields: Any) -> tuple[QuantizedModel, nn.Module, Tensor]:
+def quantized(**fields: Any) -> tuple[QuantizedModel, nn.Module, Tensor]:
     torch.manual_seed(0)
     model, inputs = Classifier().eval(), texts(40)
-    found = context(folder, task=Noise(inputs=inputs))
-    return PTQ.model_validate({"calibration_samples": 40} | fields).apply(model, found), model, inputs
+    config = PTQ.model_validate({"calibration_samples": 40} | fields)
+    return config.apply(model, shared("words, 40 texts", inputs)), model, inputs
 
 
 @pytest.mark.parametrize(
     "engine", [Reference, Inductor, OnnxRuntime, None], ids=["reference", "inductor", "ort", "cuda"]
 )
 def test_integers_run_on_every_engine(engine: type[EngineConfig] | None, tmp_path: Path, device: str) -> None:
-    model, plain, inputs = quantized(tmp_path)
+    model, plain, inputs = quantized()
     expected = IntegerInterpreter(model.graph)(inputs)
     with torch.no_grad():
         assert nn.functional.cosine_similarity(expected, plain(inputs)).min() > 0.98
@@ -95,8 +95,8 @@ def test_integers_run_on_every_engine(engine: type[EngineConfig] | None, tmp_pat
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_numbers_of_words_are_not_rounded_to_half_precision(dtype: str, tmp_path: Path) -> None:
-    _, plain, inputs = quantized(tmp_path)
-    graph = float_graph(plain, context(tmp_path, task=Noise(inputs=inputs)))
+    _, plain, inputs = quantized()
+    graph = float_graph(plain, shared("words, 40 texts", inputs))
     with torch.no_grad():
         found = simulation(graph.cast_to(dtype))(inputs)
         torch.testing.assert_close(found, plain(inputs), atol=0.05, rtol=0)
@@ -118,7 +118,7 @@ def rows_of(model: QuantizedModel) -> Tensor | None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_rows_of_words_are_nearest_integers_with_a_scale_each(bits: int, tmp_path: Path) -> None:
-    model, plain, _ = quantized(tmp_path, embedding_bits=bits)
+    model, plain, _ = quantized(embedding_bits=bits)
     (node,) = nodes_of(model.graph, {EMBEDDING})
     table = plain.get_parameter("words.weight").detach()
     step = table.abs().amax(1, keepdim=True) / ((1 << (bits - 1)) - 1)
@@ -134,10 +134,10 @@ def test_rows_of_words_are_nearest_integers_with_a_scale_each(bits: int, tmp_pat
 
 
 @pytest.mark.parametrize("config", [PTQ, Codebook, APoT, LSQ, QAT], ids=lambda config: config.__name__)
-def test_every_method_stores_them_so_or_leaves_them(config: type[LowBit], tmp_path: Path) -> None:
+def test_every_method_stores_them_so_or_leaves_them(config: type[LowBit]) -> None:
     torch.manual_seed(0)
     model, inputs = Classifier().eval(), texts(64)
-    found = context(tmp_path, task=Noise(inputs=inputs))
+    found = shared("words, 64 texts", inputs)
     for bits in (5, None):
         made = config.model_validate({"embedding_bits": bits}).apply(model, found)
         table = rows_of(made)
@@ -162,7 +162,7 @@ def test_training_sees_the_rows_that_are_shipped(tmp_path: Path) -> None:
 
 
 def test_onnx_has_the_integers_and_makes_them_real_once(tmp_path: Path) -> None:
-    model, _, inputs = quantized(tmp_path)
+    model, _, inputs = quantized()
     found, artifact = context(tmp_path, task=Noise(inputs=inputs)), tmp_path / "artifact"
     artifact.mkdir()
     OnnxRuntime(batch_size=40).lower(model, artifact, found.store)
@@ -181,7 +181,7 @@ def test_onnx_has_the_integers_and_makes_them_real_once(tmp_path: Path) -> None:
 
 
 def test_a_program_makes_the_rows_real_that_it_reads(tmp_path: Path) -> None:
-    model, _, inputs = quantized(tmp_path)
+    model, _, inputs = quantized()
     (artifact := tmp_path / "artifact").mkdir()
     Inductor(batch_size=40).lower(model, artifact, context(tmp_path, task=Noise(inputs=inputs)).store)
     Inductor(batch_size=40).export(artifact, tmp_path)

@@ -17,11 +17,23 @@ SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML
 
 
 def validate(spec: SpecPath) -> None:
-    """Check a spec, every option and both ends of every range, and say what it asks for."""
+    """Check a spec, every option and both ends of every range, and say what it asks for and which files are missing."""
     from qsweep.cli.console import say
     from qsweep.spec import load_spec
 
-    say(f"{spec}: valid", *_asked(load_spec(spec)))
+    found = load_spec(spec)
+    say(f"{spec}: valid", *_asked(found), *_missing(found, spec.parent))
+
+
+def _missing(spec: Spec, root: Path) -> Iterator[str]:
+    from qsweep.errors import DataError
+    from qsweep.tasks._files import locate
+
+    for file in dict.fromkeys(spec.task.files):
+        try:
+            locate(file, root)
+        except DataError as error:
+            yield f"  missing      {error}"
 
 
 def _asked(spec: Spec) -> Iterator[str]:

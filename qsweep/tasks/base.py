@@ -135,6 +135,11 @@ class TaskConfig(Config, ABC):
 
     @property
     @abstractmethod
+    def files(self) -> list[str]:
+        """What it names of them, as the spec has them; relative ones start at its folder."""
+
+    @property
+    @abstractmethod
     def pretrained(self) -> bool:
         """Whether `Task.model` comes with trained weights."""
 

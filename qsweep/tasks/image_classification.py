@@ -54,6 +54,10 @@ class ImageClassification(TaskConfig):
         }
 
     @property
+    def files(self) -> list[str]:
+        return [*([self.model.checkpoint] if self.model.checkpoint else []), *self.data.files]
+
+    @property
     def pretrained(self) -> bool:
         return self.model.checkpoint is not None
 

@@ -30,20 +30,22 @@ class Python(TaskConfig):
     def open(self, root: Path) -> Task:
         from qsweep.tasks._user import UserTask, load_class
 
-        path, name = self._located(root)
-        for other in self.depends_on:
-            locate(other, root)
-        return UserTask.of(load_class(path, name), self.arguments, path)
+        path, *_ = (locate(file, root) for file in self.files)
+        return UserTask.of(load_class(path, self._name), self.arguments, path)
+
+    @property
+    def files(self) -> list[str]:
+        return [self.file.rsplit(":", 1)[0], *self.depends_on]
 
     @property
     def pretrained(self) -> bool:
         return self.trained
 
     def fingerprint(self, root: Path) -> str:
-        store, (path, name) = store_of(root), self._located(root)
-        files = [file_hash(file, store) for file in (path, *(locate(other, root) for other in self.depends_on))]
-        return content_hash([self.method, self.version, files, name, self.arguments, self.trained])
+        store = store_of(root)
+        files = [file_hash(locate(file, root), store) for file in self.files]
+        return content_hash([self.method, self.version, files, self._name, self.arguments, self.trained])
 
-    def _located(self, root: Path) -> tuple[Path, str]:
-        file, name = self.file.rsplit(":", 1)
-        return locate(file, root), name
+    @property
+    def _name(self) -> str:
+        return self.file.rsplit(":", 1)[1]

@@ -35,6 +35,11 @@ class ImageData(Config, ABC):
     discriminator: ClassVar[str | None] = "method"
     method: str
 
+    @property
+    def files(self) -> list[str]:
+        """What it names of them, as the spec has them."""
+        return []
+
     @abstractmethod
     def open(self, root: Path) -> Images:
         """Find the files; none is read before its split is loaded. Raises DataError for one that is missing."""

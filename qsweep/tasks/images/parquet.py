@@ -89,6 +89,10 @@ class Parquet(ImageData):
     def _parts(self) -> list[Rows]:
         return [part for part in (self.train, self.validation, self.test) if part is not None]
 
+    @property
+    def files(self) -> list[str]:
+        return [part.file for part in self._parts]
+
     def open(self, root: Path) -> Images:
         twice = _shared([(str(locate(part.file, root)), part) for part in self._parts])
         if twice is not None:  # under two spellings

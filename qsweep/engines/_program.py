@@ -27,14 +27,14 @@ def write_program(artifact: Path, out: Path) -> None:
     model = load(artifact)
     ops = [node.target for node in model.graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     known = {op.namespace for op in ops} <= _KNOWN and model.dtype == torch.float32
-    graph = _by_rows(model.graph) if known else simulation(model)
+    graph = by_rows(model.graph) if known else simulation(model)
     shapes = ({0: torch.export.Dim("batch")},)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.export.save(torch.export.export(graph, (model.example,), dynamic_shapes=shapes), out / _FILE)
 
 
-def _by_rows(graph: fx.GraphModule) -> fx.GraphModule:
+def by_rows(graph: fx.GraphModule) -> fx.GraphModule:
     """Rows of tables made real where they are read, in place: the whole table would be, in every call."""
     call = graph.graph.call_function
     for node in nodes_of(graph, {EMBEDDING}):

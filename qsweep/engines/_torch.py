@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx
 
+from qsweep.engines._silent import silent
 from qsweep.engines._torch_graph import for_patterns, multiplies_channels, with_grid_input
 from qsweep.errors import Refused, why
 from qsweep.hub.fixed import with_constants
@@ -141,29 +140,15 @@ def integer_macs(folder: Path, run: Runner, inputs: Tensor) -> int:
 def _calls(run: Runner, inputs: Tensor) -> list[str]:
     """Names of the ops of one call, in order."""
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    with _silent():
+    with silent():
         profile.start()
     try:
         run(inputs)
     finally:
-        with _silent():
+        with silent():
             profile.stop()
     events: Any = profile.profiler and profile.profiler.function_events
     return [event.name for event in sorted(events or [], key=lambda event: event.time_range.start)]
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without standard error: the profiler's library writes traces of itself there, whatever its settings."""
-    sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
 
 
 _INTEGER = {"onednn::qconv_pointwise", "onednn::qconv2d_pointwise", "onednn::qlinear_pointwise", "aten::_int_mm"}

@@ -1,0 +1,112 @@
+"""The hub form as a program of ExecuTorch that XNNPACK runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from qsweep.engines._executorch_graph import for_xnnpack
+from qsweep.engines._silent import silent
+from qsweep.errors import BundleError, Refused, why
+from qsweep.hub.form import QuantizedModel
+
+with silent(), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.exir._serialize import _flatbuffer
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+if TYPE_CHECKING:
+    from qsweep.engines.base import EngineConfig, Runner
+
+PROGRAM = "model.pte"
+
+
+def lower(model: QuantizedModel, folder: Path, batch_size: int) -> None:
+    """Write `model.pte`, which takes batches of `batch_size`."""
+    example = torch.zeros(batch_size, *model.example.shape[1:])
+    config = EdgeCompileConfig(_check_ir_validity=False)  # ops of quantized models are none of its core
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(for_xnnpack(model), (example,))
+            edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+            content = edge.to_executorch().buffer
+    except MemoryError:
+        raise
+    except Exception as error:  # it raises many types; all mean that this engine cannot take the model
+        raise Refused(f"ExecuTorch cannot take the model: {why(error)}") from error
+    (folder / PROGRAM).write_bytes(content)
+
+
+def runner(folder: Path, engine: EngineConfig) -> Runner:
+    """The artifact in ExecuTorch at the engine's threads, which are those of all its programs in this process."""
+    try:
+        with silent():
+            portable_lib._unsafe_reset_threadpool(engine.threads)
+            method = Runtime.get().load_program(folder / PROGRAM).load_method("forward")
+    except (RuntimeError, OSError, ValueError) as error:
+        raise BundleError(f"`{folder / PROGRAM}`: ExecuTorch cannot load it ({why(error)})") from error
+    assert method is not None
+
+    def run(inputs: Tensor) -> Tensor:
+        return cast(Tensor, method.execute([inputs.contiguous()])[0])
+
+    return run
+
+
+def integer_macs(folder: Path) -> int:
+    """Those of integer kernels in one call, from what the program hands to XNNPACK."""
+    return sum(map(_macs, _graphs((folder / PROGRAM).read_bytes())))
+
+
+def _graphs(content: bytes) -> list[dict[str, Any]]:
+    """The graphs that XNNPACK is given, as its schema has them."""
+    header = xnnpack_graph_serialize.XNNHeader
+    program = deserialize_pte_binary(content).program
+    graphs = []
+    with tempfile.TemporaryDirectory() as place:
+        schema, packed, text = (Path(place) / name for name in ("schema.fbs", "graph.bin", "graph.json"))
+        schema.write_bytes(xnnpack_graph_serialize._get_schema_bytes())
+        for delegate in program.execution_plan[0].delegates:
+            data = program.backend_delegate_data[delegate.processed.index].data
+            start = header.from_bytes(data[: header.EXPECTED_LENGTH])
+            packed.write_bytes(data[start.flatbuffer_offset : start.flatbuffer_offset + start.flatbuffer_size])
+            _flatbuffer._flatc_decompile(place, str(schema), str(packed), ["--raw-binary"])
+            graphs.append(json.loads(re.sub(r"(-?)\b(inf|nan)\b", _numbers, text.read_text())))
+    return graphs
+
+
+def _numbers(found: re.Match[str]) -> str:
+    return f"{found[1]}Infinity" if found[2] == "inf" else "NaN"
+
+
+_PRODUCTS = {"XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected"}
+_INTEGERS = {f"xnn_datatype_{name}" for name in ("qint8", "qdint8", "qpint8")}
+
+
+def _macs(graph: dict[str, Any]) -> int:
+    values = {}
+    for value in graph["xvalues"]:
+        tensor = value["xvalue_union"]
+        tensor = tensor.get("tensor_value", tensor)
+        values[tensor["id_out"]] = tensor
+    macs = 0
+    for node in graph["xnodes"]:
+        if node["xnode_union_type"] in _PRODUCTS:
+            given, weight, result = (values[node["xnode_union"][f"{name}_id"]] for name in ("input1", "filter", "output"))
+            if given["datatype"] in _INTEGERS:
+                macs += math.prod(result["dims"][:-1]) * math.prod(weight["dims"])
+    return macs

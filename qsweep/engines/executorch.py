@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from qsweep.engines.base import EngineConfig, Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qsweep.hub.form import QuantizedModel
+    from qsweep.spec import Compression
+    from qsweep.store import Store
+
+
+class ExecuTorch(EngineConfig):
+    """ExecuTorch with XNNPACK, PyTorch's runtime on phones: one `model.pte` for ARM and x86, at the target's batch size.
+
+    Activations are int8 where a layer's result is quantized again; any other linear (the last one, those of attention)
+    quantizes each row that it reads anew. What is measured is this machine's speed.
+    """
+
+    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._executorch",)
+    engine: Literal["executorch"] = "executorch"
+    device: Literal["cpu"] = "cpu"
+
+    def available(self) -> str | None:
+        from importlib.util import find_spec
+
+        return None if find_spec("executorch") else "`executorch` is not installed: `pip install 'qsweep[executorch]'`"
+
+    def refuses(self, config: Compression) -> str | None:
+        reason = config.quantize and config.quantize.not_integer
+        return f"XNNPACK's integer kernels cannot run it: {reason}; use `float`" if reason else None
+
+    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
+        from qsweep.engines._executorch import lower
+        from qsweep.hub.accumulators import check_accumulators
+
+        check_accumulators(model)
+        lower(model, folder, self.batch_size)
+
+    def load(self, folder: Path) -> Runner:
+        from qsweep.engines._executorch import runner
+
+        return runner(folder, self)
+
+    def export(self, artifact: Path, out: Path) -> None:
+        import shutil
+
+        from qsweep.engines._executorch import PROGRAM
+
+        shutil.copyfile(artifact / PROGRAM, out / PROGRAM)
+
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
+        from qsweep.engines._executorch import integer_macs
+
+        return integer_macs(folder)

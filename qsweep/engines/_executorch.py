@@ -43,25 +43,43 @@ def lower(model: QuantizedModel, folder: Path, batch_size: int) -> None:
             warnings.simplefilter("ignore")
             program = torch.export.export(for_xnnpack(model), (example,))
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
-            content = edge.to_executorch().buffer
+            made = edge.to_executorch()
     except MemoryError:
         raise
     except Exception as error:  # it raises many types; all mean that this engine cannot take the model
         raise Refused(f"ExecuTorch cannot take the model: {why(error)}") from error
-    (folder / PROGRAM).write_bytes(content)
+    _check_kernels(made.executorch_program)
+    (folder / PROGRAM).write_bytes(made.buffer)
+
+
+def _check_kernels(program: Any) -> None:
+    """Raises Refused for ops that the runtime has no kernels for: it would tell a number when it loads the program."""
+    known = Runtime.get().operator_registry.operator_names
+    used = [f"{op.name}.{op.overload}".rstrip(".") for op in program.execution_plan[0].operators]
+    if lacking := [name for name in used if name not in known]:
+        raise Refused(f"ExecuTorch has no kernel for {', '.join(f'`{name}`' for name in lacking)}")
 
 
 def runner(folder: Path, engine: EngineConfig) -> Runner:
-    """The artifact in ExecuTorch at the engine's threads, which are those of all its programs in this process."""
+    """The artifact in ExecuTorch at the engine's threads, which are those of all its programs in this process; called
+    once, as it sees only then what it cannot run."""
+    try:
+        program = Runtime.get().load_program(folder / PROGRAM)
+    except RuntimeError as error:
+        raise BundleError(f"`{folder / PROGRAM}`: the artifact cannot be read ({error})") from error
     try:
         with silent():
             portable_lib._unsafe_reset_threadpool(engine.threads)
-            method = Runtime.get().load_program(folder / PROGRAM).load_method("forward")
-    except (RuntimeError, OSError, ValueError) as error:
-        raise BundleError(f"`{folder / PROGRAM}`: ExecuTorch cannot load it ({why(error)})") from error
-    assert method is not None
+            method = program.load_method("forward")
+            assert method is not None
+            given = method.metadata.input_tensor_meta(0).sizes()
+            method.execute([torch.zeros(given)])
+    except RuntimeError as error:
+        raise Refused(f"ExecuTorch cannot run the model: {error}") from error
 
     def run(inputs: Tensor) -> Tensor:
+        if inputs.shape != given:
+            raise Refused(f"the program takes inputs {list(given)} (got {list(inputs.shape)})")
         return cast(Tensor, method.execute([inputs.contiguous()])[0])
 
     return run
@@ -106,7 +124,9 @@ def _macs(graph: dict[str, Any]) -> int:
     macs = 0
     for node in graph["xnodes"]:
         if node["xnode_union_type"] in _PRODUCTS:
-            given, weight, result = (values[node["xnode_union"][f"{name}_id"]] for name in ("input1", "filter", "output"))
+            given, weight, result = (
+                values[node["xnode_union"][f"{name}_id"]] for name in ("input1", "filter", "output")
+            )
             if given["datatype"] in _INTEGERS:
                 macs += math.prod(result["dims"][:-1]) * math.prod(weight["dims"])
     return macs

@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch import fx
+from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.engines._program import by_rows
 from qsweep.hub.fixed import with_constants
@@ -14,6 +15,7 @@ from qsweep.hub.kinds import (
     COMPUTE,
     DEQUANTIZE,
     LINEARS,
+    NORMS,
     QUANTIZE,
     RECTIFIERS,
     aten,
@@ -21,7 +23,8 @@ from qsweep.hub.kinds import (
     quantized,
     rectified,
 )
-from qsweep.hub.nodes import arguments, nodes_of, set_constant, source
+from qsweep.hub.nodes import attributes, nodes_of, set_constant, source
+from qsweep.hub.norm import affine
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS
 from qsweep.hub.weights import real_weight
 
@@ -31,6 +34,7 @@ _LOW, _HIGH = -128, 127
 def for_xnnpack(model: QuantizedModel) -> fx.GraphModule:
     """The graph of `model` as XNNPACK's patterns of integer kernels are written, in place."""
     graph = with_constants(by_rows(model.graph))
+    ShapeProp(graph).propagate(model.example)
     for node in nodes_of(graph, {QUANTIZE}):
         _bound(graph, node)
     graph.graph.eliminate_dead_code()
@@ -40,21 +44,26 @@ def for_xnnpack(model: QuantizedModel) -> fx.GraphModule:
     for node in nodes_of(graph, {QUANTIZE, DEQUANTIZE}):
         scale, zero_point, *_ = grid_of(node)
         node.args = (node.args[0], scale, zero_point, _LOW, _HIGH, torch.int8)
+    for view in nodes_of(graph, {aten.view.default, aten.reshape.default}):
+        view.target = aten.view_copy.default
     for rows in nodes_of(graph, {QUANTIZE_ROWS}):
         rows.replace_all_uses_with(source(rows))
+    for norm in nodes_of(graph, NORMS):
+        _spell_out(graph, norm)
     graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
+    root = torch.nn.Module()  # with nothing but what is read: all of it would be written
+    for name, value in attributes(graph):
+        set_constant(root, name, value.detach().contiguous())  # constants that lie as images do it mistakes
+    return fx.GraphModule(root, graph.graph)
 
 
 def _bound(graph: fx.GraphModule, node: fx.Node) -> None:
-    """The ends of a grid narrower than 8 bits as a rectifier before the quantize op `node`: XNNPACK's integers have the
-    whole range of int8, and it makes rectifiers bounds of these."""
+    """The ends of a grid narrower than 8 bits as a rectifier before the quantize op `node`, one with any rectifier that
+    is there: XNNPACK's integers have the whole range of int8, and it makes those that it knows bounds of these."""
     scale, zero_point, low, high = grid_of(node)
-    value = source(node)
-    if (low, high) == (_LOW, _HIGH) or keeps_grid(value):
+    value, ends = source(node), ((low - zero_point) * scale, (high - zero_point) * scale)
+    if ((low, high) == (_LOW, _HIGH) or keeps_grid(value)) and value.target not in RECTIFIERS - {aten.relu.default}:
         return
-    ends = (low - zero_point) * scale, (high - zero_point) * scale
     if value.target in RECTIFIERS and len(value.users) == 1:
         own, value = rectified(value), source(value)
         ends = max(ends[0], own[0]), min(ends[1], own[1])
@@ -87,6 +96,18 @@ def _is_quantized(layer: fx.Node) -> bool:
         if end.target not in RECTIFIERS:
             return end.target is QUANTIZE
     return False
+
+
+def _spell_out(graph: fx.GraphModule, norm: fx.Node) -> None:
+    """A batch norm that no layer has taken in as a product and a sum, for which XNNPACK has a convolution in mind."""
+    axes = [1] * (len(norm.meta["tensor_meta"].shape) - 2)
+    value = source(norm)
+    for op, number in zip((aten.mul.Tensor, aten.add.Tensor), affine(graph, norm), strict=True):
+        name = f"{norm.name}_{op.__name__.partition('.')[0]}"
+        set_constant(graph, name, number.float().reshape(-1, *axes))
+        with graph.graph.inserting_before(norm):
+            value = graph.graph.call_function(op, (value, graph.graph.get_attr(name)))
+    norm.replace_all_uses_with(value)
 
 
 def _rows(graph: fx.GraphModule, value: fx.Node, before: fx.Node) -> fx.Node:

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class ExecuTorch(EngineConfig):
-    """ExecuTorch with XNNPACK, PyTorch's runtime on phones: one `model.pte` for ARM and x86, at the target's batch size.
+    """ExecuTorch with XNNPACK, PyTorch's runtime for phones: one `model.pte` for ARM and x86, of the batch size given.
 
     Activations are int8 where a layer's result is quantized again; any other linear (the last one, those of attention)
     quantizes each row that it reads anew. What is measured is this machine's speed.
     """
 
-    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._executorch",)
+    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._executorch_warm",)
     engine: Literal["executorch"] = "executorch"
     device: Literal["cpu"] = "cpu"
 

@@ -1,12 +1,12 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [network] [token] [chain] [latency]
+    python benchmarks/zoo.py [network] [token] [chain] [latency] [phone]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
 against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Chains of its kernels
 run small images on a GPU or, without one, in Triton's interpreter. Latencies, one image on one thread, are those of
-int8 and of float32 by turns. Writes `zoo.json` and `zoo.md` beside it.
+int8 and of float32 by turns; of `executorch` beside those of `onnxruntime`. Writes `zoo.json` and `zoo.md` beside it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from rows import HERE, record, table
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from qsweep.engines.base import Runner
-    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.engines.base import EngineConfig, Runner
     from qsweep.hub.form import QuantizedModel
     from qsweep.stage import Context
 
@@ -49,7 +48,8 @@ model's, and of ONNX Runtime's from the reference's, over the deviation of the m
 accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point. Of chains of kernels: the integers of
 one input (after @ an image's pixels a side) that are not the reference's; behind norms and softmax a float may fall
 on the other side of a tie, and what follows from it. Tokens: ranges that each row of a linear sets itself. Latencies
-are medians of ONNX Runtime on one thread for one image of 224 pixels a side.
+are medians of ONNX Runtime on one thread for one image of 224 pixels a side. Phone: ExecuTorch with XNNPACK beside it, on
+this machine: deviations, share of integers, latency of int8 over float32, and over ONNX Runtime's int8.
 """
 
 
@@ -72,7 +72,7 @@ def quantized(name: str, mode: str = "static") -> Iterator[tuple[nn.Module, Tens
         yield model, inputs, config.apply(model, found), found
 
 
-def lowered(engine: OnnxRuntime, graph: QuantizedModel, found: Context, kind: str) -> tuple[Path, Runner]:
+def lowered(engine: EngineConfig, graph: QuantizedModel, found: Context, kind: str) -> tuple[Path, Runner]:
     artifact = found.store.root.parent / kind
     artifact.mkdir()
     engine.lower(graph, artifact, found.store)
@@ -141,13 +141,42 @@ def latency(name: str) -> dict[str, Any]:
     with quantized(name) as (model, inputs, graph, found):
         both = {"int8": graph, "float32": float_graph(model, found)}
         runners = {kind: lowered(engine, each, found, kind)[1] for kind, each in both.items()}
-    seconds: dict[str, list[float]] = {kind: [] for kind in both}
+        return milliseconds(runners, inputs[:1])
+
+
+def milliseconds(runners: dict[str, Runner], inputs: Tensor) -> dict[str, float]:
+    """Medians of calls by turns."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in runners}
     for _ in range(40):
         for kind, runner in runners.items():
             start = time.perf_counter()
-            runner(inputs[:1])
+            runner(inputs)
             seconds[kind].append(time.perf_counter() - start)
     return {kind: 1e3 * statistics.median(taken[10:]) for kind, taken in seconds.items()}
+
+
+def phone(name: str) -> dict[str, Any]:
+    """Of `executorch` how far it is from the reference, its share of integers, and latencies beside `onnxruntime`'s."""
+    import torch
+
+    from qsweep.engines.executorch import ExecuTorch
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.hub.export import float_graph
+    from qsweep.hub.integer import IntegerInterpreter
+
+    engine = ExecuTorch(batch_size=1, threads=1)
+    with quantized(name) as (model, inputs, graph, found):
+        wanted, reference = model(inputs).detach(), IntegerInterpreter(graph.graph)(inputs)
+        work = graph.macs
+        runners = {"onnxruntime": lowered(OnnxRuntime(batch_size=1, threads=1), graph, found, "onnxruntime")[1]}
+        runners["float32"] = lowered(engine, float_graph(model, found), found, "float32")[1]
+        artifact, runners["int8"] = lowered(engine, graph, found, "int8")
+        given = torch.cat([runners["int8"](image).clone() for image in inputs.split(1)])
+        return milliseconds(runners, inputs[:1]) | {
+            "quantized": ((reference - wanted).std() / wanted.std()).item(),
+            "apart": ((given - reference).std() / wanted.std()).item(),
+            "share": engine.integer_macs(artifact, runners["int8"], inputs[:1]) / work,
+        }
 
 
 def said_of_network(found: dict[str, Any]) -> tuple[str, bool]:
@@ -170,6 +199,13 @@ def said_of_latency(found: dict[str, Any]) -> tuple[str, bool]:
     return f"{ratio:.2f} of {found['float32']:.1f} ms", ratio < 1
 
 
+def said_of_phone(found: dict[str, Any]) -> tuple[str, bool]:
+    apart = f"{found['quantized']:.2g}, {found['apart']:.1g}; {found['share']:.1%}"
+    ratio, beside = (found["int8"] / found[other] for other in ("float32", "onnxruntime"))
+    said = f"{ratio:.2f} of {found['float32']:.1f} ms, {beside:.2f} of onnxruntime's int8"
+    return f"{apart}; {said}", found["apart"] <= found["quantized"] and found["int8"] < found["float32"]
+
+
 def row(part: str, name: str) -> tuple[str, str, str, bool]:
     """What a process of its own says of one network."""
     asked, suffix, say = PARTS[part]
@@ -184,6 +220,7 @@ PARTS: dict[str, tuple[str, str, Say]] = {
     "token": ("less apart from the reference than int8 from float", ", tokens", said_of_network),
     "chain": ("none differs, one in 1000 behind floats", ", chain", said_of_chain),
     "latency": ("under float32", ", latency", said_of_latency),
+    "phone": ("less apart than int8 from float, under float32", ", phone", said_of_phone),
 }
 
 
@@ -207,10 +244,10 @@ def main() -> None:
     from zoo_models import CHAINS, LATENCIES, NAMES
 
     transformers = [name for name in NAMES if name.startswith("transformers ")]
-    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "latency": LATENCIES}
+    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "latency": LATENCIES, "phone": LATENCIES}
     for part in sys.argv[1:] or PARTS:
         there = [name for name in names[part] if find_spec(name.split()[0])]
-        with ThreadPoolExecutor(1 if part == "latency" else os.cpu_count()) as pool:
+        with ThreadPoolExecutor(1 if part in ("latency", "phone") else os.cpu_count()) as pool:
             for figures in pool.map(partial(row, part), there):
                 record("zoo", [figures])
     table("zoo", HEADING)

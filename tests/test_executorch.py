@@ -39,7 +39,9 @@ NOISE = Noise(COUNT).inputs
 def lowered(model: QuantizedModel, folder: Path, batch_size: int = COUNT) -> ExecuTorch:
     engine = ExecuTorch(batch_size=batch_size)
     folder.mkdir(exist_ok=True)
+    before = model.graph.code
     engine.lower(model, folder, Store(folder.parent / "store"))
+    assert model.graph.code == before
     return engine
 
 

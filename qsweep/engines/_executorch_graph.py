@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import torch
@@ -32,9 +33,8 @@ _LOW, _HIGH = -128, 127
 
 
 def for_xnnpack(model: QuantizedModel) -> fx.GraphModule:
-    """The graph of `model` as XNNPACK's patterns of integer kernels are written, in place."""
-    graph = with_constants(by_rows(model.graph))
-    ShapeProp(graph).propagate(model.example)
+    """A copy of the graph of `model` as XNNPACK's patterns of integer kernels are written."""
+    graph = with_constants(by_rows(copy.deepcopy(model.graph)))
     for node in nodes_of(graph, {QUANTIZE}):
         _bound(graph, node)
     graph.graph.eliminate_dead_code()
@@ -48,8 +48,10 @@ def for_xnnpack(model: QuantizedModel) -> fx.GraphModule:
         view.target = aten.view_copy.default
     for rows in nodes_of(graph, {QUANTIZE_ROWS}):
         rows.replace_all_uses_with(source(rows))
-    for norm in nodes_of(graph, NORMS):
-        _spell_out(graph, norm)
+    if norms := nodes_of(graph, NORMS):
+        ShapeProp(graph).propagate(model.example)
+        for norm in norms:
+            _spell_out(graph, norm)
     graph.graph.eliminate_dead_code()
     root = torch.nn.Module()  # with nothing but what is read: all of it would be written
     for name, value in attributes(graph):

@@ -48,8 +48,8 @@ model's, and of ONNX Runtime's from the reference's, over the deviation of the m
 accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point. Of chains of kernels: the integers of
 one input (after @ an image's pixels a side) that are not the reference's; behind norms and softmax a float may fall
 on the other side of a tie, and what follows from it. Tokens: ranges that each row of a linear sets itself. Latencies
-are medians of ONNX Runtime on one thread for one image of 224 pixels a side. Phone: ExecuTorch with XNNPACK beside it, on
-this machine: deviations, share of integers, latency of int8 over float32, and over ONNX Runtime's int8.
+are medians of ONNX Runtime on one thread for one image of 224 pixels a side. Phone: ExecuTorch with XNNPACK, on this
+machine: deviations as above, the share of integers, latency of int8 over that of float32 and of ONNX Runtime's int8.
 """
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -364,6 +366,15 @@ def test_a_refusal_names_the_alternative(engine: EngineConfig, quantize: Any, al
 @pytest.mark.parametrize("engine", INTEGER, ids=lambda engine: engine.__name__)
 def test_an_integer_engine_takes_integers(engine: type[EngineConfig]) -> None:
     assert engine().refuses(Compression.model_validate({"quantize": {"method": "ptq"}})) is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_artifacts_of_an_engine_need_is_an_extra(engine: type[EngineConfig]) -> None:
+    content = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    extras = {
+        re.split("[>=;]", one)[0] for extra in content["project"]["optional-dependencies"].values() for one in extra
+    }
+    assert set(engine.packages) <= extras
 
 
 def test_inductor_without_a_compiler_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,10 +108,11 @@ def _graphs(content: bytes) -> list[dict[str, Any]]:
 
 
 def _numbers(found: re.Match[str]) -> str:
+    """What `json` reads for what is no number in JSON."""
     return f"{found[1]}Infinity" if found[2] == "inf" else "NaN"
 
 
-_PRODUCTS = {"XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected"}
+_PRODUCTS = {"XNNConv2d", "XNNDepthwiseConv2d", "XNNFullyConnected"}
 _INTEGERS = {f"xnn_datatype_{name}" for name in ("qint8", "qdint8", "qpint8")}
 
 

@@ -31,6 +31,8 @@ class EngineConfig(Config, ABC):
     discriminator: ClassVar[str | None] = "engine"
     preload: ClassVar[tuple[str, ...]] = ()
     """Modules that make the first use quick; imported once, before workers are forked."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """What its artifacts need beside qsweep's own requirements, by the names of a package index."""
     engine: str
     device: Literal["cpu", "cuda"] = "cpu"
     batch_size: Annotated[int, Field(ge=1)] = 1

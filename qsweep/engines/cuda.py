@@ -18,6 +18,7 @@ class Cuda(EngineConfig):
     equals the reference bit for bit; softmax, layer norms and products of two activations run in floating point."""
 
     preload: ClassVar[tuple[str, ...]] = ("qsweep.cuda.chain",)
+    packages: ClassVar[tuple[str, ...]] = ("triton",)
     engine: Literal["cuda"] = "cuda"
     device: Literal["cuda"] = "cuda"
     products: Literal["fp32", "bf16", "fp16"] = "fp16"

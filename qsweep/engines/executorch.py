@@ -21,6 +21,7 @@ class ExecuTorch(EngineConfig):
     """
 
     preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._executorch_warm",)
+    packages: ClassVar[tuple[str, ...]] = ("executorch",)
     engine: Literal["executorch"] = "executorch"
     device: Literal["cpu"] = "cpu"
 

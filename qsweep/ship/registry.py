@@ -11,7 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 import qsweep
+from qsweep.engines import Engine, EngineConfig
 from qsweep.errors import SpecError, TrackError
 from qsweep.records import Record
 from qsweep.ship.select import Selector, best
@@ -126,7 +129,8 @@ def _save(made: Path, out: Path) -> Path:
 
 def _requirements(made: Path) -> list[str]:
     """Packages as an index has them: without the local part of a version, such as `+cpu`."""
-    needed = (*_NEEDED, "triton") if verify(made).engine["engine"] == "cuda" else _NEEDED
+    adapter: TypeAdapter[EngineConfig] = TypeAdapter(Engine)
+    needed = (*_NEEDED, *adapter.validate_python(verify(made).engine).packages)
     return [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in needed]
 
 

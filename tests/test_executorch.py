@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,18 @@ def test_a_program_takes_the_batches_that_it_was_made_for(tmp_path: Path) -> Non
     assert_close(single, IntegerInterpreter(model.graph)(NOISE), within=0.03)
     with pytest.raises(Refused, match=r"takes inputs \[1, 1, 8, 8\] \(got \[2, 1, 8, 8\]\)"):
         run(NOISE[:2])
+
+
+def test_programs_of_a_process_share_the_threads_of_the_first(tmp_path: Path) -> None:
+    model = PTQ(calibration_samples=200).apply(network("mlp"), shared("mlp", NOISE))
+    lowered(model, tmp_path / "artifact")
+    loads = "; ".join(f"run{n} = ExecuTorch(threads={n}).load(Path('artifact'))" for n in (2, 1))
+    imports = "import torch; from pathlib import Path; from qsweep.engines.executorch import ExecuTorch"
+    counted = "from qsweep.engines._executorch import portable_lib; print(portable_lib._threadpool_get_thread_count())"
+    code = f"{imports}; {loads}; x = torch.rand({COUNT}, 1, 8, 8); assert torch.equal(run2(x), run1(x)); {counted}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"]
+    assert not done.stderr
 
 
 def test_what_is_exported_is_the_program(tmp_path: Path) -> None:

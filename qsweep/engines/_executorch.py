@@ -61,15 +61,15 @@ def _check_kernels(program: Any) -> None:
 
 
 def runner(folder: Path, engine: EngineConfig) -> Runner:
-    """The artifact in ExecuTorch at the engine's threads, which are those of all its programs in this process; called
-    once, as it sees only then what it cannot run."""
+    """The artifact in ExecuTorch, called once, as it sees only then what it cannot run. Its threads are the engine's,
+    unless this process has loaded a program with others before."""
     try:
         program = Runtime.get().load_program(folder / PROGRAM)
     except RuntimeError as error:
         raise BundleError(f"`{folder / PROGRAM}`: the artifact cannot be read ({error})") from error
     try:
         with silent():
-            portable_lib._unsafe_reset_threadpool(engine.threads)
+            _share_threads(engine.threads)
             method = program.load_method("forward")
             assert method is not None
             given = method.metadata.input_tensor_meta(0).sizes()
@@ -83,6 +83,16 @@ def runner(folder: Path, engine: EngineConfig) -> Runner:
         return cast(Tensor, method.execute([inputs.contiguous()])[0])
 
     return run
+
+
+_threads: list[int] = []
+
+
+def _share_threads(count: int) -> None:
+    """Give this process a pool of `count` threads, unless it has one: programs that are loaded hold on to it."""
+    if not _threads:
+        portable_lib._unsafe_reset_threadpool(count)
+        _threads.append(count)
 
 
 def integer_macs(folder: Path) -> int:

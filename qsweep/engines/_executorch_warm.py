@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import warnings
 
-import torch
-from tqdm import tqdm
-
 from qsweep.engines import _executorch  # noqa: F401  # with all that it imports
+from qsweep.engines._forkable import forkable
 from qsweep.engines._silent import silent
 
 
 def _warm_up() -> None:
     from executorch.backends.xnnpack.partition.graphs import bilinear_2d, sdpa
 
-    tqdm.monitor_interval = 0  # progress bars of PyTorch's compiler would start a thread
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with silent(), warnings.catch_warnings():
+    with forkable(), silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bilinear_2d.get_graphs()
         sdpa.get_graphs()
-    torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 _warm_up()

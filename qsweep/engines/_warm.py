@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import torch._inductor.config as inductor
 from torch import fx, nn
-from tqdm import tqdm
 
 from qsweep.engines import _isa
+from qsweep.engines._forkable import forkable
 from qsweep.engines._torch import compiled
 from qsweep.engines._torch_graph import unsigned
 from qsweep.hub.kinds import DEQUANTIZE, QUANTIZE, aten
@@ -45,13 +45,8 @@ def _warm_up() -> None:
     # there is one would do the same: NVML is asked, which does not always know (-1).
     if torch.version.cuda is not None and torch.cuda._device_count_nvml() != 0:
         return
-    tqdm.monitor_interval = 0  # the compiler's progress bars would start a thread
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with inductor.patch(compile_threads=1):
+    with forkable(), inductor.patch(compile_threads=1):
         compiled(_network(), torch.zeros(2, 4, 8, 8))
-    torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 _warm_up()

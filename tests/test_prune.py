@@ -1,19 +1,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 from toy_task import Toy
 
 from qsweep.errors import NotFinite, TaskFailure
+from qsweep.hub.export import export
+from qsweep.prune import Pruning
+from qsweep.prune._channels import zero_channels
 from qsweep.prune._global import zero_smallest
+from qsweep.prune.channels import Channels
 from qsweep.prune.magnitude import Magnitude
 from qsweep.stage import Context, stage_key
 from qsweep.store import Store
@@ -33,6 +41,15 @@ def context(root: Path, **changes: Any) -> Context:
         training=Training(batch_size=16),
     )
     return dataclasses.replace(plain, **changes)
+
+
+Method = Callable[..., Pruning]
+
+
+@pytest.fixture(params=[Magnitude, partial(Channels, multiple_of=1)], ids=["magnitude", "channels"])
+def method(request: pytest.FixtureRequest) -> Method:
+    found: Method = request.param
+    return found
 
 
 def model() -> nn.Module:
@@ -82,14 +99,14 @@ def test_the_share_of_zeros_survives_fine_tuning(tmp_path: Path, epochs: int) ->
     assert not pruned.training
 
 
-def test_fine_tuning_moves_the_weights_that_are_left(tmp_path: Path) -> None:
-    cut, tuned = (Magnitude(epochs=epochs).apply(model(), context(tmp_path)) for epochs in (0, 1))
+def test_fine_tuning_moves_the_weights_that_are_left(method: Method, tmp_path: Path) -> None:
+    cut, tuned = (method(epochs=epochs).apply(model(), context(tmp_path)) for epochs in (0, 1))
     assert not torch.equal(cut.get_parameter("5.weight"), tuned.get_parameter("5.weight"))
 
 
-def test_pruning_is_computed_once_and_gives_the_same_bits_to_all(tmp_path: Path) -> None:
+def test_pruning_is_computed_once_and_gives_the_same_bits_to_all(method: Method, tmp_path: Path) -> None:
     lines: list[str] = []
-    stages = [Magnitude(epochs=2).apply(model(), context(tmp_path, progress=lines.append)) for _ in range(2)]
+    stages = [method(epochs=2).apply(model(), context(tmp_path, progress=lines.append)) for _ in range(2)]
     assert len(lines) == 1 + 2
     for one, other in zip(stages[0].state_dict().values(), stages[1].state_dict().values(), strict=True):
         assert torch.equal(one, other)
@@ -100,30 +117,103 @@ def test_pruning_is_computed_once_and_gives_the_same_bits_to_all(tmp_path: Path)
     "changes",
     [{"key": "other"}, {"seed": 1}, {"training": Training(batch_size=32)}, {"training": Training(device="cuda")}],
 )
-def test_the_identity_of_a_result_holds_what_it_depends_on(tmp_path: Path, changes: dict[str, Any]) -> None:
-    stage = Magnitude()
+def test_the_identity_of_a_result_holds_what_it_depends_on(
+    method: Method, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    stage = method()
     assert stage_key(stage, context(tmp_path, **changes)) != stage_key(stage, context(tmp_path))
-    assert stage_key(Magnitude(sparsity=0.6), context(tmp_path)) != stage_key(stage, context(tmp_path))
+    assert stage_key(method(sparsity=0.6), context(tmp_path)) != stage_key(stage, context(tmp_path))
 
 
-def test_weights_that_are_not_finite_are_not_ranked(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_ranked(method: Method, tmp_path: Path) -> None:
     broken = model()
     nn.init.constant_(broken.get_parameter("5.bias"), torch.nan)
     with pytest.raises(NotFinite, match=r"`5\.bias`"):
-        Magnitude().apply(broken, context(tmp_path))
+        method().apply(broken, context(tmp_path))
 
 
-def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TaskFailure, match="convolutions or linears"):
-        Magnitude().apply(nn.Sequential(nn.Flatten()), context(tmp_path))
+def test_a_model_without_weights_is_refused(method: Method, tmp_path: Path) -> None:
+    with pytest.raises(TaskFailure, match="pruning needs"):
+        method().apply(nn.Sequential(nn.Flatten()), context(tmp_path))
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
-def test_a_share_outside_zero_to_one_is_refused(sparsity: float) -> None:
+def test_a_share_outside_zero_to_one_is_refused(method: Method, sparsity: float) -> None:
     with pytest.raises(ValidationError):
-        Magnitude(sparsity=sparsity)
+        method(sparsity=sparsity)
 
 
-@pytest.mark.parametrize(("sparsity", "label"), [(0.5, "prune50"), (0.0, "prune0"), (0.975, "prune97.5")])
+@pytest.mark.parametrize(("sparsity", "label"), [(0.5, "50"), (0.0, "0"), (0.975, "97.5")])
 def test_the_name_of_a_pruning_tells_its_percentage(sparsity: float, label: str) -> None:
-    assert Magnitude(sparsity=sparsity).label() == label
+    assert Magnitude(sparsity=sparsity).label() == f"prune{label}"
+    assert Channels(sparsity=sparsity).label() == f"channels{label}"
+
+
+def chain(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [layer for pair in pairwise((1, *widths)) for layer in (nn.Conv2d(*pair, 1), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, 2)).eval()
+
+
+NARROW = [(4, 0.5, 8, 4), (8, 0.9, 8, 8), (3, 0.99, 1, 1), (12, 0.5, 4, 8)]
+IMAGES = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("width", "sparsity", "multiple", "left"),
+    [
+        (32, 0.3, 8, 24),
+        (32, 0.3, 1, 22),
+        (32, 0.99, 8, 8),
+        (32, 0.0, 8, 32),
+        (20, 0.1, 8, 16),
+        (20, 0.0, 8, 20),
+        *NARROW,
+    ],
+)
+def test_layers_keep_a_multiple_of_channels_and_at_least_one(
+    width: int, sparsity: float, multiple: int, left: int
+) -> None:
+    pruned = chain(width, 32)
+    zero_channels(pruned, IMAGES, sparsity, multiple)
+    assert int(pruned.get_parameter("0.weight").flatten(1).any(1).sum()) == left
+    assert export(pruned, IMAGES).layers()[0].weight.shape[0] == left
+
+
+def test_the_channels_with_the_smallest_weights_go_first() -> None:
+    pruned = chain(4, 8)
+    with torch.no_grad():
+        pruned.get_parameter("0.weight")[:] = torch.tensor([-3.0, 0.1, 2.0, -0.2]).reshape(4, 1, 1, 1)
+        pruned.get_parameter("0.bias").zero_()
+    zero_channels(pruned, IMAGES, 0.5, 1)
+    assert pruned.get_parameter("0.weight").flatten().tolist() == [-3.0, 0.0, 2.0, 0.0]
+
+
+def test_channels_go_from_weights_biases_and_norms_and_none_of_it_comes_back(tmp_path: Path) -> None:
+    pruned = Channels(sparsity=0.5, multiple_of=1, epochs=2).apply(model(), context(tmp_path))
+    gone = ~pruned.get_parameter("0.weight").flatten(1).any(1)
+    assert int(gone.sum()) == 2
+    for name in ("1.weight", "1.bias"):
+        assert torch.equal(pruned.get_parameter(name) == 0, gone)
+    images = Toy().transform(Toy().samples("test").inputs)
+    slim = export(pruned, images[:2])
+    assert [list(layer.weight.shape) for layer in slim.layers()] == [[2, 1, 3, 3], [2, 32]]
+    torch.testing.assert_close(slim.graph(images), pruned(images))
+
+
+class OwnWeights(nn.Module):
+    """A layer that is no module: nothing keeps its bias at zero in a training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 16)), nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu(F.linear(x.flatten(1), self.weight, self.bias)))
+        return logits
+
+
+def test_channels_of_layers_that_are_no_modules_stay() -> None:
+    with pytest.raises(TaskFailure, match="channel pruning needs"):
+        zero_channels(OwnWeights(), IMAGES, 0.5, 1)

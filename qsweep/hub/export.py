@@ -13,6 +13,7 @@ from qsweep.errors import DataError, ExportFailure
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.plain import plain
+from qsweep.hub.slim import slim
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +29,7 @@ def float_graph(model: nn.Module, context: Context) -> QuantizedModel:
         live = export(model, example_of(context))
         save(QuantizedModel(fold_batch_norm(live.graph), live.example), folder)
 
-    return load(context.store.folder(context.store.key("float_graph", 10, context.key, torch.__version__), compute))
+    return load(context.store.folder(context.store.key("float_graph", 11, context.key, torch.__version__), compute))
 
 
 def example_of(context: Context) -> Tensor:
@@ -40,6 +41,13 @@ def example_of(context: Context) -> Tensor:
 
 
 def export(model: nn.Module, example: Tensor) -> QuantizedModel:
+    """`traced`, without the channels that are nothing but zeros."""
+    live = traced(model, example)
+    slim(live)
+    return live
+
+
+def traced(model: nn.Module, example: Tensor) -> QuantizedModel:
     """Trace a copy of `model` in eval mode, batch norm kept; raises ExportFailure with the tracer's reason.
 
     `example`: (2, ...) float32. The graph takes any batch size.

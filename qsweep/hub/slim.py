@@ -1,0 +1,98 @@
+"""Channels that are nothing but zeros, taken out."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from qsweep.hub.channels import PINNED, Coupling, Part, couple, is_depthwise, padding_of, padding_place, row_dim
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, TRANSPOSED, aten
+from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, source
+
+
+@torch.no_grad()
+def slim(model: QuantizedModel) -> None:
+    """Take the channels out of `model`, a float graph, that weights, biases and norms make all zeros, in place.
+
+    It gives the same outputs, but for the order in which sums are rounded. Of a layer that is all zeros one channel
+    stays.
+    """
+    if not any(
+        _has_zero_rows(model.graph, node) for node in nodes_of(model.graph, CONVOLUTIONS | LINEARS | TRANSPOSED)
+    ):
+        return
+    coupling = couple(model)
+    dead = _dead(model.graph, coupling)
+    for part in coupling.parts:
+        _shorten(model.graph, part, dead)
+    for node in coupling.values:
+        _renumber(node, coupling, dead)
+    for node in model.graph.graph.nodes:
+        node.meta.pop("val", None)  # of sizes that are no more
+    model.graph.recompile()
+
+
+def _has_zero_rows(graph: fx.GraphModule, layer: fx.Node) -> bool:
+    weight = constant(graph, layer.args[1])
+    return weight is not None and any(_zero(weight, row_dim(layer)))
+
+
+def _zero(values: Tensor, dim: int) -> list[bool]:
+    """For each index along `dim`: whether there is nothing else."""
+    return cast(list[bool], (values.movedim(dim, 0).reshape(values.shape[dim], -1) == 0).all(1).tolist())
+
+
+def _dead(graph: fx.GraphModule, coupling: Coupling) -> set[int]:
+    alive = {PINNED}
+    for part in coupling.parts:
+        if part.rows:
+            zero = _zero(attrgetter(part.name)(graph), part.dim)
+            alive |= {channel for channel, none in zip(part.channels, zero, strict=True) if not none}
+    return {channel for width in coupling.widths() for channel in _spared(width, alive)}
+
+
+def _spared(width: list[int], alive: set[int]) -> list[int]:
+    dead = [channel for channel in width if channel not in alive]
+    return dead[1:] if len(dead) == len(width) else dead
+
+
+def _left(channels: list[int], dead: set[int]) -> list[int]:
+    """Indices of what is not dead."""
+    return [index for index, channel in enumerate(channels) if channel not in dead]
+
+
+def _shorten(graph: fx.GraphModule, part: Part, dead: set[int]) -> None:
+    left = _left(part.channels, dead)
+    if len(left) < len(part.channels):
+        value = attrgetter(part.name)(graph)
+        kept = value.detach().index_select(part.dim, torch.tensor(left))
+        set_constant(graph, part.name, kept, trainable=isinstance(value, nn.Parameter))
+
+
+def _renumber(node: fx.Node, coupling: Coupling, dead: set[int]) -> None:
+    """Numbers of channels in the arguments of `node`."""
+    value, given = coupling.values[node], coupling.values.get(node.all_input_nodes[0])
+    left = len(_left(value.channels, dead))
+    if given is None or (left == len(value.channels) and node.target is not aten.slice.Tensor):
+        return
+    named = arguments(node)
+    if node.target is aten.reshape.default:
+        shape = list(cast(list[int], node.args[1]))
+        if shape[value.axis] != -1:
+            shape[value.axis] = left
+        node.args = (source(node), shape)
+    elif node.target is aten.slice.Tensor and named["dim"] % len(node.meta["tensor_meta"].shape) == value.axis:
+        start = len(_left(given.channels[: named["start"]], dead))
+        node.args, node.kwargs = (source(node), value.axis, start, start + left), {}
+    elif node.target is aten.pad.default and any(sides := padding_of(node, value.axis)):
+        around, place = list(cast(list[int], node.args[1])), padding_place(node, value.axis)
+        around[place] = len(_left(value.channels[: sides[0]], dead))
+        around[place + 1] = left - around[place] - len(_left(given.channels, dead))
+        node.args = (source(node), around, *node.args[2:])
+    elif node.target in CONVOLUTIONS and is_depthwise(node):
+        named["groups"] = len(_left(given.channels, dead))
+        node.args, node.kwargs = tuple(named.values()), {}

@@ -1,0 +1,63 @@
+"""Ranking the channels of a network, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qsweep.errors import TaskFailure
+from qsweep.hub.channels import Coupling, couple
+from qsweep.hub.export import traced
+from qsweep.weights import check_finite, keeps
+
+
+@torch.no_grad()
+def zero_channels(model: nn.Module, example: Tensor, sparsity: float, multiple: int) -> None:
+    """Set the `sparsity` least important channels of every layer to zero, in place: weights, biases and norms.
+
+    What is left of a layer is rounded to a multiple of `multiple`. Of channels that are equally important the first go
+    first. Raises NotFinite for weights that are not, TaskFailure for a model of which no channel can be taken out.
+    """
+    check_finite(model)
+    coupling = couple(traced(model, example))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = {id(parameters[name]) for name in keeps(model)}
+    loose = {
+        channel
+        for part in coupling.parts
+        if part.rows and id(parameters.get(part.name)) not in held
+        for channel in part.channels
+    }
+    widths = [width for width in coupling.widths() if loose.isdisjoint(width)]
+    if not widths:
+        raise TaskFailure("channel pruning needs layers whose channels other layers alone read (this model has none)")
+    scores, gone = _importance(coupling, parameters), set()
+    for width in widths:
+        count = len(width) - _left(coupling, width, sparsity, multiple)
+        gone |= set(sorted(width, key=scores.__getitem__)[:count])
+    for part in coupling.parts:
+        indices = [index for index, channel in enumerate(part.channels) if channel in gone and part.rows]
+        if indices:
+            parameters[part.name].index_fill_(part.dim, torch.tensor(indices), 0.0)
+
+
+def _left(coupling: Coupling, width: list[int], sparsity: float, multiple: int) -> int:
+    """How many of the channels of `width` stay."""
+    (times, *_) = [part.channels.count(width[0]) for part in coupling.parts if part.rows and width[0] in part.channels]
+    step = multiple // math.gcd(multiple, times)  # a channel of a convolution in groups is one of each
+    steps = math.floor((1 - sparsity) * len(width) / step + 0.5)
+    return min(len(width), max(1, steps) * step)
+
+
+def _importance(coupling: Coupling, parameters: Mapping[str, Tensor]) -> dict[int, float]:
+    """Squares of all weights that give a channel, summed."""
+    scores: dict[int, float] = {}
+    for part in coupling.parts:
+        if part.rows:
+            rows = parameters[part.name].movedim(part.dim, 0).reshape(len(part.channels), -1)
+            for channel, score in zip(part.channels, rows.square().sum(1).tolist(), strict=True):
+                scores[channel] = scores.get(channel, 0.0) + score
+    return scores

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from qsweep.prune.base import Pruning
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qsweep.stage import Context
+
+
+class Channels(Pruning):
+    """Take the least important channels out of every layer, with all that goes with them, then fine-tune the others.
+
+    Layers get narrower, so that file, memory and latency fall on every engine, whatever the bits; multiply-accumulates
+    fall about with the square of the share that is left. Channels that are added, multiplied or convolved one with one
+    go together. What the model gives stays as wide as it is, and so does what layer norms, group norms and attention
+    read.
+
+    Source: Fang et al., "DepGraph: Towards Any Structural Pruning" (2023), sections 3.2 and 3.3.
+    """
+
+    method: Literal["channels"] = "channels"
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of the channels of each layer that is taken out, up to rounding."""
+    multiple_of: Annotated[int, Field(ge=1)] = 8
+    """Widths are rounded to multiples of it, as kernels like them; layers narrower than it are left as they are."""
+
+    def label(self) -> str:
+        return f"channels{100 * self.sparsity:.3g}"
+
+    def cut(self, model: nn.Module, context: Context) -> None:
+        from qsweep.hub.export import example_of
+        from qsweep.prune._channels import zero_channels
+
+        zero_channels(model, example_of(context), self.sparsity, self.multiple_of)

@@ -1,12 +1,13 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [network] [token] [chain] [latency] [phone]
+    python benchmarks/zoo.py [network] [token] [chain] [latency] [phone] [channels] [narrow]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
 against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Chains of its kernels
 run small images on a GPU or, without one, in Triton's interpreter. Latencies, one image on one thread, are those of
-int8 and of float32 by turns; of `executorch` beside those of `onnxruntime`. Writes `zoo.json` and `zoo.md` beside it.
+int8 and of float32 by turns; of `executorch` beside those of `onnxruntime`; of networks that have lost half of their
+channels beside those of whole ones. Writes `zoo.json` and `zoo.md` beside it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +52,11 @@ one input (after @ an image's pixels a side) that are not the reference's; behin
 on the other side of a tie, and what follows from it. Tokens: ranges that each row of a linear sets itself. Latencies
 are medians of ONNX Runtime on one thread for one image of 224 pixels a side. Phone: ExecuTorch with XNNPACK, on this
 machine: deviations as above, the share of integers, latency of int8 over that of float32 and of ONNX Runtime's int8.
+Channels: half of those that can go are zeros; deviation of the network without them, the shares of work (multiply-
+accumulates) and parameters that are left. Narrow: latency of its int8 over that of the whole network's.
 """
+
+HALF = {"sparsity": 0.5, "multiple": 8}
 
 
 @contextmanager
@@ -179,6 +185,43 @@ def phone(name: str) -> dict[str, Any]:
         }
 
 
+def channels(name: str) -> dict[str, Any]:
+    """How far a network without its empty channels is from the one that has them, and how much smaller."""
+    import torch
+    from zoo_models import made
+
+    from qsweep.hub.export import export, traced
+    from qsweep.prune._channels import zero_channels
+
+    torch.set_num_threads(1)
+    model, inputs = made(name)
+    zero_channels(model, inputs[:2], **HALF)
+    with torch.no_grad():
+        wanted, whole, left = model(inputs), traced(model, inputs[:2]), export(model, inputs[:2])
+        given = left.graph(inputs)
+    sizes = [sum(value.numel() for value in each.graph.parameters()) for each in (left, whole)]
+    return {
+        "apart": ((given - wanted).std() / wanted.std()).item(),
+        "macs": left.macs / whole.macs,
+        "params": sizes[0] / sizes[1],
+    }
+
+
+def narrow(name: str) -> dict[str, Any]:
+    """Milliseconds of int8 with half of the channels and with all."""
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.prune._channels import zero_channels
+    from qsweep.quantize.ptq import PTQ
+
+    engine = OnnxRuntime(batch_size=1, threads=1)
+    with quantized(name) as (model, inputs, graph, found):
+        zero_channels(model, inputs[:2], **HALF)
+        left = PTQ(calibration_samples=len(inputs)).apply(model, replace(found, key="narrow"))
+        graphs = {"left": left, "whole": graph}
+        runners = {kind: lowered(engine, each, found, kind)[1] for kind, each in graphs.items()}
+        return milliseconds(runners, inputs[:1]) | {"macs": left.macs / graph.macs}
+
+
 def said_of_network(found: dict[str, Any]) -> tuple[str, bool]:
     said = f"{found['quantized']:.2g}, {found['apart']:.1g}; onnxruntime {found['onnxruntime']:.1%}"
     if "cuda" in found:
@@ -206,6 +249,16 @@ def said_of_phone(found: dict[str, Any]) -> tuple[str, bool]:
     return f"{apart}; {said}", found["apart"] <= found["quantized"] and found["int8"] < found["float32"]
 
 
+def said_of_channels(found: dict[str, Any]) -> tuple[str, bool]:
+    said = f"{found['apart']:.0e}; {found['macs']:.2f} of the work, {found['params']:.2f} of the parameters"
+    return said, found["apart"] <= 1e-5 and found["macs"] < 1
+
+
+def said_of_narrow(found: dict[str, Any]) -> tuple[str, bool]:
+    ratio = found["left"] / found["whole"]
+    return f"{ratio:.2f} of {found['whole']:.1f} ms for {found['macs']:.2f} of the work", ratio < 1
+
+
 def row(part: str, name: str) -> tuple[str, str, str, bool]:
     """What a process of its own says of one network."""
     asked, suffix, say = PARTS[part]
@@ -221,7 +274,13 @@ PARTS: dict[str, tuple[str, str, Say]] = {
     "chain": ("none differs, one in 1000 behind floats", ", chain", said_of_chain),
     "latency": ("under float32", ", latency", said_of_latency),
     "phone": ("less apart than int8 from float, under float32", ", phone", said_of_phone),
+    "channels": ("the same outputs from less", ", channels", said_of_channels),
+    "narrow": ("under the whole network's int8", ", narrow", said_of_narrow),
 }
+
+
+TIMED = "latency", "phone", "narrow"
+"""Parts that run alone."""
 
 
 def _process(name: str, function: str) -> str:
@@ -244,10 +303,11 @@ def main() -> None:
     from zoo_models import CHAINS, LATENCIES, NAMES
 
     transformers = [name for name in NAMES if name.startswith("transformers ")]
-    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "latency": LATENCIES, "phone": LATENCIES}
+    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "channels": NAMES}
+    names |= dict.fromkeys(TIMED, LATENCIES)
     for part in sys.argv[1:] or PARTS:
         there = [name for name in names[part] if find_spec(name.split()[0])]
-        with ThreadPoolExecutor(1 if part in ("latency", "phone") else os.cpu_count()) as pool:
+        with ThreadPoolExecutor(1 if part in TIMED else os.cpu_count()) as pool:
             for figures in pool.map(partial(row, part), there):
                 record("zoo", [figures])
     table("zoo", HEADING)

@@ -145,6 +145,10 @@ def net(name: str) -> nn.Module:
     return model.eval()
 
 
+def widths_of(model: QuantizedModel) -> list[int]:
+    return sorted(len(width.channels) for width in couple(model).widths())
+
+
 def params(model: QuantizedModel) -> int:
     return sum(parameter.numel() for parameter in model.graph.parameters())
 
@@ -154,12 +158,12 @@ def params(model: QuantizedModel) -> int:
 def test_channels_that_nothing_else_reads_are_taken_out_and_the_outputs_stay(name: str) -> None:
     model, widths = net(name), sorted({**FOLLOWED, **STAYING}[name][2])
     before = traced(model, INPUTS[:2])
-    assert sorted(map(len, couple(before).widths())) == widths
+    assert widths_of(before) == widths
     zero_channels(model, INPUTS[:2], 0.5, 1)
     after = export(model, INPUTS[:2])
     torch.testing.assert_close(after.graph(INPUTS), model(INPUTS))
     assert params(after) < params(before)
-    assert sorted(map(len, couple(after).widths())) == [(width + 1) // 2 for width in widths]
+    assert widths_of(after) == [(width + 1) // 2 for width in widths]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which channels of a network go together: those that one cannot take out without the others.
+"""Channels followed through a graph, op by op.
 
 Source: Fang et al., "DepGraph: Towards Any Structural Pruning" (2023), here on a traced graph: a channel is followed
 from the rows of the weights that give it to the columns of those that read it.
@@ -7,20 +7,18 @@ from the rows of the weights that give it to the columns of those that read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
+from qsweep.hub.coupling import PINNED, Coupling, Role, Value, Walk
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, NEAREST, NORMS, POINTWISE, POOLS, RECTIFIERS, SIZE, TRANSPOSED, aten
 from qsweep.hub.nodes import arguments, source
 
-PINNED = 0
-"""Stands for all channels that have to stay: inputs, outputs, what an op reads that is not followed."""
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 _PRODUCTS = {aten.mul.Tensor, aten.div.Tensor}
 _WINDOWS = POOLS | {
@@ -33,150 +31,28 @@ _WINDOWS = POOLS | {
     NEAREST,
 }
 _OVER_DIMENSIONS = {aten.mean.dim, aten.sum.dim_IntList, aten.amax.default}
+_OF_NORMS: tuple[Role, ...] = "gives", "shifts", "follows", "follows"
+"""The parts of a norm: factors, summands, means, variances."""
 _COPIES = {aten.clone.default, aten.contiguous.default}
 _RESHAPES = {aten.reshape.default, aten.flatten.using_ints, aten.squeeze.dim, aten.unsqueeze.default}
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor of the graph whose channels are followed."""
-
-    axis: int
-    """Along which they lie."""
-    channels: list[int]
-    """For each index along it; one channel may have several, next to each other after a flatten."""
-    silent: bool = True
-    """Whether a channel is 0 here once the rows that give it are."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A constant of the graph along one dimension."""
-
-    name: str
-    dim: int
-    channels: list[int]
-    rows: bool
-    """Whether a channel is nothing without its entries here; else they only read it or are applied to it."""
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """What is known of the channels of a graph, by number; PINNED is that of all that stay."""
-
-    values: dict[fx.Node, Value]
-    parts: list[Part]
-
-    def widths(self) -> list[list[int]]:
-        """The channels that can be taken out, in sets: those that the same rows give can stand for each other."""
-        given: dict[int, dict[int, None]] = {}
-        for place, part in enumerate(self.parts):
-            for channel in part.channels if part.rows else ():
-                given.setdefault(channel, {})[place] = None
-        given.pop(PINNED, None)
-        found: dict[tuple[int, ...], list[int]] = {}
-        for channel in sorted(given):
-            found.setdefault(tuple(given[channel]), []).append(channel)
-        return list(found.values())
 
 
 def couple(model: QuantizedModel) -> Coupling:
     """Follow the channels of `model`, a float graph."""
     ShapeProp(model.graph).propagate(model.example)
-    walk = _Walk(model.graph)
+    walk = Walk(model.graph)
     for node in model.graph.graph.nodes:
-        walk.visit(node)
+        rule = _RULES.get(node.target) if node.op == "call_function" else None
+        value = rule(walk, node) if rule else None
+        if value is not None:
+            walk.values[node] = value
+        elif node.target is not SIZE:
+            for given in node.all_input_nodes:
+                walk.pin(given)
     return walk.coupling()
 
 
-class _Union:
-    """Disjoint sets of numbers."""
-
-    def __init__(self) -> None:
-        self.parents: list[int] = []
-
-    def fresh(self) -> int:
-        self.parents.append(len(self.parents))
-        return len(self.parents) - 1
-
-    def find(self, number: int) -> int:
-        while self.parents[number] != number:
-            self.parents[number] = number = self.parents[self.parents[number]]
-        return number
-
-    def join(self, some: Sequence[int], others: Sequence[int]) -> None:
-        """One by one; the least number stands for a set."""
-        for one, other in zip(some, others, strict=True):
-            first, second = sorted((self.find(one), self.find(other)))
-            self.parents[second] = first
-
-
-@dataclass
-class _Walk:
-    graph: fx.GraphModule
-    union: _Union = field(default_factory=_Union)
-    values: dict[fx.Node, Value] = field(default_factory=dict)
-    parts: dict[tuple[str, int], Part] = field(default_factory=dict)
-    claimed: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
-    """Constants and who reads them as parts that are known."""
-
-    def __post_init__(self) -> None:
-        assert self.union.fresh() == PINNED
-
-    def visit(self, node: fx.Node) -> None:
-        rule = _RULES.get(node.target) if node.op == "call_function" else None
-        value = rule(self, node) if rule else None
-        if value is not None:
-            self.values[node] = value
-        elif node.target is not SIZE:
-            for given in node.all_input_nodes:
-                self.pin(given)
-
-    def coupling(self) -> Coupling:
-        for node in self.graph.graph.nodes:
-            if node.op == "get_attr" and any((node, user) not in self.claimed for user in node.users):
-                for part in self.parts.values():
-                    self.fix(part.channels if part.name == node.target else [])
-
-        def final(channels: list[int]) -> list[int]:
-            return list(map(self.union.find, channels))
-
-        return Coupling(
-            {node: Value(value.axis, final(value.channels), value.silent) for node, value in self.values.items()},
-            [Part(part.name, part.dim, final(part.channels), part.rows) for part in self.parts.values()],
-        )
-
-    def fix(self, channels: list[int]) -> None:
-        self.union.join(channels, [PINNED] * len(channels))
-
-    def pin(self, node: fx.Node) -> None:
-        self.fix(self.values[node].channels if node in self.values else [])
-
-    def fresh(self, count: int) -> list[int]:
-        return [self.union.fresh() for _ in range(count)]
-
-    def claim(self, user: fx.Node, given: Any, dim: int, channels: list[int], *, rows: bool = False) -> None:
-        """`given`, None or a constant, has `channels` along `dim`."""
-        if given is None:
-            return
-        name = str(given.target)
-        self.claimed.add((given, user))
-        part = self.parts.setdefault((name, dim), Part(name, dim, channels, rows))
-        self.union.join(part.channels, channels)
-
-    def read(self, node: fx.Node, axis: int) -> list[int]:
-        """The channels along `axis` of what `node` reads, which it sums up: those that do not become 0 are pinned."""
-        given = source(node)
-        value = self.values.get(given)
-        if value is None or value.axis != axis:
-            self.pin(given)
-            return [PINNED] * _shape(given)[axis]
-        if not value.silent:
-            self.pin(given)
-        return value.channels
-
-
-def _layer(walk: _Walk, node: fx.Node) -> Value | None:
+def _layer(walk: Walk, node: fx.Node) -> Value | None:
     given, weight, bias = source(node), source(node, 1), arguments(node)["bias"]
     if not all(part is None or part.op == "get_attr" for part in (weight, bias)):
         return None
@@ -184,7 +60,7 @@ def _layer(walk: _Walk, node: fx.Node) -> Value | None:
     groups, outputs = arguments(node).get("groups", 1), _shape(node)[axis]
     row = row_dim(node)
     if groups == 1:
-        walk.claim(node, weight, 1 - row, walk.read(node, axis))
+        walk.claim(node, weight, 1 - row, _read(walk, node, axis), "reads")
         channels = walk.fresh(outputs)
     elif node.target in TRANSPOSED:
         return None
@@ -194,14 +70,26 @@ def _layer(walk: _Walk, node: fx.Node) -> Value | None:
         if value is not None and value.axis == axis:
             channels = [channel for channel in value.channels for _ in range(outputs // groups)]
     else:  # groups stay equal: what is taken out of one is taken out of all
-        read = walk.read(node, axis)
+        read = _read(walk, node, axis)
         first = read[: len(read) // groups]
         walk.union.join(read, first * groups)
-        walk.claim(node, weight, 1, first)
+        walk.claim(node, weight, 1, first, "reads")
         channels = walk.fresh(outputs // groups) * groups
-    for part, dim in ((weight, row), (bias, 0)):
-        walk.claim(node, part, dim, channels, rows=True)
+    walk.claim(node, weight, row, channels, "gives")
+    walk.claim(node, bias, 0, channels, "shifts")
     return Value(axis, channels)
+
+
+def _read(walk: Walk, node: fx.Node, axis: int) -> list[int]:
+    """The channels along `axis` of what `node` reads, which it sums up: those that do not become 0 are pinned."""
+    given = source(node)
+    value = walk.values.get(given)
+    if value is None or value.axis != axis:
+        walk.pin(given)
+        return [PINNED] * _shape(given)[axis]
+    if not value.silent:
+        walk.pin(given)
+    return value.channels
 
 
 def row_dim(layer: fx.Node) -> int:
@@ -215,17 +103,17 @@ def is_depthwise(node: fx.Node) -> bool:
     return 1 < groups == _shape(source(node))[1]
 
 
-def _norm(walk: _Walk, node: fx.Node) -> Value | None:
+def _norm(walk: Walk, node: fx.Node) -> Value | None:
     value, parts = walk.values.get(source(node)), node.args[1:5]
     known = all(part is None or cast(fx.Node, part).op == "get_attr" for part in parts)
     if value is None or value.axis != 1 or not known:
         return None
-    for place, part in enumerate(parts):
-        walk.claim(node, part, 0, value.channels, rows=place < 2)
+    for part, role in zip(parts, _OF_NORMS, strict=True):
+        walk.claim(node, part, 0, value.channels, role)
     return Value(1, value.channels, silent=None not in parts[:2])
 
 
-def _pointwise(walk: _Walk, node: fx.Node) -> Value | None:
+def _pointwise(walk: Walk, node: fx.Node) -> Value | None:
     value = walk.values.get(source(node))
     if value is None:
         return None
@@ -233,16 +121,16 @@ def _pointwise(walk: _Walk, node: fx.Node) -> Value | None:
     return Value(value.axis, value.channels, value.silent and not bool(of_zero))
 
 
-def _same(walk: _Walk, node: fx.Node) -> Value | None:
+def _same(walk: Walk, node: fx.Node) -> Value | None:
     return walk.values.get(source(node))
 
 
-def _windows(walk: _Walk, node: fx.Node) -> Value | None:
+def _windows(walk: Walk, node: fx.Node) -> Value | None:
     value = walk.values.get(source(node))
     return value if value is not None and value.axis == 1 and len(_shape(node)) > 2 else None
 
 
-def _elements(walk: _Walk, node: fx.Node) -> Value | None:
+def _elements(walk: Walk, node: fx.Node) -> Value | None:
     """Sums and products element by element: both sides have the same channels."""
     given = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
     known = [operand for operand in given if operand in walk.values]
@@ -263,7 +151,7 @@ def _elements(walk: _Walk, node: fx.Node) -> Value | None:
             walk.pin(operand)
     walk.union.join(wide[0], wide[-1])
     for constant in others:
-        walk.claim(node, constant, len(_shape(constant)) - place, wide[0])
+        walk.claim(node, constant, len(_shape(constant)) - place, wide[0], "follows")
     silent = [operand in known and walk.values[operand].silent for operand in given]
     added = len(given) == 1 and node.args[1] != 0
     kept = all(silent) and not added if summed else any(silent)
@@ -280,7 +168,7 @@ def _size(node: fx.Node, place: int) -> int:
     return shape[-place] if place <= len(shape) else 1
 
 
-def _concatenation(walk: _Walk, node: fx.Node) -> Value | None:
+def _concatenation(walk: Walk, node: fx.Node) -> Value | None:
     given = cast(list[fx.Node], node.args[0])
     dim = arguments(node)["dim"] % len(_shape(node))
     known = [walk.values[part] for part in given if part in walk.values]
@@ -298,7 +186,7 @@ def _concatenation(walk: _Walk, node: fx.Node) -> Value | None:
     return Value(axis, known[0].channels, silent)
 
 
-def _over_dimensions(walk: _Walk, node: fx.Node) -> Value | None:
+def _over_dimensions(walk: Walk, node: fx.Node) -> Value | None:
     value, given = walk.values.get(source(node)), arguments(node)
     rank = len(_shape(source(node)))
     dims = {dim % rank for dim in given["dim"] or range(rank)}
@@ -308,7 +196,7 @@ def _over_dimensions(walk: _Walk, node: fx.Node) -> Value | None:
     return Value(value.axis - gone, value.channels, value.silent)
 
 
-def _reshape(walk: _Walk, node: fx.Node) -> Value | None:
+def _reshape(walk: Walk, node: fx.Node) -> Value | None:
     """The axis as it is, or in one dimension with some of those around it, but for that of the batch."""
     value, before, after = walk.values.get(source(node)), _shape(source(node)), _shape(node)
     if value is None or len(value.channels) == 1:
@@ -322,7 +210,7 @@ def _reshape(walk: _Walk, node: fx.Node) -> Value | None:
     return None
 
 
-def _order(walk: _Walk, node: fx.Node) -> Value | None:
+def _order(walk: Walk, node: fx.Node) -> Value | None:
     value, rank = walk.values.get(source(node)), len(_shape(node))
     if value is None:
         return None
@@ -335,7 +223,7 @@ def _order(walk: _Walk, node: fx.Node) -> Value | None:
     return Value(order.index(value.axis), value.channels, value.silent)
 
 
-def _slice(walk: _Walk, node: fx.Node) -> Value | None:
+def _slice(walk: Walk, node: fx.Node) -> Value | None:
     value, given = walk.values.get(source(node)), arguments(node)
     if value is None or given["dim"] % len(_shape(node)) != value.axis:
         return value
@@ -344,7 +232,7 @@ def _slice(walk: _Walk, node: fx.Node) -> Value | None:
     return Value(value.axis, value.channels[given["start"] : given["end"]], value.silent)
 
 
-def _pad(walk: _Walk, node: fx.Node) -> Value | None:
+def _pad(walk: Walk, node: fx.Node) -> Value | None:
     value, given = walk.values.get(source(node)), arguments(node)
     if value is None:
         return None
@@ -372,7 +260,7 @@ def _shape(node: fx.Node) -> list[int]:
     return list(node.meta["tensor_meta"].shape)
 
 
-_Rule = Callable[[_Walk, fx.Node], Value | None]
+_Rule = Callable[[Walk, fx.Node], Value | None]
 """What is known of the result of a node; None: nothing, and all that it reads is pinned."""
 _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(CONVOLUTIONS | LINEARS | TRANSPOSED | {aten.conv3d.default}, _layer),

@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from qsweep.hub.channels import PINNED, Coupling, Part, couple, is_depthwise, padding_of, padding_place, row_dim
+from qsweep.hub.channels import couple, is_depthwise, padding_of, padding_place, row_dim
+from qsweep.hub.coupling import PINNED, Coupling, Part
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, TRANSPOSED, aten
 from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, source
@@ -49,15 +50,15 @@ def _zero(values: Tensor, dim: int) -> list[bool]:
 def _dead(graph: fx.GraphModule, coupling: Coupling) -> set[int]:
     alive = {PINNED}
     for part in coupling.parts:
-        if part.rows:
+        if part.silences:
             zero = _zero(attrgetter(part.name)(graph), part.dim)
             alive |= {channel for channel, none in zip(part.channels, zero, strict=True) if not none}
-    return {channel for width in coupling.widths() for channel in _spared(width, alive)}
+    return {channel for width in coupling.widths() for channel in _spared(width.channels, alive)}
 
 
-def _spared(width: list[int], alive: set[int]) -> list[int]:
-    dead = [channel for channel in width if channel not in alive]
-    return dead[1:] if len(dead) == len(width) else dead
+def _spared(channels: list[int], alive: set[int]) -> list[int]:
+    dead = [channel for channel in channels if channel not in alive]
+    return dead[1:] if len(dead) == len(channels) else dead
 
 
 def _left(channels: list[int], dead: set[int]) -> list[int]:

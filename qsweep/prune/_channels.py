@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qsweep.errors import TaskFailure
-from qsweep.hub.channels import Coupling, couple
+from qsweep.hub.channels import couple
+from qsweep.hub.coupling import Coupling, Width
 from qsweep.hub.export import traced
 from qsweep.weights import check_finite, keeps
 
@@ -28,35 +29,34 @@ def zero_channels(model: nn.Module, example: Tensor, sparsity: float, multiple: 
     loose = {
         channel
         for part in coupling.parts
-        if part.rows and id(parameters.get(part.name)) not in held
+        if part.silences and id(parameters.get(part.name)) not in held
         for channel in part.channels
     }
-    widths = [width for width in coupling.widths() if loose.isdisjoint(width)]
+    widths = [width for width in coupling.widths() if loose.isdisjoint(width.channels)]
     if not widths:
         raise TaskFailure("channel pruning needs layers whose channels other layers alone read (this model has none)")
     scores, gone = _importance(coupling, parameters), set()
     for width in widths:
-        count = len(width) - _left(coupling, width, sparsity, multiple)
-        gone |= set(sorted(width, key=scores.__getitem__)[:count])
+        count = len(width.channels) - _left(width, sparsity, multiple)
+        gone |= set(sorted(width.channels, key=scores.__getitem__)[:count])
     for part in coupling.parts:
-        indices = [index for index, channel in enumerate(part.channels) if channel in gone and part.rows]
+        indices = [index for index, channel in enumerate(part.channels) if channel in gone and part.silences]
         if indices:
             parameters[part.name].index_fill_(part.dim, torch.tensor(indices), 0.0)
 
 
-def _left(coupling: Coupling, width: list[int], sparsity: float, multiple: int) -> int:
+def _left(width: Width, sparsity: float, multiple: int) -> int:
     """How many of the channels of `width` stay."""
-    (times, *_) = [part.channels.count(width[0]) for part in coupling.parts if part.rows and width[0] in part.channels]
-    step = multiple // math.gcd(multiple, times)  # a channel of a convolution in groups is one of each
-    steps = math.floor((1 - sparsity) * len(width) / step + 0.5)
-    return min(len(width), max(1, steps) * step)
+    step, count = multiple // math.gcd(multiple, width.each), len(width.channels)
+    steps = math.floor((1 - sparsity) * count / step + 0.5)
+    return min(count, max(1, steps) * step)
 
 
 def _importance(coupling: Coupling, parameters: Mapping[str, Tensor]) -> dict[int, float]:
-    """Squares of all weights that give a channel, summed."""
+    """Squares of all weights that give a channel or read it, summed (DepGraph, section 3.3)."""
     scores: dict[int, float] = {}
     for part in coupling.parts:
-        if part.rows:
+        if part.role in ("gives", "reads") and part.name in parameters:
             rows = parameters[part.name].movedim(part.dim, 0).reshape(len(part.channels), -1)
             for channel, score in zip(part.channels, rows.square().sum(1).tolist(), strict=True):
                 scores[channel] = scores.get(channel, 0.0) + score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,36 @@ def tokens(x: Tensor, norm: nn.Module, up: nn.Module, down: nn.Module) -> Tensor
     return rows + down(F.gelu(up(norm(rows))))
 
 
-def attention(x: Tensor, qkv: nn.Module) -> Tensor:
-    rows = qkv(x.flatten(2).transpose(1, 2))
-    q, k, v = rows.reshape(-1, 64, 3, 2, 4).permute(2, 0, 3, 1, 4)
+def attention(x: Tensor, qkv: nn.Module, out: nn.Module) -> Tensor:
+    """As timm writes it: four heads of two."""
+    rows = x.flatten(2).transpose(1, 2)
+    q, k, v = qkv(rows).reshape(-1, 64, 3, 4, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    given = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 64, 8)
+    return rows + out(given)
+
+
+def spelled_out(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, norm: nn.Module, masked: bool) -> Tensor:
+    rows = x.flatten(2).transpose(1, 2)
+    queries, keys, values = (layer(rows).view(-1, 64, 4, 2).transpose(1, 2) for layer in (q, k, v))
+    scores = norm(queries) @ keys.transpose(2, 3) / 2**0.5
+    if masked:
+        scores = scores + torch.ones(64, 64).triu(1) * -1e4
+    given: Tensor = scores.softmax(-1) @ values
+    return given.transpose(1, 2).flatten(2)
+
+
+def of_dimensions(x: Tensor, qkv: nn.Module) -> Tensor:
+    """Attention over channels: what is cut into heads is summed over."""
+    q, k, v = qkv(x.flatten(2).transpose(1, 2)).chunk(3, 2)
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def widened(x: Tensor, layer: nn.Module) -> Tensor:
     return layer(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+
+
+def shuffled(x: Tensor) -> Tensor:
+    return x.reshape(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8)
 
 
 def twice(x: Tensor, layer: nn.Module) -> Tensor:
@@ -114,6 +137,16 @@ FOLLOWED: dict[str, tuple[Callable[..., Tensor], list[nn.Module], list[int]]] = 
     "rows": (lambda x, a, n: F.relu(n(a(x.flatten(1)))), [nn.Linear(512, 12), nn.BatchNorm1d(12)], [8, 12]),
     "signals": (lambda x, a: F.relu(a(x.flatten(2))), [nn.Conv1d(8, 6, 3)], [8, 6]),
     "shared": (twice, [conv(8, 8)], [8]),
+    "attention": (attention, [nn.Linear(8, 24), nn.Linear(8, 8)], [8, 4]),
+    "attention, spelled out": (
+        partial(spelled_out, masked=False),
+        [*(nn.Linear(8, 8) for _ in range(3)), nn.LayerNorm(2)],
+        [8, 4],
+    ),
+    "masked": (partial(spelled_out, masked=True), [*(nn.Linear(8, 8) for _ in range(3)), nn.LayerNorm(2)], [8, 4]),
+    "shuffled": (lambda x, a: a(shuffled(x)), [conv(8, 6)], [4, 6]),
+    "one pixel": (lambda x, a: a(x[:, :, 0]), [nn.Conv1d(8, 6, 3)], [8, 6]),
+    "softmax of pixels": (lambda x, a: a(x) * x.softmax(3), [conv(8, 8)], [8]),
     "scaled": (lambda x, a: a(x * 2 + 0), [conv(8, 6)], [8, 6]),
 }
 """What follows the first layer, and the widths out of which channels can be taken."""
@@ -125,8 +158,8 @@ STAYING: dict[str, tuple[Callable[..., Tensor], list[nn.Module], list[int]]] = {
     "layer norm": (lambda x, a, n: a(n(x.flatten(1))), [nn.Linear(512, 6), nn.LayerNorm(512)], [6]),
     "group norm": (lambda x, a, n: a(n(x)), [conv(8, 6), nn.GroupNorm(2, 8)], [6]),
     "softmax": (lambda x, a: a(x.softmax(1)), [conv(8, 6)], [6]),
-    "attention": (attention, [nn.Linear(8, 24)], [8]),
-    "shuffled": (lambda x, a: a(x.reshape(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8)), [conv(8, 6)], [6]),
+    "attention without heads": (of_dimensions, [nn.Linear(8, 24)], [8]),
+    "layer norm of rows": (lambda x, a, n: a(n(x)), [conv(8, 6), nn.LayerNorm(8)], [6]),
     "every other": (lambda x, a: a(x[:, ::2]), [conv(4, 6)], [6]),
     "added parameters": (lambda x, g, a: a(x + g.value), [Own(8, 1, 1), conv(8, 6)], [6]),
     "with the inputs": (lambda x, a: a(x + F.pad(x.new_ones(1, 3, 8, 8), (0, 0, 0, 0, 5, 0))), [conv(8, 6)], [6]),

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.coupling import PINNED, Coupling, Role, Value, Walk
+from qsweep.hub.coupling import PINNED, Coupling, Role, Value, Walk, place_of, shape_seen, size_at
 from qsweep.hub.form import QuantizedModel
+from qsweep.hub.heads import ALONG, ATTENTION, MOVES, along_others, attention, moved, split
 from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, NEAREST, NORMS, POINTWISE, POOLS, RECTIFIERS, SIZE, TRANSPOSED, aten
 from qsweep.hub.nodes import arguments, source
 
@@ -56,8 +57,8 @@ def _layer(walk: Walk, node: fx.Node) -> Value | None:
     given, weight, bias = source(node), source(node, 1), arguments(node)["bias"]
     if not all(part is None or part.op == "get_attr" for part in (weight, bias)):
         return None
-    axis = len(_shape(given)) - 1 if node.target in LINEARS else 1
-    groups, outputs = arguments(node).get("groups", 1), _shape(node)[axis]
+    axis = len(shape_seen(given)) - 1 if node.target in LINEARS else 1
+    groups, outputs = arguments(node).get("groups", 1), shape_seen(node)[axis]
     row = row_dim(node)
     if groups == 1:
         walk.claim(node, weight, 1 - row, _read(walk, node, axis), "reads")
@@ -86,7 +87,7 @@ def _read(walk: Walk, node: fx.Node, axis: int) -> list[int]:
     value = walk.values.get(given)
     if value is None or value.axis != axis:
         walk.pin(given)
-        return [PINNED] * _shape(given)[axis]
+        return [PINNED] * shape_seen(given)[axis]
     if not value.silent:
         walk.pin(given)
     return value.channels
@@ -100,7 +101,7 @@ def row_dim(layer: fx.Node) -> int:
 def is_depthwise(node: fx.Node) -> bool:
     """Whether each channel that the convolution `node` reads is a group of its own, of several."""
     groups = int(arguments(node).get("groups", 1))
-    return 1 < groups == _shape(source(node))[1]
+    return 1 < groups == shape_seen(source(node))[1]
 
 
 def _norm(walk: Walk, node: fx.Node) -> Value | None:
@@ -127,7 +128,7 @@ def _same(walk: Walk, node: fx.Node) -> Value | None:
 
 def _windows(walk: Walk, node: fx.Node) -> Value | None:
     value = walk.values.get(source(node))
-    return value if value is not None and value.axis == 1 and len(_shape(node)) > 2 else None
+    return value if value is not None and value.axis == 1 and len(shape_seen(node)) > 2 else None
 
 
 def _elements(walk: Walk, node: fx.Node) -> Value | None:
@@ -137,46 +138,36 @@ def _elements(walk: Walk, node: fx.Node) -> Value | None:
     summed = node.target in _SUMS
     if not known or (node.target is aten.div.Tensor and node.args[1] in known):
         return None
-    places = {_from_the_right(operand, walk.values[operand]) for operand in known}
+    places = {place_of(operand, walk.values[operand]) for operand in known}
     widths = {len(walk.values[operand].channels) for operand in known} - {1}
     if len(places) > 1 or len(widths) > 1:
         return None
     (place,), count = places, max(widths, default=1)
     wide = [walk.values[operand].channels for operand in known if len(walk.values[operand].channels) == count]
-    others = [operand for operand in given if operand not in known and _size(operand, place) != 1]
-    if others and (summed or others[0].op != "get_attr" or _size(others[0], place) != count):
+    others = [operand for operand in given if operand not in known and size_at(operand, place) != 1]
+    if others and (summed or others[0].op != "get_attr" or size_at(others[0], place) != count):
         return None
     for operand in known:
         if walk.values[operand].channels not in wide:
             walk.pin(operand)
     walk.union.join(wide[0], wide[-1])
     for constant in others:
-        walk.claim(node, constant, len(_shape(constant)) - place, wide[0], "follows")
+        walk.claim(node, constant, len(shape_seen(constant)) - place, wide[0], "follows")
     silent = [operand in known and walk.values[operand].silent for operand in given]
     added = len(given) == 1 and node.args[1] != 0
     kept = all(silent) and not added if summed else any(silent)
-    return Value(len(_shape(node)) - place, wide[0], kept)
-
-
-def _from_the_right(node: fx.Node, value: Value) -> int:
-    return len(_shape(node)) - value.axis
-
-
-def _size(node: fx.Node, place: int) -> int:
-    """Along the dimension that is `place` from the right; 1 where there is none."""
-    shape = _shape(node)
-    return shape[-place] if place <= len(shape) else 1
+    return Value(len(shape_seen(node)) - place, wide[0], kept)
 
 
 def _concatenation(walk: Walk, node: fx.Node) -> Value | None:
     given = cast(list[fx.Node], node.args[0])
-    dim = arguments(node)["dim"] % len(_shape(node))
+    dim = arguments(node)["dim"] % len(shape_seen(node))
     known = [walk.values[part] for part in given if part in walk.values]
     if len({value.axis for value in known}) != 1:
         return None
     axis, silent = known[0].axis, all(value.silent for value in known)
     if dim == axis:
-        unknown = {part: [PINNED] * _shape(part)[dim] for part in given if part not in walk.values}
+        unknown = {part: [PINNED] * shape_seen(part)[dim] for part in given if part not in walk.values}
         rows = [unknown[part] if part in unknown else walk.values[part].channels for part in given]
         return Value(axis, [channel for row in rows for channel in row], silent)
     if len(known) < len(given):
@@ -188,7 +179,7 @@ def _concatenation(walk: Walk, node: fx.Node) -> Value | None:
 
 def _over_dimensions(walk: Walk, node: fx.Node) -> Value | None:
     value, given = walk.values.get(source(node)), arguments(node)
-    rank = len(_shape(source(node)))
+    rank = len(shape_seen(source(node)))
     dims = {dim % rank for dim in given["dim"] or range(rank)}
     if value is None or value.axis in dims:
         return None
@@ -197,8 +188,8 @@ def _over_dimensions(walk: Walk, node: fx.Node) -> Value | None:
 
 
 def _reshape(walk: Walk, node: fx.Node) -> Value | None:
-    """The axis as it is, or in one dimension with some of those around it, but for that of the batch."""
-    value, before, after = walk.values.get(source(node)), _shape(source(node)), _shape(node)
+    """The axis as it is, in one dimension with some of those around it, but for that of the batch, or in several."""
+    value, before, after = walk.values.get(source(node)), shape_seen(source(node)), shape_seen(node)
     if value is None or len(value.channels) == 1:
         return None
     behind, ahead = math.prod(before[value.axis + 1 :]), math.prod(before[1 : value.axis])
@@ -207,25 +198,12 @@ def _reshape(walk: Walk, node: fx.Node) -> Value | None:
         outer, rest = divmod(size, len(value.channels) * max(inner, 1))
         if inner and outer and not (left or rest or ahead % outer):
             return Value(axis, [channel for channel in value.channels for _ in range(inner)] * outer, value.silent)
-    return None
-
-
-def _order(walk: Walk, node: fx.Node) -> Value | None:
-    value, rank = walk.values.get(source(node)), len(_shape(node))
-    if value is None:
-        return None
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        order = [dim % rank for dim in cast(list[int], node.args[1])]
-    else:
-        one, other = (cast(int, dim) % rank for dim in node.args[1:3])
-        order[one], order[other] = other, one
-    return Value(order.index(value.axis), value.channels, value.silent)
+    return split(walk, node, value)
 
 
 def _slice(walk: Walk, node: fx.Node) -> Value | None:
     value, given = walk.values.get(source(node)), arguments(node)
-    if value is None or given["dim"] % len(_shape(node)) != value.axis:
+    if value is None or given["dim"] % len(shape_seen(node)) != value.axis:
         return value
     if given["step"] != 1:
         return None
@@ -246,18 +224,14 @@ def _pad(walk: Walk, node: fx.Node) -> Value | None:
 
 def padding_of(node: fx.Node, axis: int) -> tuple[int, int]:
     """How far the pad `node` goes before and after what it is given, along `axis`."""
-    sides = [*cast(list[int], node.args[1]), *[0] * (2 * len(_shape(node)))]
+    sides = [*cast(list[int], node.args[1]), *[0] * (2 * len(shape_seen(node)))]
     place = padding_place(node, axis)
     return sides[place], sides[place + 1]
 
 
 def padding_place(node: fx.Node, axis: int) -> int:
     """Where the padding before `axis` stands among the sides of the pad `node`, which begin with the last dimension."""
-    return 2 * (len(_shape(node)) - 1 - axis)
-
-
-def _shape(node: fx.Node) -> list[int]:
-    return list(node.meta["tensor_meta"].shape)
+    return 2 * (len(shape_seen(node)) - 1 - axis)
 
 
 _Rule = Callable[[Walk, fx.Node], Value | None]
@@ -272,7 +246,9 @@ _RULES: dict[Any, _Rule] = {
     aten.cat.default: _concatenation,
     **dict.fromkeys(_OVER_DIMENSIONS, _over_dimensions),
     **dict.fromkeys(_RESHAPES, _reshape),
-    **dict.fromkeys((aten.permute.default, aten.transpose.int), _order),
+    **dict.fromkeys(MOVES, moved),
     aten.slice.Tensor: _slice,
     aten.pad.default: _pad,
+    **dict.fromkeys(ATTENTION, attention),
+    **dict.fromkeys(ALONG, along_others),
 }

@@ -139,3 +139,19 @@ class Walk:
         self.union.join(before.channels if before else channels, channels)
         if before is None or not before.silences:
             self.parts[name, dim] = Part(name, dim, channels, role)
+
+
+def shape_seen(node: fx.Node) -> list[int]:
+    """As ShapeProp has seen it."""
+    return list(node.meta["tensor_meta"].shape)
+
+
+def place_of(node: fx.Node, value: Value) -> int:
+    """Where the channels of `node` lie, counted from the right."""
+    return len(shape_seen(node)) - value.axis
+
+
+def size_at(node: fx.Node, place: int) -> int:
+    """Along the dimension that is `place` from the right; 1 where there is none."""
+    shape = shape_seen(node)
+    return shape[-place] if place <= len(shape) else 1

@@ -17,8 +17,8 @@ class Channels(Pruning):
 
     Layers get narrower, so that file, memory and latency fall on every engine, whatever the bits; multiply-accumulates
     fall about with the square of the share that is left. Channels that are added, multiplied or convolved one with one
-    go together. What the model gives stays as wide as it is, and so does what layer norms, group norms and attention
-    read.
+    go together, and so do those of a head of attention. What the model gives stays as wide as it is, and so does what
+    layer norms and group norms read.
 
     Source: Fang et al., "DepGraph: Towards Any Structural Pruning" (2023), sections 3.2 and 3.3.
     """
@@ -27,7 +27,8 @@ class Channels(Pruning):
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Share of the channels of each layer that is taken out, up to rounding."""
     multiple_of: Annotated[int, Field(ge=1)] = 8
-    """Widths are rounded to multiples of it, as kernels like them; layers narrower than it are left as they are."""
+    """Widths are rounded to multiples of it, as kernels like them; layers narrower than it are left as they are. Heads
+    of attention are counted by their channels."""
 
     def label(self) -> str:
         return f"channels{100 * self.sparsity:.3g}"

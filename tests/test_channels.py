@@ -144,6 +144,7 @@ FOLLOWED: dict[str, tuple[Callable[..., Tensor], list[nn.Module], list[int]]] = 
         [8, 4],
     ),
     "masked": (partial(spelled_out, masked=True), [*(nn.Linear(8, 8) for _ in range(3)), nn.LayerNorm(2)], [8, 4]),
+    "slices": (lambda x, a: a(x[:, 2:-2]) + x[:, -4:] * x[:, :4], [conv(4, 4)], [4]),
     "shuffled": (lambda x, a: a(shuffled(x)), [conv(8, 6)], [4, 6]),
     "one pixel": (lambda x, a: a(x[:, :, 0]), [nn.Conv1d(8, 6, 3)], [8, 6]),
     "softmax of pixels": (lambda x, a: a(x) * x.softmax(3), [conv(8, 8)], [8]),

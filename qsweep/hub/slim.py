@@ -22,9 +22,8 @@ def slim(model: QuantizedModel) -> None:
     It gives the same outputs, but for the order in which sums are rounded. Of a layer that is all zeros one channel
     stays.
     """
-    if not any(
-        _has_zero_rows(model.graph, node) for node in nodes_of(model.graph, CONVOLUTIONS | LINEARS | TRANSPOSED)
-    ):
+    layers = nodes_of(model.graph, CONVOLUTIONS | LINEARS | TRANSPOSED)
+    if not any(_has_zero_rows(model.graph, layer) for layer in layers):
         return
     coupling = couple(model)
     dead = _dead(model.graph, coupling)
@@ -87,7 +86,7 @@ def _renumber(node: fx.Node, coupling: Coupling, dead: set[int]) -> None:
             shape[value.axis] = left
         node.args = (source(node), shape)
     elif node.target is aten.slice.Tensor and named["dim"] % len(node.meta["tensor_meta"].shape) == value.axis:
-        start = len(_left(given.channels[: named["start"]], dead))
+        start = len(_left(given.channels[: named["start"] or 0], dead))
         node.args, node.kwargs = (source(node), value.axis, start, start + left), {}
     elif node.target is aten.pad.default and any(sides := padding_of(node, value.axis)):
         around, place = list(cast(list[int], node.args[1])), padding_place(node, value.axis)

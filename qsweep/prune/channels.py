@@ -27,8 +27,8 @@ class Channels(Pruning):
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Share of the channels of each layer that is taken out, up to rounding."""
     multiple_of: Annotated[int, Field(ge=1)] = 8
-    """Widths are rounded to multiples of it, as kernels like them; layers narrower than it are left as they are. Heads
-    of attention are counted by their channels."""
+    """Widths are rounded to multiples of it, as kernels like them (GPUs and depthwise convolutions on `onnxruntime`: of
+    16); layers narrower than it are left as they are. Heads of attention are counted by their channels."""
 
     def label(self) -> str:
         return f"channels{100 * self.sparsity:.3g}"

@@ -201,6 +201,14 @@ def test_channels_go_from_weights_biases_and_norms_and_none_of_it_comes_back(tmp
     torch.testing.assert_close(slim.graph(images), pruned(images))
 
 
+def test_fine_tuning_goes_at_the_rate_of_the_task_unless_the_stage_has_its_own(tmp_path: Path) -> None:
+    training = Training(batch_size=16, learning_rate=0.2)
+    stages = [Channels(multiple_of=1, learning_rate=rate) for rate in (None, 0.2, 0.1)]
+    usual, same, other = (stage.apply(model(), context(tmp_path, training=training)) for stage in stages)
+    assert torch.equal(usual.get_parameter("5.weight"), same.get_parameter("5.weight"))
+    assert not torch.equal(usual.get_parameter("5.weight"), other.get_parameter("5.weight"))
+
+
 class OwnWeights(nn.Module):
     """A layer that is no module: nothing keeps its bias at zero in a training."""
 

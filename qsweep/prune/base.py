@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field
 
@@ -27,6 +27,10 @@ class Pruning(Stage):
     def canonical(self) -> Self:
         return super().canonical().with_defaults(*["learning_rate"] * (self.epochs == 0))
 
+    def settings(self, context: Context) -> dict[str, Any]:
+        """Of the fine-tuning, before those of the task."""
+        return {}
+
     @abstractmethod
     def cut(self, model: nn.Module, context: Context) -> None:
         """Set weights of the convolutions and linears of `model` to zero, in place."""
@@ -38,6 +42,6 @@ class Pruning(Stage):
 
         def compute(checkpoint: Path) -> None:
             self.cut(model, context)
-            fine_tune(model, self, context, checkpoint=checkpoint)
+            fine_tune(model, self, context, self.settings(context), checkpoint=checkpoint)
 
         return kept(model, context.store, stage_key(self, context), compute)

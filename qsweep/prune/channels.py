@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -30,8 +30,15 @@ class Channels(Pruning):
     """Widths are rounded to multiples of it, as kernels like them (GPUs and depthwise convolutions on `onnxruntime`: of
     16); layers narrower than it are left as they are. Heads of attention are counted by their channels."""
 
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Highest of the schedule; null: that of the task's trainings, 0.05 unless it says otherwise (adamw 0.001): more is
+    lost than by other stages."""
+
     def label(self) -> str:
         return f"channels{100 * self.sparsity:.3g}"
+
+    def settings(self, context: Context) -> dict[str, Any]:
+        return {"learning_rate": context.training.rate} if self.learning_rate is None else {}
 
     def cut(self, model: nn.Module, context: Context) -> None:
         from qsweep.hub.export import example_of

@@ -287,7 +287,7 @@ def test_sparsity_is_that_of_the_weights_not_of_the_indices(tmp_path: Path) -> N
     model = _Wide()
     dense = work(Codebook(weight_bits=8).apply(model, context(tmp_path)))
     for parameter in model.parameters():
-        parameter.data[:128] = 0.0
+        parameter.data[..., ::2] = 0.0  # rows of zeros would be left out
     pruned = work(Codebook(weight_bits=8).apply(model, context(tmp_path, key="pruned")))
     assert dense["sparsity"] == 0.0
     assert 0.5 <= pruned["sparsity"] < 0.51  # the smallest weights join the zeros

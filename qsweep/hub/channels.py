@@ -14,11 +14,11 @@ import torch
 from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.coupling import PINNED, Coupling, Role, Value, Walk, place_of, shape_seen, size_at
+from qsweep.hub.coupling import PINNED, Coupling, Role, Value, Walk, place_of, size_at
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.heads import ALONG, ATTENTION, MOVES, along_others, attention, moved, split
 from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, NEAREST, NORMS, POINTWISE, POOLS, RECTIFIERS, SIZE, TRANSPOSED, aten
-from qsweep.hub.nodes import arguments, source
+from qsweep.hub.nodes import arguments, shape_seen, source
 
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 _PRODUCTS = {aten.mul.Tensor, aten.div.Tensor}

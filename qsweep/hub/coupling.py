@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import fx
 
+from qsweep.hub.nodes import shape_seen
+
 PINNED = 0
 """Stands for all channels that have to stay: inputs, outputs, what an op reads that is not followed."""
 Role = Literal["gives", "shifts", "reads", "follows"]
@@ -139,11 +141,6 @@ class Walk:
         self.union.join(before.channels if before else channels, channels)
         if before is None or not before.silences:
             self.parts[name, dim] = Part(name, dim, channels, role)
-
-
-def shape_seen(node: fx.Node) -> list[int]:
-    """As ShapeProp has seen it."""
-    return list(node.meta["tensor_meta"].shape)
 
 
 def place_of(node: fx.Node, value: Value) -> int:

@@ -9,9 +9,9 @@ from typing import cast
 
 from torch import fx
 
-from qsweep.hub.coupling import Value, Walk, place_of, shape_seen, size_at
+from qsweep.hub.coupling import Value, Walk, place_of, size_at
 from qsweep.hub.kinds import aten
-from qsweep.hub.nodes import arguments, source
+from qsweep.hub.nodes import arguments, shape_seen, source
 
 ATTENTION = {aten.scaled_dot_product_attention.default, aten.matmul.default}
 ALONG = {aten.softmax.int, aten.layer_norm.default}

@@ -34,6 +34,11 @@ def is_real(node: fx.Node) -> bool:
     return isinstance(meta, TensorMetadata) and meta.dtype.is_floating_point
 
 
+def shape_seen(node: fx.Node) -> torch.Size:
+    """The shape of what `node` gives, as ShapeProp has seen it."""
+    return cast(torch.Size, node.meta["tensor_meta"].shape)
+
+
 def source(node: fx.Node, index: int = 0) -> fx.Node:
     """The node that gives `node` its argument `index`."""
     return cast(fx.Node, node.args[index])

@@ -12,7 +12,7 @@ from qsweep.hub.channels import couple, is_depthwise, padding_of, padding_place,
 from qsweep.hub.coupling import PINNED, Coupling, Part
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, TRANSPOSED, aten
-from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, source
+from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, shape_seen, source
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def _renumber(node: fx.Node, coupling: Coupling, dead: set[int]) -> None:
         if shape[value.axis] != -1:
             shape[value.axis] = left
         node.args = (source(node), shape)
-    elif node.target is aten.slice.Tensor and named["dim"] % len(node.meta["tensor_meta"].shape) == value.axis:
+    elif node.target is aten.slice.Tensor and named["dim"] % len(shape_seen(node)) == value.axis:
         start = len(_left(given.channels[: named["start"] or 0], dead))
         node.args, node.kwargs = (source(node), value.axis, start, start + left), {}
     elif node.target is aten.pad.default and any(sides := padding_of(node, value.axis)):

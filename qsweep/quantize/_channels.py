@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, fx
 
 from qsweep.hub.kinds import COMPUTE, CONVOLUTIONS, POOLS, aten
-from qsweep.hub.nodes import arguments, constant, set_constant, source
+from qsweep.hub.nodes import arguments, constant, set_constant, shape_seen, source
 from qsweep.hub.norm import own_name
 
 _HOMOGENEOUS = POOLS | {aten.relu.default, aten.leaky_relu.default, aten.max_pool2d.default}
@@ -27,7 +26,7 @@ _VIEWS = {
 
 def output_axis(graph: fx.GraphModule, node: fx.Node) -> int:
     """The dimension of the channels in what `node`, a convolution or linear, reads and gives."""
-    return 1 if node.target in CONVOLUTIONS else len(shape_of(node)) - 1
+    return 1 if node.target in CONVOLUTIONS else len(shape_seen(node)) - 1
 
 
 def readers(graph: fx.GraphModule, value: fx.Node, axis: int) -> list[fx.Node] | None:
@@ -97,11 +96,11 @@ def _axis_after(user: fx.Node, value: fx.Node, axis: int) -> int | None:
     """Where the channels along `axis` of `value` lie in what `user` makes of it; None where a scale does not pass."""
     if user.all_input_nodes != [value]:
         return None
-    before = shape_of(value)
+    before = shape_seen(value)
     if user.target in _HOMOGENEOUS:
         spatial = user.target not in (aten.relu.default, aten.leaky_relu.default)
         return None if spatial and (axis, len(before)) != (1, 4) else axis
-    return _axis_of_view(before, shape_of(user), axis) if user.target in _VIEWS else None
+    return _axis_of_view(before, shape_seen(user), axis) if user.target in _VIEWS else None
 
 
 def _axis_of_view(before: torch.Size, after: torch.Size, axis: int) -> int | None:
@@ -111,8 +110,3 @@ def _axis_of_view(before: torch.Size, after: torch.Size, axis: int) -> int | Non
         if after[place] == before[axis] and math.prod(after[place + 1 :]) == inner:
             return place
     return None
-
-
-def shape_of(node: fx.Node) -> torch.Size:
-    """The propagated shape of what `node` gives."""
-    return cast(torch.Size, node.meta["tensor_meta"].shape)

@@ -11,14 +11,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 from qsweep.errors import NotFinite
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import aten
-from qsweep.hub.nodes import constant, nodes_of, source
+from qsweep.hub.nodes import constant, nodes_of, shape_seen, source
 from qsweep.quantize._channels import (
     input_maxima,
     output_axis,
     readers,
     replace_constant,
     scale_inputs,
-    shape_of,
     wide_constant,
 )
 
@@ -45,7 +44,7 @@ def sites(model: QuantizedModel) -> list[Site]:
     found = []
     for norm in nodes_of(model.graph, _AFFINE):
         if _has_own_factor(model.graph, norm):
-            axis = 1 if norm.target is aten.batch_norm.default else len(shape_of(norm)) - 1
+            axis = 1 if norm.target is aten.batch_norm.default else len(shape_seen(norm)) - 1
             reading = readers(model.graph, norm, axis)
             if reading:
                 found.append(Site(norm, tuple(reading)))

@@ -374,6 +374,16 @@ def test_numbers_that_change_nothing_are_left_out() -> None:
     assert [node.target for node in left] == [aten.add.Tensor, aten.mul.Tensor, aten.add.Tensor]  # that of a mask
 
 
+def test_pads_of_no_width_are_left_out() -> None:
+    def windows(x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, -width % 2, 0, -height % 2))
+        return F.pad(F.pad(x, (1, 0)), (0, 0, 0, 0), mode="reflect")
+
+    (left,) = nodes_of(exported(windows), {aten.pad.default})
+    assert left.args[1] == [1, 0]
+
+
 class Mixed(nn.Module):
     """Branches that are summed, one of them subtracted, before they are scaled, as FastViT mixes; and a difference that
     is none of layers."""

@@ -104,7 +104,7 @@ def _without_idle(graph: fx.GraphModule) -> None:
     for node in nodes_of(graph, {aten._assert_tensor_metadata.default}):  # of the types that were traced
         graph.graph.erase_node(node)
     for node in list(graph.graph.nodes):
-        if node.target in _IDLE or (node.target is aten.slice.Tensor and _takes_all(node)):
+        if node.target in _IDLE or _takes_all(node) or _pads_nothing(node):
             node.replace_all_uses_with(source(node))
             graph.graph.erase_node(node)  # dead code with a random effect would stay
 
@@ -135,7 +135,13 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
     return getattr(node.meta.get("val"), "dtype", None)
 
 
+def _pads_nothing(node: fx.Node) -> bool:
+    return node.target is aten.pad.default and not any(arguments(node)["pad"])
+
+
 def _takes_all(node: fx.Node) -> bool:
+    if node.target is not aten.slice.Tensor:
+        return False
     given = arguments(node)
     return given["start"] in (None, 0) and given["end"] in (None, _WHOLE) and given["step"] == 1
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the hub form.
+"""The hub form as an artifact in ONNX.
 
 On disk `model.onnx` holds the graph and the grids; the weights lie beside it in `weights.safetensors`, packed, and join
 it when it is loaded.
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from qsweep.engines._onnx_graph import add_weights, without_weights
-from qsweep.errors import BundleError, Refused, why
+from qsweep.errors import BundleError, Refused
 from qsweep.hub.fixed import with_computed_layers
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import aten
@@ -25,12 +23,12 @@ from qsweep.hub.save import DAMAGE, load_weights, save_weights
 
 if TYPE_CHECKING:
     import onnx
-    from onnxruntime import InferenceSession
 
-    from qsweep.engines.base import EngineConfig, Runner
     from qsweep.store import Store
 
 MODEL, PACKED = "model.onnx", "packed.json"
+DTYPE = "dtype"
+"""Names the floating-point type, if it is not float32, in which weights are stored and a runtime is to compute."""
 
 
 def lower(model: QuantizedModel, folder: Path, store: Store) -> None:
@@ -43,67 +41,31 @@ def lower(model: QuantizedModel, folder: Path, store: Store) -> None:
         raise Refused("ONNX has no average pools with `divisor_override`")
     model = with_computed_layers(model)
     content = without_weights(model, store)
+    if model.dtype != torch.float32:
+        content.metadata_props.add(key=DTYPE, value=str(model.dtype).removeprefix("torch."))
     onnx.save(content, folder / MODEL)
     read = {name for node in content.graph.node for name in node.input}
     (folder / PACKED).write_text(json.dumps(save_weights(model, folder, read)))
 
 
 def complete(folder: Path) -> onnx.ModelProto:
-    """The artifact as one ONNX model, weights unpacked. Raises BundleError where its files are damaged."""
+    """The artifact as one ONNX model, weights unpacked and real ones in float32. Raises BundleError where its files are
+    damaged."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         content = onnx.load(folder / MODEL)
-        add_weights(content, load_weights(folder, json.loads((folder / PACKED).read_text())))
+        weights = load_weights(folder, json.loads((folder / PACKED).read_text()))
+        add_weights(
+            content, {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+        )
     except (*DAMAGE, DecodeError) as error:
         raise BundleError(f"`{folder}`: the artifact cannot be read ({type(error).__name__}: {error})") from error
     return content
 
 
-def runner(folder: Path, engine: EngineConfig) -> Runner:
-    """The artifact in ONNX Runtime at the engine's threads."""
-    session = _session(complete(folder), engine)
-    (given,) = session.get_inputs()
-
-    def run(inputs: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {given.name: inputs.numpy()})[0])
-
-    return run
-
-
-def integer_macs(folder: Path, engine: EngineConfig, inputs: Tensor) -> int:
-    """Those of integer kernels, from ONNX Runtime's own profile of one call."""
-    content = complete(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        session = _session(content, engine, profile=str(Path(scratch) / "profile"))
-        (given,) = session.get_inputs()
-        session.run(None, {given.name: inputs.numpy()})
-        events = json.loads(Path(session.end_profiling()).read_text())
-    kernels = _kernel_sizes(content)
-    macs = 0
-    for event in events:
-        operator = event.get("args", {}).get("op_name")
-        if event["name"].endswith("_kernel_time") and operator in _INTEGER:
-            output = math.prod(next(iter(event["args"]["output_type_shape"][0].values())))
-            name = event["name"].removesuffix("_kernel_time").split("_token_")[0]
-            inner = kernels.get(name) or next(iter(event["args"]["input_type_shape"][0].values()))[-1]
-            macs += output * inner
-    return macs
-
-
-_INTEGER = {
-    "QLinearConv",
-    "ConvInteger",
-    "QGemm",
-    "QLinearMatMul",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
-}
-
-
-def _kernel_sizes(content: onnx.ModelProto) -> dict[str, int]:
+def kernel_sizes(content: onnx.ModelProto) -> dict[str, int]:
     """Multiply-accumulates of one output element, by node: fused nodes keep the name, but show no packed weights."""
     shapes = {tensor.name: list(tensor.dims) for tensor in content.graph.initializer}
     shapes |= {node.output[0]: shapes[node.input[0]] for node in content.graph.node if node.input[0] in shapes}
@@ -115,19 +77,3 @@ def _kernel_sizes(content: onnx.ModelProto) -> dict[str, int]:
             by_rows = transposed or "Conv" in node.op_type
             found[node.name] = math.prod(shape[1:]) if by_rows else shape[-2]
     return found
-
-
-def _session(content: onnx.ModelProto, engine: EngineConfig, profile: str | None = None) -> InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = engine.threads
-    options.log_severity_level = 3
-    # Its threads would spin for a while after a call, and slow down whatever else is measured in this process.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
-    try:
-        return onnxruntime.InferenceSession(content.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exception types share no public base
-        raise Refused(f"ONNX Runtime cannot load the model: {why(error)}") from error

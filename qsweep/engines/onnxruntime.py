@@ -39,7 +39,7 @@ class OnnxRuntime(EngineConfig):
         lower(model, folder, store)
 
     def load(self, folder: Path) -> Runner:
-        from qsweep.engines._onnx import runner
+        from qsweep.engines._onnxruntime import runner
 
         return runner(folder, self)
 
@@ -51,6 +51,6 @@ class OnnxRuntime(EngineConfig):
         onnx.save(complete(artifact), out / "model.onnx")
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
-        from qsweep.engines._onnx import integer_macs
+        from qsweep.engines._onnxruntime import integer_macs
 
         return integer_macs(folder, self, inputs)

@@ -94,8 +94,9 @@ def reference(case: Case) -> tuple[Tensor, list[Tensor]]:
     return outputs, [value.int() - low for value, low in zip(interpreter.tensors.values(), lows, strict=True)]
 
 
-def onnx_tensors(folder: Path, inputs: Tensor) -> list[Tensor]:
-    """Every integer tensor of ONNX Runtime, counted from its lowest level, in the order of the quantize nodes."""
+def onnx_tensors(folder: Path, inputs: Tensor) -> dict[str, Tensor]:
+    """Every integer tensor of ONNX Runtime, counted from its lowest level, in the order of the quantize nodes, by its
+    name in the artifact."""
     import onnx
     import onnxruntime
 
@@ -104,18 +105,19 @@ def onnx_tensors(folder: Path, inputs: Tensor) -> list[Tensor]:
     nodes = [node for node in content.graph.node if node.op_type == "QuantizeLinear"]
     nodes.sort(key=lambda node: int(node.input[2].removeprefix("grid").removesuffix(".zero_point")))
     quantized = [node.output[0] for node in nodes]
-    for name in (bounded.get(name, name) for name in quantized):
+    names = [bounded.get(name, name) for name in quantized]
+    for name in names:
         content.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
     session = onnxruntime.InferenceSession(content.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[1:]
-    return [torch.from_numpy(value).int() for value in found]
+    return {name: torch.from_numpy(value).int() for name, value in zip(names, found, strict=True)}
 
 
 def assert_equal_everywhere(case: Case, folder: Path) -> None:
     engine = OnnxRuntime(batch_size=len(case.inputs))
     lowered(engine, case, folder)
     outputs, tensors = reference(case)
-    others = onnx_tensors(folder, case.inputs)
+    others = list(onnx_tensors(folder, case.inputs).values())
     assert len(tensors) == len(others) >= 3
     for ours, theirs in zip(tensors, others, strict=True):
         assert torch.equal(ours, theirs)

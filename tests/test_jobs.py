@@ -106,14 +106,19 @@ def baseline(root: Path) -> Path:
 
 @pytest.mark.parametrize(
     "target",
-    [ONNX, {"engine": "reference", "batch_size": 100}, {"engine": "executorch", "batch_size": 32}],
+    [
+        ONNX,
+        {"engine": "reference", "batch_size": 100},
+        {"engine": "executorch", "batch_size": 32},
+        {"engine": "openvino", "batch_size": 32},
+    ],
     ids=lambda target: str(target["engine"]),
 )
 def test_a_config_is_prepared_built_measured_and_tested(
     target: dict[str, Any], root: Path, baseline: Path, tmp_path: Path
 ) -> None:
-    if target["engine"] == "executorch":
-        pytest.importorskip("executorch")
+    if target["engine"] in ("executorch", "openvino"):
+        pytest.importorskip(target["engine"])
     folder = written(tmp_path / "trial", root, PTQ, target, baseline=str(baseline))
     found = metrics(folder, "build", "measure", "test")
     assert found["accuracy_drop_pp"] < 3

@@ -130,8 +130,8 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
         ),
         (
             {"target": {"engine": "abacus"}},
-            "`target.engine`: must be one of 'cuda', 'executorch', 'float', 'inductor', 'onnxruntime', 'reference' "
-            "(got 'abacus')",
+            "`target.engine`: must be one of 'cuda', 'executorch', 'float', 'inductor', 'onnxruntime', 'openvino', "
+            "'reference' (got 'abacus')",
         ),
         ({"target": "float"}, "`target`: must be a mapping such as {engine: …} (got 'float')"),
         ({"task": "digits"}, "`task`: must be a mapping such as {method: …} (got 'digits')"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qsweep.machine import cpu
 
-_PACKAGES = ("qsweep", "torch", "optuna", "mlflow", "onnx", "onnxruntime", "executorch", "numpy")
+_PACKAGES = ("qsweep", "torch", "optuna", "mlflow", "onnx", "onnxruntime", "openvino", "executorch", "numpy")
 
 
 def environment(root: Path) -> dict[str, str]:

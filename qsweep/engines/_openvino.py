@@ -1,0 +1,100 @@
+"""OpenVINO on artifacts in ONNX."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import openvino
+import torch
+from torch import Tensor
+
+from qsweep.engines._onnx import DTYPE, complete
+from qsweep.engines._openvino_graph import computed_constants, without_reduced_maxima
+from qsweep.errors import Refused
+
+if TYPE_CHECKING:
+    import onnx
+
+    from qsweep.engines.base import EngineConfig
+
+
+class OpenVINORunner:
+    """The artifact compiled for the engine's batch size and threads."""
+
+    def __init__(self, folder: Path, engine: EngineConfig) -> None:
+        content = complete(folder)
+        types = {each.value for each in content.metadata_props if each.key == DTYPE}
+        model = _model(content)
+        shape = model.input().partial_shape
+        shape[0] = engine.batch_size
+        model.reshape(shape)
+        computed_constants(model)
+        settings = {
+            "INFERENCE_NUM_THREADS": engine.threads,
+            "NUM_STREAMS": 1,
+            # It would bind the thread that calls, too, and with it whatever is measured beside it.
+            "ENABLE_CPU_PINNING": False,
+            # Floats stay float32 where bf16 is quicker, and no integers are made of them on the way.
+            "INFERENCE_PRECISION_HINT": "bf16" if types == {"bfloat16"} else "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        }
+        try:
+            self._compiled = openvino.Core().compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise Refused(f"OpenVINO cannot compile the model: {_reason(error)}") from error
+        self._shape = tuple(model.input().shape)
+        self._request = self._compiled.create_infer_request()
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        if inputs.shape != self._shape:
+            raise Refused(f"the model takes inputs {list(self._shape)} (got {list(inputs.shape)})")
+        given = inputs.contiguous().numpy()
+        return torch.from_numpy(self._request.infer(given, share_inputs=True, share_outputs=True)[0])
+
+    def integer_macs(self) -> int:
+        """Those of integer kernels in one call, from the graph that OpenVINO has made of the model."""
+        return sum(_macs(cast(openvino.Node, node)) for node in self._compiled.get_runtime_model().get_ops())
+
+
+def write_ir(artifact: Path, out: Path) -> None:
+    """Write `model.xml` and `model.bin`, which take batches of any size."""
+    openvino.save_model(_model(complete(artifact)), out / "model.xml", compress_to_fp16=False)
+
+
+def _model(content: onnx.ModelProto) -> openvino.Model:
+    try:
+        model = openvino.Core().read_model(content.SerializeToString())
+    except RuntimeError as error:
+        raise Refused(f"OpenVINO cannot read the model: {_reason(error)}") from error
+    without_reduced_maxima(model)
+    return model
+
+
+def _reason(error: RuntimeError) -> str:
+    """What it says, but for places in OpenVINO's own sources."""
+    said = re.sub(r"Exception from \S+|Check '.*' failed at \S+", "", str(error))
+    return " ".join(said.split())[:300] or "it does not say why"
+
+
+_INTEGER = "_I8"
+"""How the names of integer kernels end."""
+
+
+def _macs(node: openvino.Node) -> int:
+    """Of a node of the compiled graph, whose inputs show the shapes of weights as the kernel takes them."""
+    told = {name: value.astype(str) for name, value in node.get_rt_info().items()}
+    if not told["primitiveType"].endswith(_INTEGER):
+        return 0
+    given: list[list[int]] = [list(each.get_shape()) for each in node.inputs()[:2]]
+    result: list[int] = list(node.output(0).get_shape())
+    match told["layerType"]:
+        case "Convolution":
+            return math.prod(result) * math.prod(given[1]) // result[1]
+        case "Deconvolution":
+            return math.prod(given[0]) * math.prod(given[1]) // given[0][1]
+        case "FullyConnected" | "MatMul":
+            return math.prod(result) * given[0][-1]
+    return 0

@@ -1,0 +1,57 @@
+"""What OpenVINO's own rewrites get wrong, brought to what they get right; every rewrite keeps the values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import openvino
+from openvino import opset13 as ops
+
+
+def without_reduced_maxima(model: openvino.Model) -> None:
+    """Maxima as the first of each sorted axis, in place: what OpenVINO fuses behind a ReduceMax of floats comes out
+    wrong, such as a quantize op without its scale."""
+    for node in model.get_ordered_ops():
+        if (kind := node.get_type_name()) not in ("ReduceMax", "ReduceMin"):
+            continue
+        value, axes = node.input_value(0), node.input_value(1)
+        for axis in np.atleast_1d(axes.get_node().get_data()):
+            value = ops.topk(value, 1, int(axis), kind.removeprefix("Reduce").lower(), "none").output(0)
+        if not node.get_attributes()["keep_dims"]:
+            value = ops.squeeze(value, axes).output(0)
+        _replace(node.output(0), value)
+
+
+def computed_constants(model: openvino.Model) -> None:
+    """Quantized values that follow from parameters and the shape of the input alone (tokens repeated for each sample,
+    embeddings of places) as constants, in place: sums of them stop the compiler. Weights stay integers."""
+    fixed: set[str] = set()
+    quantized: set[str] = set()
+    nodes = model.get_ordered_ops()
+    for node in nodes:
+        kind, name = node.get_type_name(), node.get_name()
+        given = {each.get_source_output().get_node().get_name() for each in node.inputs()}
+        if kind in ("Constant", "ShapeOf") or (given and given <= fixed):
+            fixed.add(name)
+            if kind == "FakeQuantize" or given & quantized:
+                quantized.add(name)
+    ends = [
+        output
+        for node in nodes
+        if node.get_name() in quantized
+        for output in node.outputs()
+        if any(each.get_node().get_name() not in fixed for each in output.get_target_inputs())
+    ]
+    if not ends:
+        return
+    exactly = {"LP_TRANSFORMS_MODE": False, "INFERENCE_PRECISION_HINT": "f32"}
+    compute = openvino.Core().compile_model(openvino.Model(ends, model.get_parameters()), "CPU", exactly)
+    found = compute(np.zeros(model.input().shape, np.float32))
+    for output, value in zip(ends, found.values(), strict=True):
+        _replace(output, ops.constant(value).output(0))
+
+
+def _replace(output: Any, by: Any) -> None:
+    for reader in output.get_target_inputs():
+        reader.replace_source_output(by)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from qsweep.engines.base import EngineConfig, Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qsweep.hub.form import QuantizedModel
+    from qsweep.quantize import Quantization
+    from qsweep.spec import Compression
+    from qsweep.store import Store
+
+
+class OpenVINO(EngineConfig):
+    """OpenVINO on the CPU: the artifact of `onnxruntime` on the kernels of oneDNN; bf16 where the processor has it.
+
+    Biases are added in floating point, and sums behind convolutions to what has not been rounded: apart from these its
+    integers are the reference's.
+    """
+
+    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._onnx_table",)
+    packages: ClassVar[tuple[str, ...]] = ("openvino",)
+    engine: Literal["openvino"] = "openvino"
+    device: Literal["cpu"] = "cpu"
+
+    def available(self) -> str | None:
+        from importlib.util import find_spec
+
+        return None if find_spec("openvino") else "`openvino` is not installed: `pip install 'qsweep[openvino]'`"
+
+    def refuses(self, config: Compression) -> str | None:
+        reason = _reason(config.quantize)
+        return f"OpenVINO's kernels cannot run it: {reason}; use `float` or `onnxruntime`" if reason else None
+
+    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
+        from qsweep.engines._onnx import lower
+        from qsweep.hub.accumulators import check_accumulators
+
+        check_accumulators(model)
+        lower(model, folder, store)
+
+    def load(self, folder: Path) -> Runner:
+        from qsweep.engines._openvino import OpenVINORunner
+
+        return OpenVINORunner(folder, self)
+
+    def export(self, artifact: Path, out: Path) -> None:
+        from qsweep.engines._openvino import write_ir
+
+        write_ir(artifact, out)
+
+    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
+        from qsweep.engines._openvino import OpenVINORunner
+
+        assert isinstance(runner, OpenVINORunner)
+        return runner.integer_macs()
+
+
+def _reason(quantize: Quantization | None) -> str | None:
+    from qsweep.machine import features
+    from qsweep.quantize.base import Grids
+    from qsweep.quantize.cast import Cast
+
+    if isinstance(quantize, Cast) and quantize.dtype == "bf16":
+        known = {"avx512_bf16", "amx_bf16"}.intersection(features())
+        return None if known else "this processor does not compute in bf16"
+    if isinstance(quantize, Grids) and quantize.by_token:
+        return "rows that set their own ranges (`activation_mode: token`) it multiplies in floating point"
+    return quantize.not_integer if quantize is not None else None

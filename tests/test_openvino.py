@@ -1,0 +1,278 @@
+"""OpenVINO gives what the reference gives: to a level where it adds biases, or sums, in floating point."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from chain_networks import Transformer
+from layout_networks import ConvNeXt, NormedParts, Tokens, Upsampled, Windowed
+from networks import NETWORKS, Noise, digits, network, shared
+from pydantic import TypeAdapter
+from test_engines import case, onnx_tensors
+from test_gates import KINDS
+from test_odd_networks import INPUTS, ODD
+from test_odd_networks import made as odd
+from test_recurrent import INPUTS as SOUNDS
+from test_recurrent import Gated
+from test_words import Classifier, texts
+from torch import Tensor, nn
+from written_networks import WRITTEN
+
+from qsweep.engines import Engine, EngineConfig
+from qsweep.engines._onnx import complete
+from qsweep.engines.openvino import OpenVINO
+from qsweep.errors import BundleError, Refused
+from qsweep.hub.export import float_graph
+from qsweep.hub.fixed import with_computed_layers
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.integer import IntegerInterpreter
+from qsweep.quantize.cast import Cast
+from qsweep.quantize.ptq import PTQ
+from qsweep.spec import Compression
+from qsweep.store import Store
+
+openvino = pytest.importorskip("openvino", reason="OpenVINO cannot be installed here")
+
+COUNT = 50
+NOISE = Noise(COUNT).inputs
+
+
+def lowered(model: QuantizedModel, folder: Path, batch_size: int = COUNT) -> EngineConfig:
+    engine = OpenVINO(batch_size=batch_size)
+    folder.mkdir(exist_ok=True)
+    engine.lower(model, folder, Store(folder.parent / "store"))
+    return engine
+
+
+def assert_close(found: Tensor, wanted: Tensor, within: float) -> None:
+    torch.testing.assert_close(found, wanted, atol=within * wanted.std().item(), rtol=0)
+
+
+def made(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+NARROW: dict[str, dict[str, Any]] = {
+    "depthwise": {"weight_bits": 2, "activation_bits": 4},
+    "sequence": {"weight_bits": 3, "activation_bits": 2},
+    "pools": {"weight_bits": 4, "activation_bits": 6, "activation_scheme": "symmetric"},
+    "shortcut": {"activation_bits": 3, "sum_grid": "own", "edge_bits": 8},
+    "digits_cnn": {"calibration": "percentile"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [*((name, {}) for name in NETWORKS), *NARROW.items()],
+    ids=[*NETWORKS, *(f"{name}, {' '.join(map(str, fields.values()))}" for name, fields in NARROW.items())],
+)
+def test_every_layer_runs_on_integers_and_gives_what_the_reference_gives(
+    name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model = PTQ.model_validate({"calibration_samples": 200} | fields).apply(network(name), shared(name, NOISE))
+    engine = lowered(model, tmp_path / "artifact")
+    run = engine.load(tmp_path / "artifact")
+    assert_close(run(NOISE), IntegerInterpreter(model.graph)(NOISE), within=0.03)
+    assert engine.integer_macs(tmp_path / "artifact", run, NOISE) == COUNT * model.macs
+
+
+NAMED = [
+    "max pool, ceil",
+    "transposed, in groups",
+    "nearest pixels",
+    "layers of constants",
+    "average pool, ceil and padding",
+    "clamped below",
+]
+FLOATS = {"transposed, in groups", "Shifted", "Rotated", "Related", "Compared"}
+"""With transposed convolutions and attention."""
+
+
+@pytest.mark.parametrize("name", [*NAMED, *(kind.__name__ for kind in (*KINDS, *WRITTEN))])
+def test_what_is_odd_gated_or_written_otherwise_gives_what_the_reference_gives(name: str, tmp_path: Path) -> None:
+    model = odd(name) if name in ODD else made(next(kind for kind in (*KINDS, *WRITTEN) if kind.__name__ == name))
+    quantized = PTQ(calibration_samples=20).apply(model, shared(name, INPUTS))
+    engine = lowered(quantized, tmp_path / "artifact", len(INPUTS))
+    run = engine.load(tmp_path / "artifact")
+    assert_close(run(INPUTS), IntegerInterpreter(quantized.graph)(INPUTS), within=0.03)
+    work = len(INPUTS) * with_computed_layers(quantized).macs
+    share = engine.integer_macs(tmp_path / "artifact", run, INPUTS) / work
+    assert share < 0.95 if name in FLOATS else share == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "share"),
+    [
+        (Tokens, INPUTS, 0.55),
+        (Transformer, INPUTS, 0.93),
+        (Windowed, INPUTS, 0.94),
+        (ConvNeXt, INPUTS, 1.0),
+        (NormedParts, INPUTS, 1.0),
+        (Upsampled, INPUTS, 1.0),
+        (Gated, SOUNDS, 0.01),
+        (Classifier, texts(40), 0.84),
+    ],
+)
+def test_transformers_and_recurrent_networks_run(
+    kind: type[nn.Module], inputs: Tensor, share: float, tmp_path: Path
+) -> None:
+    model = PTQ(calibration_samples=20).apply(made(kind), shared(kind.__name__, inputs))
+    engine = lowered(model, tmp_path / "artifact", len(inputs))
+    run = engine.load(tmp_path / "artifact")
+    assert_close(run(inputs), IntegerInterpreter(model.graph)(inputs), within=0.02)
+    found = engine.integer_macs(tmp_path / "artifact", run, inputs) / (len(inputs) * model.macs)
+    assert share <= found <= 1
+
+
+def layers(content: onnx.ModelProto, tensors: dict[str, Tensor]) -> Iterator[tuple[str, onnx.ModelProto, list[str]]]:
+    """What gives each of the quantized `tensors` from those before it, by its name, and their names."""
+    for name, value in tensors.items():
+        content.graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, value.shape))
+    for end in list(tensors)[1:]:
+        given = [name for name in tensors if name != end]
+        for _ in range(2):  # the first time to see what it reads
+            piece = onnx.utils.Extractor(content).extract_model(given, [end])
+            given = [name for name in given if any(name in node.input for node in piece.graph.node)]
+        yield end, piece, given
+
+
+@pytest.mark.parametrize("fields", [{}, {"activation_bits": 4, "sum_grid": "own"}], ids=["a8", "a4 own sums"])
+def test_integers_are_those_of_onnxruntime_layer_by_layer(fields: dict[str, Any], tmp_path: Path) -> None:
+    found = case("digits", tmp_path, **fields)
+    lowered(found.model, tmp_path / "artifact", len(found.inputs))
+    tensors = onnx_tensors(tmp_path / "artifact", found.inputs)
+    wrong = total = 0
+    for end, piece, given in layers(complete(tmp_path / "artifact"), tensors):
+        core = openvino.Core()
+        run = core.compile_model(core.read_model(piece.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        (levels,) = run({name: tensors[name].to(torch.uint8).numpy() for name in given}).values()
+        difference = (torch.from_numpy(levels).int() - tensors[end]).abs()
+        assert difference.max() <= 1
+        wrong, total = wrong + int((difference > 0).sum()), total + difference.numel()
+    assert wrong / total <= 1e-4
+
+
+def test_bf16_and_float32_are_the_model(tmp_path: Path) -> None:
+    model, found, _ = digits()
+    inputs = found.task.transform(found.task.samples("validation").inputs)
+    with torch.no_grad():
+        wanted = model(inputs)
+    for name, graph, within in (("fp32", float_graph(model, found), 1e-5), ("bf16", Cast().apply(model, found), 0.05)):
+        engine = lowered(graph, tmp_path / name, len(inputs))
+        run = engine.load(tmp_path / name)
+        assert_close(run(inputs), wanted, within)
+        assert engine.integer_macs(tmp_path / name, run, inputs) == 0
+    sizes = [(tmp_path / name / "weights.safetensors").stat().st_size for name in ("bf16", "fp32")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+class Positions(nn.Module):
+    """A token that is the same for each sample, in a sum; the largest of its features, times a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.one, self.two, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = self.token.expand(x.shape[0], -1, -1)
+        seen = self.one(x.flatten(1, 2)[:, :1]) + token
+        largest = F.softmax(self.two(x[:, 0]), -1).amax(1) * 0.5
+        logits: Tensor = self.head(torch.cat([seen.flatten(1), largest], 1))
+        return logits
+
+
+def test_what_the_compiler_gets_wrong_it_does_not_get(tmp_path: Path) -> None:
+    model = PTQ(calibration_samples=20).apply(made(Positions), shared("Positions", INPUTS))
+    engine = lowered(model, tmp_path / "artifact", len(INPUTS))
+    run = engine.load(tmp_path / "artifact")
+    assert_close(run(INPUTS), IntegerInterpreter(model.graph)(INPUTS), within=0.02)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of a small network."""
+    folder = tmp_path_factory.mktemp("openvino") / "artifact"
+    lowered(PTQ(calibration_samples=200).apply(network("mlp"), shared("mlp", NOISE)), folder)
+    return folder
+
+
+def test_what_is_exported_takes_any_batch_and_needs_openvino_alone(artifact: Path, tmp_path: Path) -> None:
+    engine = OpenVINO(batch_size=COUNT)
+    engine.export(artifact, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    run = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    wanted = engine.load(artifact)(NOISE)
+    for inputs, outputs in ((NOISE, wanted), (NOISE[:3], wanted[:3])):
+        torch.testing.assert_close(torch.from_numpy(run(inputs.numpy())[0]), outputs)
+
+
+def test_an_artifact_takes_the_batches_that_it_is_loaded_for(artifact: Path) -> None:
+    wanted = OpenVINO(batch_size=COUNT).load(artifact)(NOISE)
+    run = OpenVINO(batch_size=1).load(artifact)
+    torch.testing.assert_close(torch.cat([run(sample).clone() for sample in NOISE.split(1)]), wanted)
+    with pytest.raises(Refused, match=r"takes inputs \[1, 1, 8, 8\] \(got \[2, 1, 8, 8\]\)"):
+        run(NOISE[:2])
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors", "packed.json"])
+def test_a_damaged_artifact_is_told(name: str, artifact: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path, dirs_exist_ok=True)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(BundleError, match="cannot be read"):
+        OpenVINO(batch_size=COUNT).load(tmp_path)
+
+
+def test_what_it_cannot_compile_is_refused_with_the_reason(artifact: Path, tmp_path: Path) -> None:
+    content = onnx.load(artifact / "model.onnx")
+    content.graph.node[-1].op_type, content.graph.node[-1].domain = "Unheard", "of"
+    shutil.copytree(artifact, tmp_path, dirs_exist_ok=True)
+    onnx.save(content, tmp_path / "model.onnx")
+    with pytest.raises(Refused, match=r"OpenVINO cannot .*Unheard"):
+        OpenVINO(batch_size=COUNT).load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Cast(dtype="fp16"),
+        PTQ(activation_bits=None),
+        PTQ(activation_mode="dynamic"),
+        PTQ(activation_mode="token"),
+        PTQ(weight_scheme="asymmetric"),
+        PTQ(weight_bits=4, group_size=8),
+    ],
+    ids=lambda config: config.label(),
+)
+def test_what_has_no_kernels_is_refused(config: Any) -> None:
+    engine = TypeAdapter(Engine).validate_python({"engine": "openvino"})
+    assert "use `float`" in engine.refuses(Compression(quantize=config))
+
+
+@pytest.mark.parametrize("features", [["avx2"], ["avx2", "avx512_bf16"], ["amx_bf16"]], ids=str)
+def test_bf16_is_taken_where_the_processor_computes_in_it(features: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsweep.machine.features", lambda: features)
+    reason = OpenVINO().refuses(Compression(quantize=Cast(dtype="bf16")))
+    assert (reason is None) == any("bf16" in feature for feature in features)
+
+
+def test_a_trained_network_keeps_its_accuracy(tmp_path: Path) -> None:
+    model, found, _ = digits()
+    samples = found.task.samples("validation")
+    inputs = found.task.transform(samples.inputs)
+    quantized = PTQ(calibration_samples=200).apply(model, found)
+    engine = lowered(quantized, tmp_path / "artifact", len(inputs))
+    outputs = engine.load(tmp_path / "artifact")(inputs)
+    assert_close(outputs, IntegerInterpreter(quantized.graph)(inputs), within=0.03)
+    with torch.no_grad():
+        lost = found.task.score(model(inputs), samples.labels).mean() - found.task.score(outputs, samples.labels).mean()
+    assert lost < 0.01

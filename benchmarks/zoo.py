@@ -1,13 +1,13 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [network] [token] [chain] [latency] [phone] [channels] [narrow]
+    python benchmarks/zoo.py [network] [token] [chain] [openvino] [latency] [phone] [server] [channels] [narrow]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
 against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Chains of its kernels
 run small images on a GPU or, without one, in Triton's interpreter. Latencies, one image on one thread, are those of
-int8 and of float32 by turns; of `executorch` beside those of `onnxruntime`; of networks that have lost half of their
-channels beside those of whole ones. Writes `zoo.json` and `zoo.md` beside it.
+int8 and of float32 by turns; of `executorch` and `openvino` beside those of `onnxruntime`; of networks that have lost
+half of their channels beside those of whole ones. Writes `zoo.json` and `zoo.md` beside it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ model's, and of ONNX Runtime's from the reference's, over the deviation of the m
 accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point. Of chains of kernels: the integers of
 one input (after @ an image's pixels a side) that are not the reference's; behind norms and softmax a float may fall
 on the other side of a tie, and what follows from it. Tokens: ranges that each row of a linear sets itself. Latencies
-are medians of ONNX Runtime on one thread for one image of 224 pixels a side. Phone: ExecuTorch with XNNPACK, on this
-machine: deviations as above, the share of integers, latency of int8 over that of float32 and of ONNX Runtime's int8.
+are medians of ONNX Runtime on one thread for one image of 224 pixels a side. OpenVINO: deviations as above, the share
+of integers. Phone: ExecuTorch with XNNPACK, on this machine: the same, latency of int8 over that of float32 and of ONNX
+Runtime's int8. Server: the same of OpenVINO.
 Channels: half of those that can go are zeros; deviation of the network without them, the shares of work (multiply-
 accumulates) and parameters that are left. Narrow: latency of its int8 over that of the whole network's.
 """
@@ -113,6 +114,22 @@ def token(name: str) -> dict[str, Any]:
     return network(name, "token")
 
 
+def openvino(name: str) -> dict[str, Any]:
+    """How far OpenVINO's outputs are from the reference's, and its share of integers."""
+    from qsweep.engines.openvino import OpenVINO
+    from qsweep.hub.integer import IntegerInterpreter
+
+    with quantized(name) as (model, inputs, graph, found):
+        wanted, reference = model(inputs).detach(), IntegerInterpreter(graph.graph)(inputs)
+        engine = OpenVINO(batch_size=len(inputs))
+        artifact, runner = lowered(engine, graph, found, "int8")
+        return {
+            "quantized": ((reference - wanted).std() / wanted.std()).item(),
+            "apart": ((runner(inputs) - reference).std() / wanted.std()).item(),
+            "share": engine.integer_macs(artifact, runner, inputs) / (len(inputs) * graph.macs),
+        }
+
+
 def chain(name: str) -> dict[str, Any]:
     """Integers that a chain of kernels gives, and how many of them the reference does not."""
     import torch
@@ -163,14 +180,25 @@ def milliseconds(runners: dict[str, Runner], inputs: Tensor) -> dict[str, float]
 
 def phone(name: str) -> dict[str, Any]:
     """Of `executorch` how far it is from the reference, its share of integers, and latencies beside `onnxruntime`'s."""
+    from qsweep.engines.executorch import ExecuTorch
+
+    return beside_onnxruntime(name, ExecuTorch(batch_size=1, threads=1))
+
+
+def server(name: str) -> dict[str, Any]:
+    """The same of `openvino`."""
+    from qsweep.engines.openvino import OpenVINO
+
+    return beside_onnxruntime(name, OpenVINO(batch_size=1, threads=1))
+
+
+def beside_onnxruntime(name: str, engine: EngineConfig) -> dict[str, Any]:
     import torch
 
-    from qsweep.engines.executorch import ExecuTorch
     from qsweep.engines.onnxruntime import OnnxRuntime
     from qsweep.hub.export import float_graph
     from qsweep.hub.integer import IntegerInterpreter
 
-    engine = ExecuTorch(batch_size=1, threads=1)
     with quantized(name) as (model, inputs, graph, found):
         wanted, reference = model(inputs).detach(), IntegerInterpreter(graph.graph)(inputs)
         work = graph.macs
@@ -242,6 +270,11 @@ def said_of_latency(found: dict[str, Any]) -> tuple[str, bool]:
     return f"{ratio:.2f} of {found['float32']:.1f} ms", ratio < 1
 
 
+def said_of_openvino(found: dict[str, Any]) -> tuple[str, bool]:
+    said = f"{found['quantized']:.2g}, {found['apart']:.1g}; {found['share']:.1%}"
+    return said, found["apart"] <= found["quantized"]
+
+
 def said_of_phone(found: dict[str, Any]) -> tuple[str, bool]:
     apart = f"{found['quantized']:.2g}, {found['apart']:.1g}; {found['share']:.1%}"
     ratio, beside = (found["int8"] / found[other] for other in ("float32", "onnxruntime"))
@@ -272,14 +305,16 @@ PARTS: dict[str, tuple[str, str, Say]] = {
     "network": ("less apart from the reference than int8 from float", "", said_of_network),
     "token": ("less apart from the reference than int8 from float", ", tokens", said_of_network),
     "chain": ("none differs, one in 1000 behind floats", ", chain", said_of_chain),
+    "openvino": ("less apart from the reference than int8 from float", ", openvino", said_of_openvino),
     "latency": ("under float32", ", latency", said_of_latency),
     "phone": ("less apart than int8 from float, under float32", ", phone", said_of_phone),
+    "server": ("less apart than int8 from float, under float32", ", server", said_of_phone),
     "channels": ("the same outputs from less", ", channels", said_of_channels),
     "narrow": ("under the whole network's int8", ", narrow", said_of_narrow),
 }
 
 
-TIMED = "latency", "phone", "narrow"
+TIMED = "latency", "phone", "server", "narrow"
 """Parts that run alone."""
 
 
@@ -303,7 +338,7 @@ def main() -> None:
     from zoo_models import CHAINS, LATENCIES, NAMES
 
     transformers = [name for name in NAMES if name.startswith("transformers ")]
-    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "channels": NAMES}
+    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "openvino": NAMES, "channels": NAMES}
     names |= dict.fromkeys(TIMED, LATENCIES)
     for part in sys.argv[1:] or PARTS:
         there = [name for name in names[part] if find_spec(name.split()[0])]

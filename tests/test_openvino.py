@@ -33,6 +33,7 @@ from qsweep.hub.export import float_graph
 from qsweep.hub.fixed import with_computed_layers
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.quantize import Quantization
 from qsweep.quantize.cast import Cast
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression
@@ -242,20 +243,20 @@ def test_what_it_cannot_compile_is_refused_with_the_reason(artifact: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "instead"),
     [
-        Cast(dtype="fp16"),
-        PTQ(activation_bits=None),
-        PTQ(activation_mode="dynamic"),
-        PTQ(activation_mode="token"),
-        PTQ(weight_scheme="asymmetric"),
-        PTQ(weight_bits=4, group_size=8),
+        (Cast(dtype="fp16"), "`float`"),
+        (PTQ(activation_bits=None), "`float`"),
+        (PTQ(activation_mode="dynamic"), "`float`"),
+        (PTQ(activation_mode="token"), "`onnxruntime`"),
+        (PTQ(weight_scheme="asymmetric"), "`float`"),
+        (PTQ(weight_bits=4, group_size=8), "`float`"),
     ],
-    ids=lambda config: config.label(),
+    ids=lambda value: value.label() if isinstance(value, Quantization) else value,
 )
-def test_what_has_no_kernels_is_refused(config: Any) -> None:
+def test_what_has_no_kernels_is_refused(config: Quantization, instead: str) -> None:
     engine = TypeAdapter(Engine).validate_python({"engine": "openvino"})
-    assert "use `float`" in engine.refuses(Compression(quantize=config))
+    assert f"use {instead}" in engine.refuses(Compression(quantize=config))
 
 
 @pytest.mark.parametrize("features", [["avx2"], ["avx2", "avx512_bf16"], ["amx_bf16"]], ids=str)

@@ -33,7 +33,7 @@ class OpenVINO(EngineConfig):
 
     def refuses(self, config: Compression) -> str | None:
         reason = _reason(config.quantize)
-        return f"OpenVINO's kernels cannot run it: {reason}; use `float` or `onnxruntime`" if reason else None
+        return f"OpenVINO's kernels cannot run it: {reason}" if reason else None
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
         from qsweep.engines._onnx import lower
@@ -66,7 +66,7 @@ def _reason(quantize: Quantization | None) -> str | None:
 
     if isinstance(quantize, Cast) and quantize.dtype == "bf16":
         known = {"avx512_bf16", "amx_bf16"}.intersection(features())
-        return None if known else "this processor does not compute in bf16"
+        return None if known else "this processor does not compute in bf16; use `float`"
     if isinstance(quantize, Grids) and quantize.by_token:
-        return "rows that set their own ranges (`activation_mode: token`) it multiplies in floating point"
-    return quantize.not_integer if quantize is not None else None
+        return "it multiplies rows with ranges of their own in floats (`activation_mode: token`); use `onnxruntime`"
+    return f"{reason}; use `float`" if (reason := quantize and quantize.not_integer) else None

@@ -16,7 +16,8 @@ def export(record: Record, sweep: Path, out: Path) -> Path:
     """Write the record's artifact to the new folder `out` as its runtime takes it alone; returns `out`.
 
     For `onnxruntime` that is one complete `model.onnx`, for `openvino` `model.xml` and `model.bin`, for `executorch`
-    its `model.pte`, for engines that are PyTorch a `model.pt2`, which `torch.export.load` reads once `torch.ao.quantization.fx._decomposed` has been imported.
+    its `model.pte`, for engines that are PyTorch a `model.pt2`, which `torch.export.load` reads once
+    `torch.ao.quantization.fx._decomposed` has been imported.
     Raises BundleError where there is no artifact or `out` exists.
     """
     if out.exists():

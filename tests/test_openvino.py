@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,8 +210,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_exported_takes_any_batch_and_needs_openvino_alone(artifact: Path, tmp_path: Path) -> None:
     engine = OpenVINO(batch_size=COUNT)
     engine.export(artifact, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
-    run = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml", "settings.json"]
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    run = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", settings["CPU"])
     wanted = engine.load(artifact)(NOISE)
     for inputs, outputs in ((NOISE, wanted), (NOISE[:3], wanted[:3])):
         torch.testing.assert_close(torch.from_numpy(run(inputs.numpy())[0]), outputs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import openvino
 import torch
@@ -26,20 +27,16 @@ class OpenVINORunner:
 
     def __init__(self, folder: Path, engine: EngineConfig) -> None:
         content = complete(folder)
-        types = {each.value for each in content.metadata_props if each.key == DTYPE}
         model = _model(content)
         shape = model.input().partial_shape
         shape[0] = engine.batch_size
         model.reshape(shape)
         computed_constants(model)
-        settings = {
+        settings = _arithmetic(content) | {
             "INFERENCE_NUM_THREADS": engine.threads,
             "NUM_STREAMS": 1,
             # It would bind the thread that calls, too, and with it whatever is measured beside it.
             "ENABLE_CPU_PINNING": False,
-            # Floats stay float32 where bf16 is quicker, and no integers are made of them on the way.
-            "INFERENCE_PRECISION_HINT": "bf16" if types == {"bfloat16"} else "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
         try:
             self._compiled = openvino.Core().compile_model(model, "CPU", settings)
@@ -60,8 +57,18 @@ class OpenVINORunner:
 
 
 def write_ir(artifact: Path, out: Path) -> None:
-    """Write `model.xml` and `model.bin`, which take batches of any size."""
-    openvino.save_model(_model(complete(artifact)), out / "model.xml", compress_to_fp16=False)
+    """Write `model.xml` and `model.bin`, which take batches of any size, and `settings.json`, with which OpenVINO
+    computes what was measured: left to itself it takes bf16 where that is quicker, for numbers of words, too."""
+    content = complete(artifact)
+    openvino.save_model(_model(content), out / "model.xml", compress_to_fp16=False)
+    (out / "settings.json").write_text(json.dumps({"CPU": _arithmetic(content)}, indent=2))
+
+
+def _arithmetic(content: onnx.ModelProto) -> dict[str, Any]:
+    """Settings by which floats stay what they are and no integers are made of them on the way."""
+    types = {each.value for each in content.metadata_props if each.key == DTYPE}
+    precision = "bf16" if types == {"bfloat16"} else "f32"
+    return {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 
 
 def _model(content: onnx.ModelProto) -> openvino.Model:

@@ -15,9 +15,9 @@ from qsweep.track.bundle import bundle, verify
 def export(record: Record, sweep: Path, out: Path) -> Path:
     """Write the record's artifact to the new folder `out` as its runtime takes it alone; returns `out`.
 
-    For `onnxruntime` that is one complete `model.onnx`, for `openvino` `model.xml` and `model.bin`, for `executorch`
-    its `model.pte`, for engines that are PyTorch a `model.pt2`, which `torch.export.load` reads once
-    `torch.ao.quantization.fx._decomposed` has been imported.
+    For `onnxruntime` that is one complete `model.onnx`; for `openvino` `model.xml`, `model.bin` and the settings to
+    compile them with, `settings.json`; for `executorch` its `model.pte`; for engines that are PyTorch a `model.pt2`,
+    which `torch.export.load` reads once `torch.ao.quantization.fx._decomposed` has been imported.
     Raises BundleError where there is no artifact or `out` exists.
     """
     if out.exists():

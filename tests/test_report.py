@@ -104,6 +104,19 @@ def test_the_table_holds_the_front_and_the_baselines_best_first() -> None:
     assert [row["front"] for row in rows] == ["certain", "baseline", "baseline", "probable", "certain"]
 
 
+def test_batch_sizes_have_a_column_where_they_differ(html: str) -> None:
+    alike = front_table(finished(records()), spec())
+    assert "batch_size" not in [column.key for column in alike.columns]
+    assert "batch" not in Page(html).text
+    target = {"engine": "onnxruntime", "batch_size": 32}
+    found = [r.model_copy(update={"config": r.config | {"target": target}}) if r.number == 4 else r for r in records()]
+    table = front_table(finished(found), spec())
+    keys = [column.key for column in table.columns]
+    rows = [dict(zip(keys, row, strict=True)) for row in table.texts()]
+    assert [(row["number"], row["batch_size"]) for row in rows][:2] == [("4", "32"), ("0", "4")]
+    assert "batch" in Page(pareto_html(finished(found), spec())).text
+
+
 def test_while_searching_the_front_is_that_of_what_is_there() -> None:
     table = front_table(records(), spec())
     assert [row[3] for row in table.rows] == ["so far", "baseline", "baseline", "so far", "so far"]

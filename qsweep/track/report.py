@@ -9,12 +9,21 @@ from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
 from qsweep.track.charts import scatter
 from qsweep.track.pareto import baseline, front, quickest_float
-from qsweep.track.table import TITLES, Column, draws_text, engine_text, mixed_bits, value_of
+from qsweep.track.table import (
+    TITLES,
+    Column,
+    batch_size,
+    batch_sizes_differ,
+    draws_text,
+    engine_text,
+    mixed_bits,
+    value_of,
+)
 from qsweep.track.view import DASHBOARDS
 
 _COLUMNS = (
-    "number", "name", "engine", "front", "accuracy", "draws", "accuracy_test", "accuracy_drop_pp", "size_bytes",
-    "size_zstd_bytes", "latency_ms", "latency_ratio", "int8_mac_fraction", "sparsity", "parity_top1",
+    "number", "name", "engine", "batch_size", "front", "accuracy", "draws", "accuracy_test", "accuracy_drop_pp",
+    "size_bytes", "size_zstd_bytes", "latency_ms", "latency_ratio", "int8_mac_fraction", "sparsity", "parity_top1",
 )  # fmt: skip
 _VIEW_PP = 12.0
 _UNITS = ("%", "pp", "KiB", "ms", "mJ")
@@ -76,20 +85,21 @@ def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
         what, _, unit = title.rpartition(" ")
         what, unit = (what, unit) if unit in _UNITS else (title, "")
         value = f"{Column(name, title).text(getattr(best.metrics, name))} {unit}".strip()
-        which = f"{best.name}{_speedup(records, best) if name.startswith('latency') else ''}"
+        which = f"{best.name}{_quickly(records, best) if name.startswith('latency') else ''}"
         tiles.append({"what": f"front: best {what}", "value": value, "which": which})
     measured = sum(r.state == "complete" and r.duplicate_of is None for r in records)
     return [*tiles, {"what": "on the front", "value": str(len(members)), "which": f"of {measured} measured"}]
 
 
-def _speedup(records: Sequence[Record], best: Record) -> str:
-    """Over the quickest float, which on most machines is not fp32."""
+def _quickly(records: Sequence[Record], best: Record) -> str:
+    """For how many samples, if that differs, and the speedup over the quickest float, which mostly is not fp32."""
     other, ratio = quickest_float(records, best), best.metrics.latency_ratio
+    batch = f", batch {batch_size(best)}" if batch_sizes_differ(records) else ""
     if other is None or not ratio or not other.metrics.latency_ratio:
-        return ""
+        return batch
     if other.number == best.number:
-        return ", a float: nothing on the front is quicker"
-    return f", {other.metrics.latency_ratio / ratio:.2f} times as fast as {other.name}, the quickest float"
+        return f"{batch}, a float: nothing on the front is quicker"
+    return f"{batch}, {other.metrics.latency_ratio / ratio:.2f} times as fast as {other.name}, the quickest float"
 
 
 def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]:
@@ -107,12 +117,12 @@ def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]
 
 def _trials(done: Sequence[Record], members: set[int], extra: Sequence[str]) -> dict[str, Any]:
     """The table; `extra`: metrics of the spec that it would not show."""
-    filled = {"draws": any(draws_text(record) for record in done)}
+    filled = {"draws": any(draws_text(record) for record in done), "batch_size": batch_sizes_differ(done)}
     filled |= {name: any(getattr(record.metrics, name) is not None for record in done) for name in Metrics.model_fields}
     after = _COLUMNS.index("size_bytes")  # further to the right a narrow window would cut them off
     asked = dict.fromkeys([*_COLUMNS[:after], *extra, *_COLUMNS[after:]])
     shown = [column for column in asked if filled.get(column, True)]
-    columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key.replace("_", " ")))) for key in shown]
+    columns = [Column(key, TITLES.get(key, key.replace("_", " "))) for key in shown]
     rows = sorted(done, key=lambda r: (r.number not in members, r.kind != "baseline", -(r.metrics.accuracy or 0)))
     return {"columns": columns, "rows": [_row(record, columns, members) for record in rows]}
 

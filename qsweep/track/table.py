@@ -25,7 +25,7 @@ class Column:
         """A value as a person reads it, without its unit."""
         if value is None:
             return "–"
-        if isinstance(value, str) or self.key == "number":
+        if isinstance(value, str) or self.key in _COUNTS:
             return str(value)
         if self.key in SHARES:
             return f"{100 * value:.{_DECIMALS.get(self.key, 2)}f}"
@@ -38,12 +38,15 @@ class Column:
     @property
     def numeric(self) -> bool:
         """Whether the column is set flush right."""
-        return self.key == "number" or self.key in Metrics.model_fields
+        return self.key in _COUNTS or self.key in Metrics.model_fields
 
 
+_COUNTS = ("number", "batch_size")
 _DECIMALS = {"sparsity": 1, "int8_mac_fraction": 1}
 """Of shares in per cent that have no two."""
 TITLES = {
+    "number": "#",
+    "batch_size": "batch",
     "draws": "mean of draws %",
     "accuracy": "accuracy %",
     "accuracy_test": "test %",
@@ -111,18 +114,20 @@ def front_table(records: Sequence[Record], spec: Spec) -> Table:
     }
     extra = [name for name in (*spec.objectives, *spec.constraints) if name not in _SHOWN]
     keys = [key for key in (*_SHOWN, *extra) if any(getattr(r.metrics, key) is not None for r in chosen.values())]
-    fields = ["number", "name", "engine", "front", *(["draws"] if any(r.repetitions for r in chosen.values()) else [])]
+    batches = ["batch_size"] if batch_sizes_differ(list(chosen.values())) else []
+    draws = ["draws"] if any(r.repetitions for r in chosen.values()) else []
+    fields = ["number", "name", "engine", *batches, "front", *draws]
     return _table(list(chosen.values()), fields, keys, {r.number for r in members})
 
 
 def full_table(records: Sequence[Record], spec: Spec) -> Table:
     """Every record with every metric, and why it failed."""
-    fields = ("number", "name", "kind", "engine", "state", "front", "uid", "failure")
+    fields = ("number", "name", "kind", "engine", "batch_size", "state", "front", "uid", "failure")
     return _table(records, fields, list(Metrics.model_fields), {r.number for r in front(records, spec)})
 
 
 def _table(records: Sequence[Record], fields: Sequence[str], metrics: Sequence[str], members: set[int]) -> Table:
-    columns = [Column(key, {"number": "#"}.get(key, TITLES.get(key, key))) for key in fields]
+    columns = [Column(key, TITLES.get(key, key)) for key in fields]
     columns += [Column(key, TITLES.get(key, key.replace("_", " "))) for key in metrics]
     rows = sorted(records, key=lambda r: (r.metrics.accuracy is None, -(r.metrics.accuracy or 0), r.number))
     return Table(tuple(columns), tuple(tuple(value_of(r, column.key, members) for column in columns) for r in rows))
@@ -134,6 +139,8 @@ def value_of(record: Record, key: str, members: set[int]) -> Value:
         return membership(record, members)
     if key == "engine":
         return engine_text(record)
+    if key == "batch_size":
+        return batch_size(record)
     if key == "draws":
         return draws_text(record)
     if key == "failure":
@@ -160,6 +167,16 @@ def mixed_bits(record: Record) -> str:
     widths = sorted(set(record.layer_bits.values()), reverse=True)
     names = {width: [name for name, bits in record.layer_bits.items() if bits == width] for width in widths}
     return "; ".join(f"{bits} bits: {', '.join(names[bits])}" for bits in widths) if len(widths) > 1 else ""
+
+
+def batch_size(record: Record) -> int:
+    """Samples of a call, which its latency is that of."""
+    return int(record.config.get("target", {}).get("batch_size", 1))
+
+
+def batch_sizes_differ(records: Sequence[Record]) -> bool:
+    """Whether milliseconds of one record are those of more samples than another's."""
+    return len({batch_size(record) for record in records}) > 1
 
 
 def engine_text(record: Record) -> str:

@@ -192,6 +192,25 @@ class Positions(nn.Module):
         return logits
 
 
+class Mixed(nn.Module):
+    """FNet's: Fourier transforms over tokens and features in place of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.head = nn.Linear(8, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu(self.wide(torch.fft.fftn(x[:, 0], dim=(1, 2)).real)).flatten(1)[:, :16])
+        return logits
+
+
+def test_fourier_transforms_are_those_of_their_axes(tmp_path: Path) -> None:
+    model = made(Mixed)
+    run_engine = lowered(float_graph(model, shared("Mixed", INPUTS)), tmp_path / "artifact", len(INPUTS))
+    found = run_engine.load(tmp_path / "artifact")(INPUTS)
+    torch.testing.assert_close(found, model(INPUTS).detach(), atol=1e-4, rtol=1e-4)
+
+
 def test_what_the_compiler_gets_wrong_it_does_not_get(tmp_path: Path) -> None:
     model = PTQ(calibration_samples=20).apply(made(Positions), shared("Positions", INPUTS))
     engine = lowered(model, tmp_path / "artifact", len(INPUTS))

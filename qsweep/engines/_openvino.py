@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qsweep.engines._onnx import DTYPE, complete
-from qsweep.engines._openvino_graph import computed_constants, without_reduced_maxima
+from qsweep.engines._openvino_graph import computed_constants, with_named_axes, without_reduced_maxima
 from qsweep.errors import Refused
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _arithmetic(content: onnx.ModelProto) -> dict[str, Any]:
 
 
 def _model(content: onnx.ModelProto) -> openvino.Model:
+    with_named_axes(content)
     try:
         model = openvino.Core().read_model(content.SerializeToString())
     except RuntimeError as error:

@@ -1,12 +1,26 @@
-"""What OpenVINO's own rewrites get wrong, brought to what they get right; every rewrite keeps the values."""
+"""What OpenVINO reads or rewrites wrongly, brought to what it gets right; every rewrite keeps the values."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino
 from openvino import opset13 as ops
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def with_named_axes(content: onnx.ModelProto) -> None:
+    """Axes of Fourier transforms as attributes, too, in place, as before opset 20 of ONNX: OpenVINO looks there."""
+    from onnx import helper, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in content.graph.initializer}
+    for node in content.graph.node:
+        if node.op_type == "DFT" and len(node.input) == 3 and node.input[2] in constants:
+            axis = int(numpy_helper.to_array(constants[node.input[2]]))
+            node.attribute.append(helper.make_attribute("axis", axis))
 
 
 def without_reduced_maxima(model: openvino.Model) -> None:

@@ -91,10 +91,3 @@ class Transformer(nn.Module):
         x = x + self.narrow(F.gelu(self.wide(self.norms[1](x))))
         logits: Tensor = self.head(self.norms[2](x)[:, 0])
         return logits
-
-
-def made(kind: type[nn.Module]) -> nn.Module:
-    """One of these, in eval mode, always the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return kind().eval()

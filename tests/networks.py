@@ -229,6 +229,18 @@ DIGITS = {"method": "image_classification", "model": {"arch": "digits_cnn"}, "da
 
 
 @cache
+def made(kind: Callable[[], nn.Module]) -> nn.Module:
+    """A network of this class, in eval mode, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind().eval()
+
+
+def assert_close(found: Tensor, wanted: Tensor, within: float = 0.02) -> None:
+    """Nowhere further apart than `within` standard deviations."""
+    torch.testing.assert_close(found, wanted, atol=within * wanted.std().item(), rtol=0)
+
+
 def digits() -> tuple[nn.Module, Context, Path]:
     """A digits_cnn trained for a few epochs, its context, and the root whose store holds both; made once a session."""
     root = Path(tempfile.mkdtemp(prefix="digits"))

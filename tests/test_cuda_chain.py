@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from chain_networks import Bottlenecks, Joined, Transformer, Windows, made
-from networks import NETWORKS, Noise, context, digits, network
+from chain_networks import Bottlenecks, Joined, Transformer, Windows
+from networks import NETWORKS, Noise, context, digits, made, network
 from torch import Tensor, nn
 
 from qsweep.cuda import pointwise

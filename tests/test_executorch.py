@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from layout_networks import Tokens, Transposed
-from networks import NETWORKS, Noise, context, digits, network, shared
+from networks import NETWORKS, Noise, assert_close, context, digits, made, network, shared
 from pydantic import TypeAdapter
 from test_gates import KINDS, Branches
 from test_odd_networks import INPUTS, ODD
@@ -46,15 +46,6 @@ def lowered(model: QuantizedModel, folder: Path, batch_size: int = COUNT) -> Exe
     engine.lower(model, folder, Store(folder.parent / "store"))
     assert model.graph.code == before
     return engine
-
-
-def assert_close(found: Tensor, wanted: Tensor, within: float) -> None:
-    torch.testing.assert_close(found, wanted, atol=within * wanted.std().item(), rtol=0)
-
-
-def made(kind: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return kind().eval()
 
 
 NARROW: dict[str, dict[str, Any]] = {

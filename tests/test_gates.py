@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Noise, context
+from networks import Noise, context, made
 from test_odd_networks import norm, outputs
 from torch import Tensor, nn
 
@@ -152,11 +152,6 @@ class Swished(nn.Module):
 
 
 KINDS: list[type[nn.Module]] = [Squeezed, Units, Before, Normed, Dense, Branches, Swished]
-
-
-def made(kind: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return kind().eval()
 
 
 @pytest.fixture(scope="module")

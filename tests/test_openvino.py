@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from chain_networks import Transformer
 from layout_networks import ConvNeXt, NormedParts, Tokens, Upsampled, Windowed
-from networks import NETWORKS, Noise, digits, network, shared
+from networks import NETWORKS, Noise, assert_close, made, network, shared
 from pydantic import TypeAdapter
 from test_engines import case, onnx_tensors
 from test_gates import KINDS
@@ -40,7 +40,9 @@ from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression
 from qsweep.store import Store
 
-openvino = pytest.importorskip("openvino", reason="OpenVINO cannot be installed here")
+pytest.importorskip("openvino", reason="OpenVINO cannot be installed here")
+
+from qsweep.engines._openvino_graph import core
 
 COUNT = 50
 NOISE = Noise(COUNT).inputs
@@ -51,15 +53,6 @@ def lowered(model: QuantizedModel, folder: Path, batch_size: int = COUNT) -> Eng
     folder.mkdir(exist_ok=True)
     engine.lower(model, folder, Store(folder.parent / "store"))
     return engine
-
-
-def assert_close(found: Tensor, wanted: Tensor, within: float) -> None:
-    torch.testing.assert_close(found, wanted, atol=within * wanted.std().item(), rtol=0)
-
-
-def made(kind: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return kind().eval()
 
 
 NARROW: dict[str, dict[str, Any]] = {
@@ -148,13 +141,13 @@ def layers(content: onnx.ModelProto, tensors: dict[str, Tensor]) -> Iterator[tup
 
 @pytest.mark.parametrize("fields", [{}, {"activation_bits": 4, "sum_grid": "own"}], ids=["a8", "a4 own sums"])
 def test_integers_are_those_of_onnxruntime_layer_by_layer(fields: dict[str, Any], tmp_path: Path) -> None:
-    found = case("digits", tmp_path, **fields)
+    found = case("digits_cnn", tmp_path, **fields)
     lowered(found.model, tmp_path / "artifact", len(found.inputs))
     tensors = onnx_tensors(tmp_path / "artifact", found.inputs)
     wrong = total = 0
     for end, piece, given in layers(complete(tmp_path / "artifact"), tensors):
-        core = openvino.Core()
-        run = core.compile_model(core.read_model(piece.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        model = core().read_model(piece.SerializeToString())
+        run = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         (levels,) = run({name: tensors[name].to(torch.uint8).numpy() for name in given}).values()
         difference = (torch.from_numpy(levels).int() - tensors[end]).abs()
         assert difference.max() <= 1
@@ -163,8 +156,7 @@ def test_integers_are_those_of_onnxruntime_layer_by_layer(fields: dict[str, Any]
 
 
 def test_bf16_and_float32_are_the_model(tmp_path: Path) -> None:
-    model, found, _ = digits()
-    inputs = found.task.transform(found.task.samples("validation").inputs)
+    model, found, inputs = network("digits_cnn"), shared("digits_cnn", NOISE), NOISE
     with torch.no_grad():
         wanted = model(inputs)
     for name, graph, within in (("fp32", float_graph(model, found), 1e-5), ("bf16", Cast().apply(model, found), 0.05)):
@@ -231,7 +223,7 @@ def test_what_is_exported_takes_any_batch_and_needs_openvino_alone(artifact: Pat
     engine.export(artifact, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml", "settings.json"]
     settings = json.loads((tmp_path / "settings.json").read_text())
-    run = openvino.Core().compile_model(tmp_path / "model.xml", "CPU", settings["CPU"])
+    run = core().compile_model(tmp_path / "model.xml", "CPU", settings["CPU"])
     wanted = engine.load(artifact)(NOISE)
     for inputs, outputs in ((NOISE, wanted), (NOISE[:3], wanted[:3])):
         torch.testing.assert_close(torch.from_numpy(run(inputs.numpy())[0]), outputs)
@@ -285,16 +277,3 @@ def test_bf16_is_taken_where_the_processor_computes_in_it(features: list[str], m
     monkeypatch.setattr("qsweep.machine.features", lambda: features)
     reason = OpenVINO().refuses(Compression(quantize=Cast(dtype="bf16")))
     assert (reason is None) == any("bf16" in feature for feature in features)
-
-
-def test_a_trained_network_keeps_its_accuracy(tmp_path: Path) -> None:
-    model, found, _ = digits()
-    samples = found.task.samples("validation")
-    inputs = found.task.transform(samples.inputs)
-    quantized = PTQ(calibration_samples=200).apply(model, found)
-    engine = lowered(quantized, tmp_path / "artifact", len(inputs))
-    outputs = engine.load(tmp_path / "artifact")(inputs)
-    assert_close(outputs, IntegerInterpreter(quantized.graph)(inputs), within=0.03)
-    with torch.no_grad():
-        lost = found.task.score(model(inputs), samples.labels).mean() - found.task.score(outputs, samples.labels).mean()
-    assert lost < 0.01

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import shared
+from networks import made, shared
 from torch import Tensor, nn
 
 from qsweep.engines.base import EngineConfig
@@ -83,11 +83,6 @@ MACS = {
     Simple: STEPS * (12 * (8 + 12) + 12 * 24 + 2 * 48 * 24) + 240,
 }
 ENGINES = [Inductor, OnnxRuntime, None]
-
-
-def made(kind: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return kind().eval()
 
 
 def found_in(kind: type[nn.Module]) -> Context:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Noise, context
+from networks import Noise, assert_close, context, made
 from test_odd_networks import INPUTS, outputs
-from torch import Tensor, nn
+from torch import nn
 from written_networks import WRITTEN, Attended, Clips, Related, Rotated
 
 from qsweep.engines import EngineConfig
@@ -27,11 +27,6 @@ Quantized = Callable[[type[nn.Module]], QuantizedModel]
 SMALL = INPUTS[:3]
 
 
-def made(kind: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return kind().eval()
-
-
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
     @cache
@@ -40,11 +35,6 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
         return PTQ(calibration_samples=20).apply(made(kind), found)
 
     return once
-
-
-def assert_close(found: Tensor, wanted: Tensor, within: float = 0.02) -> None:
-    """But for floats beside the integers, which round in other orders, or to fewer digits."""
-    torch.testing.assert_close(found, wanted, atol=within * wanted.std().item(), rtol=0)
 
 
 @pytest.mark.parametrize("kind", WRITTEN)

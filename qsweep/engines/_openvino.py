@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qsweep.engines._onnx import DTYPE, complete
-from qsweep.engines._openvino_graph import computed_constants, with_named_axes, without_reduced_maxima
+from qsweep.engines._openvino_graph import computed_constants, core, with_named_axes, without_reduced_maxima
 from qsweep.errors import Refused
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class OpenVINORunner:
             "ENABLE_CPU_PINNING": False,
         }
         try:
-            self._compiled = openvino.Core().compile_model(model, "CPU", settings)
+            self._compiled = core().compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise Refused(f"OpenVINO cannot compile the model: {_reason(error)}") from error
         self._shape = tuple(model.input().shape)
@@ -74,7 +74,7 @@ def _arithmetic(content: onnx.ModelProto) -> dict[str, Any]:
 def _model(content: onnx.ModelProto) -> openvino.Model:
     with_named_axes(content)
     try:
-        model = openvino.Core().read_model(content.SerializeToString())
+        model = core().read_model(content.SerializeToString())
     except RuntimeError as error:
         raise Refused(f"OpenVINO cannot read the model: {_reason(error)}") from error
     without_reduced_maxima(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,12 @@ from openvino import opset13 as ops
 
 if TYPE_CHECKING:
     import onnx
+
+
+@cache
+def core() -> openvino.Core:
+    """One for the process: signals are handled on a stack of its CPU plugin, which goes with the last of these."""
+    return openvino.Core()
 
 
 def with_named_axes(content: onnx.ModelProto) -> None:
@@ -60,7 +67,7 @@ def computed_constants(model: openvino.Model) -> None:
     if not ends:
         return
     exactly = {"LP_TRANSFORMS_MODE": False, "INFERENCE_PRECISION_HINT": "f32"}
-    compute = openvino.Core().compile_model(openvino.Model(ends, model.get_parameters()), "CPU", exactly)
+    compute = core().compile_model(openvino.Model(ends, model.get_parameters()), "CPU", exactly)
     found = compute(np.zeros(model.input().shape, np.float32))
     for output, value in zip(ends, found.values(), strict=True):
         _replace(output, ops.constant(value).output(0))

@@ -30,7 +30,7 @@ from qsweep.quantize.ptq import PTQ
 
 def figures(name: str, found: Case, folder: Path) -> dict[str, float]:
     outputs, tensors = reference(found)
-    others = onnx_tensors(lowered(OnnxRuntime(), found, folder / "onnx"), found.inputs)
+    others = onnx_tensors(lowered(OnnxRuntime(), found, folder / "onnx"), found.inputs).values()
     run = Inductor(batch_size=len(found.inputs), threads=2).load(lowered(Inductor(), found, folder / "inductor"))
     return {
         f"{name}_onnx": sum(int((a != b).sum()) for a, b in zip(tensors, others, strict=True)),

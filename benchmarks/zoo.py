@@ -276,10 +276,10 @@ def said_of_openvino(found: dict[str, Any]) -> tuple[str, bool]:
 
 
 def said_of_phone(found: dict[str, Any]) -> tuple[str, bool]:
-    apart = f"{found['quantized']:.2g}, {found['apart']:.1g}; {found['share']:.1%}"
+    apart, close = said_of_openvino(found)
     ratio, beside = (found["int8"] / found[other] for other in ("float32", "onnxruntime"))
     said = f"{ratio:.2f} of {found['float32']:.1f} ms, {beside:.2f} of onnxruntime's int8"
-    return f"{apart}; {said}", found["apart"] <= found["quantized"] and found["int8"] < found["float32"]
+    return f"{apart}; {said}", close and found["int8"] < found["float32"]
 
 
 def said_of_channels(found: dict[str, Any]) -> tuple[str, bool]:

@@ -228,7 +228,6 @@ def shared(key: str, inputs: Tensor) -> Context:
 DIGITS = {"method": "image_classification", "model": {"arch": "digits_cnn"}, "data": {"method": "digits"}}
 
 
-@cache
 def made(kind: Callable[[], nn.Module]) -> nn.Module:
     """A network of this class, in eval mode, always the same."""
     with torch.random.fork_rng(devices=[]):
@@ -241,6 +240,7 @@ def assert_close(found: Tensor, wanted: Tensor, within: float = 0.02) -> None:
     torch.testing.assert_close(found, wanted, atol=within * wanted.std().item(), rtol=0)
 
 
+@cache
 def digits() -> tuple[nn.Module, Context, Path]:
     """A digits_cnn trained for a few epochs, its context, and the root whose store holds both; made once a session."""
     root = Path(tempfile.mkdtemp(prefix="digits"))

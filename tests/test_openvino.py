@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from chain_networks import Transformer
 from layout_networks import ConvNeXt, NormedParts, Tokens, Upsampled, Windowed
-from networks import NETWORKS, Noise, assert_close, made, network, shared
+from networks import NETWORKS, Noise, assert_close, digits, made, network, shared
 from pydantic import TypeAdapter
 from test_engines import case, onnx_tensors
 from test_gates import KINDS
@@ -141,7 +141,7 @@ def layers(content: onnx.ModelProto, tensors: dict[str, Tensor]) -> Iterator[tup
 
 @pytest.mark.parametrize("fields", [{}, {"activation_bits": 4, "sum_grid": "own"}], ids=["a8", "a4 own sums"])
 def test_integers_are_those_of_onnxruntime_layer_by_layer(fields: dict[str, Any], tmp_path: Path) -> None:
-    found = case("digits_cnn", tmp_path, **fields)
+    found = case("digits", tmp_path, **fields)
     lowered(found.model, tmp_path / "artifact", len(found.inputs))
     tensors = onnx_tensors(tmp_path / "artifact", found.inputs)
     wrong = total = 0
@@ -156,7 +156,8 @@ def test_integers_are_those_of_onnxruntime_layer_by_layer(fields: dict[str, Any]
 
 
 def test_bf16_and_float32_are_the_model(tmp_path: Path) -> None:
-    model, found, inputs = network("digits_cnn"), shared("digits_cnn", NOISE), NOISE
+    model, found, _ = digits()
+    inputs = found.task.transform(found.task.samples("validation").inputs)
     with torch.no_grad():
         wanted = model(inputs)
     for name, graph, within in (("fp32", float_graph(model, found), 1e-5), ("bf16", Cast().apply(model, found), 0.05)):
@@ -198,8 +199,8 @@ class Mixed(nn.Module):
 
 def test_fourier_transforms_are_those_of_their_axes(tmp_path: Path) -> None:
     model = made(Mixed)
-    run_engine = lowered(float_graph(model, shared("Mixed", INPUTS)), tmp_path / "artifact", len(INPUTS))
-    found = run_engine.load(tmp_path / "artifact")(INPUTS)
+    engine = lowered(float_graph(model, shared("Mixed", INPUTS)), tmp_path / "artifact", len(INPUTS))
+    found = engine.load(tmp_path / "artifact")(INPUTS)
     torch.testing.assert_close(found, model(INPUTS).detach(), atol=1e-4, rtol=1e-4)
 
 
@@ -277,3 +278,16 @@ def test_bf16_is_taken_where_the_processor_computes_in_it(features: list[str], m
     monkeypatch.setattr("qsweep.machine.features", lambda: features)
     reason = OpenVINO().refuses(Compression(quantize=Cast(dtype="bf16")))
     assert (reason is None) == any("bf16" in feature for feature in features)
+
+
+def test_a_trained_network_keeps_its_accuracy(tmp_path: Path) -> None:
+    model, found, _ = digits()
+    samples = found.task.samples("validation")
+    inputs = found.task.transform(samples.inputs)
+    quantized = PTQ(calibration_samples=200).apply(model, found)
+    engine = lowered(quantized, tmp_path / "artifact", len(inputs))
+    outputs = engine.load(tmp_path / "artifact")(inputs)
+    assert_close(outputs, IntegerInterpreter(quantized.graph)(inputs), within=0.03)
+    with torch.no_grad():
+        lost = found.task.score(model(inputs), samples.labels).mean() - found.task.score(outputs, samples.labels).mean()
+    assert lost < 0.01

@@ -7,7 +7,6 @@ it when it is loaded.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,17 +62,3 @@ def complete(folder: Path) -> onnx.ModelProto:
     except (*DAMAGE, DecodeError) as error:
         raise BundleError(f"`{folder}`: the artifact cannot be read ({type(error).__name__}: {error})") from error
     return content
-
-
-def kernel_sizes(content: onnx.ModelProto) -> dict[str, int]:
-    """Multiply-accumulates of one output element, by node: fused nodes keep the name, but show no packed weights."""
-    shapes = {tensor.name: list(tensor.dims) for tensor in content.graph.initializer}
-    shapes |= {node.output[0]: shapes[node.input[0]] for node in content.graph.node if node.input[0] in shapes}
-    found = {}
-    for node in content.graph.node:
-        shape = shapes.get(node.input[1]) if len(node.input) > 1 else None
-        if shape and node.op_type in ("Conv", "Gemm", "MatMul"):
-            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-            by_rows = transposed or "Conv" in node.op_type
-            found[node.name] = math.prod(shape[1:]) if by_rows else shape[-2]
-    return found

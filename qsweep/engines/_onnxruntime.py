@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qsweep.engines._onnx import complete, kernel_sizes
+from qsweep.engines._onnx import complete
 from qsweep.errors import Refused, why
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def integer_macs(folder: Path, engine: EngineConfig, inputs: Tensor) -> int:
         (given,) = session.get_inputs()
         session.run(None, {given.name: inputs.numpy()})
         events = json.loads(Path(session.end_profiling()).read_text())
-    kernels = kernel_sizes(content)
+    kernels = _kernel_sizes(content)
     macs = 0
     for event in events:
         operator = event.get("args", {}).get("op_name")
@@ -61,6 +61,20 @@ _INTEGER = {
     "MatMulIntegerToFloat",
     "DynamicQuantizeMatMul",
 }
+
+
+def _kernel_sizes(content: onnx.ModelProto) -> dict[str, int]:
+    """Multiply-accumulates of one output element, by node: fused nodes keep the name, but show no packed weights."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in content.graph.initializer}
+    shapes |= {node.output[0]: shapes[node.input[0]] for node in content.graph.node if node.input[0] in shapes}
+    found = {}
+    for node in content.graph.node:
+        shape = shapes.get(node.input[1]) if len(node.input) > 1 else None
+        if shape and node.op_type in ("Conv", "Gemm", "MatMul"):
+            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            by_rows = transposed or "Conv" in node.op_type
+            found[node.name] = math.prod(shape[1:]) if by_rows else shape[-2]
+    return found
 
 
 def _session(content: onnx.ModelProto, engine: EngineConfig, profile: str | None = None) -> InferenceSession:

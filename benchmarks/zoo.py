@@ -86,6 +86,15 @@ def lowered(engine: EngineConfig, graph: QuantizedModel, found: Context, kind: s
     return artifact, engine.load(artifact)
 
 
+def deviations(wanted: Tensor, reference: Tensor, given: Tensor) -> dict[str, float]:
+    """The reference from the model and an engine from the reference, over the deviation of the model's outputs."""
+    scale = wanted.std()
+    return {
+        "quantized": ((reference - wanted).std() / scale).item(),
+        "apart": ((given - reference).std() / scale).item(),
+    }
+
+
 def network(name: str, mode: str = "static") -> dict[str, Any]:
     """How far quantized outputs are from the model's, ONNX Runtime's from the reference's; shares of integers."""
     from qsweep.engines.onnxruntime import OnnxRuntime
@@ -97,8 +106,7 @@ def network(name: str, mode: str = "static") -> dict[str, Any]:
         artifact, runner = lowered(engine, graph, found, "int8")
         work = len(inputs) * graph.macs
         figures: dict[str, Any] = {
-            "quantized": ((reference - wanted).std() / wanted.std()).item(),
-            "apart": ((runner(inputs) - reference).std() / wanted.std()).item(),
+            **deviations(wanted, reference, runner(inputs)),
             "onnxruntime": engine.integer_macs(artifact, runner, inputs) / work,
         }
     if find_spec("triton") is not None:
@@ -124,8 +132,7 @@ def openvino(name: str) -> dict[str, Any]:
         engine = OpenVINO(batch_size=len(inputs))
         artifact, runner = lowered(engine, graph, found, "int8")
         return {
-            "quantized": ((reference - wanted).std() / wanted.std()).item(),
-            "apart": ((runner(inputs) - reference).std() / wanted.std()).item(),
+            **deviations(wanted, reference, runner(inputs)),
             "share": engine.integer_macs(artifact, runner, inputs) / (len(inputs) * graph.macs),
         }
 
@@ -207,8 +214,7 @@ def beside_onnxruntime(name: str, engine: EngineConfig) -> dict[str, Any]:
         artifact, runners["int8"] = lowered(engine, graph, found, "int8")
         given = torch.cat([runners["int8"](image).clone() for image in inputs.split(1)])
         return milliseconds(runners, inputs[:1]) | {
-            "quantized": ((reference - wanted).std() / wanted.std()).item(),
-            "apart": ((given - reference).std() / wanted.std()).item(),
+            **deviations(wanted, reference, given),
             "share": engine.integer_macs(artifact, runners["int8"], inputs[:1]) / work,
         }
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from small_sweep import calls, small_spec, start, states, told, until
 
 from qsweep import alone
 from qsweep.executors.local import LOCK, holder
-from qsweep.executors.orphans import DRIVER_LOCK, resume
+from qsweep.executors.orphans import DRIVER_LOCK, SECONDS, resume
 from qsweep.study import SweepFolder, run
 
 
@@ -94,13 +95,15 @@ def test_workers_left_paused_by_a_killed_driver_go_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("killed", ["driver", "driver and who measures"])
 def test_nothing_stays_paused_after_a_driver_that_was_killed_in_a_measurement(tmp_path: Path, killed: str) -> None:
     """Without a next driver: who measures is alone to its end, then who was paused ends its job."""
-    told(tmp_path, build="tick", measure="slow" if killed == "driver" else "hang")
+    told(tmp_path, build="tick", measure="held")
     driver = start(tmp_path)
     until(lambda: paused(tmp_path))
     before = processes_of(tmp_path)
     (stopped,) = paused(tmp_path)
     driver.kill()
     driver.wait()
+    time.sleep(2 * SECONDS)  # the fork server looks meanwhile
+    told(tmp_path, build="tick")
     for pid in set(before) - {stopped} if killed != "driver" else ():
         os.kill(pid, signal.SIGKILL)
     until(lambda: not processes_of(tmp_path))

@@ -20,7 +20,8 @@ from qsweep.executors.local import LOCK, holder
 
 DRIVER_LOCK = "driver.lock"
 """In the sweep's folder; its driver holds `flock` on it."""
-_SECONDS = 1.0
+SECONDS = 1.0
+"""Between two looks."""
 
 
 def driven(sweep: Path) -> bool:
@@ -57,7 +58,7 @@ def watch(sweep: Path) -> None:
 
     def begin() -> None:
         if os.getpid() == this:
-            signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)
 
     signal.signal(signal.SIGALRM, look)
     os.register_at_fork(after_in_parent=begin)  # not before: a timer must not interrupt the heavy imports

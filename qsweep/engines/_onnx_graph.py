@@ -6,7 +6,6 @@ in its grids (milliseconds).
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsweep.engines._onnx_structure import add, skeleton
+from qsweep.engines._onnx_nodes import add, attribute, drop_notes, drop_unused, producers_of, set_nodes
+from qsweep.engines._onnx_structure import skeleton
 from qsweep.engines._onnx_tokens import with_token_grids
 from qsweep.hub.form import QuantizedModel, grid_of
 from qsweep.hub.kinds import QUANTIZE
@@ -36,8 +36,8 @@ def without_weights(model: QuantizedModel, store: Store) -> onnx.ModelProto:
     inline = [tensor for tensor in content.graph.initializer if tensor.name not in names]
     del content.graph.initializer[:]
     content.graph.initializer.extend(inline)
-    _drop_unused(content)
-    _drop_notes(content)
+    drop_unused(content)
+    drop_notes(content)
     return content
 
 
@@ -65,7 +65,7 @@ def _integer_biases(content: onnx.ModelProto, weights: dict[str, Tensor]) -> Non
     """Biases as int32 with the accumulator's step, which they are multiples of: without it a Gemm stays float."""
     from onnx import helper, numpy_helper
 
-    producers = {node.output[0]: node for node in content.graph.node}
+    producers = producers_of(content)
     constants = {tensor.name: tensor for tensor in content.graph.initializer}
     nodes = []
     for node in content.graph.node:
@@ -81,10 +81,8 @@ def _integer_biases(content: onnx.ModelProto, weights: dict[str, Tensor]) -> Non
             nodes.append(helper.make_node("DequantizeLinear", [name, f"{name}.step"], [output], name=output, axis=0))
             node.input[2] = output
         nodes.append(node)
-    ordered = [copy.deepcopy(node) for node in nodes]
-    del content.graph.node[:]
-    content.graph.node.extend(ordered)
-    _drop_unused(content)
+    set_nodes(content, nodes)
+    drop_unused(content)
 
 
 def _dequantizes(node: onnx.NodeProto | None) -> bool:
@@ -99,7 +97,7 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in content.graph.initializer}
-    producers = {name: node for node in content.graph.node for name in node.output}
+    producers = producers_of(content)
     readers = Counter(name for node in content.graph.node for name in node.input)
     integers: dict[str, tuple[str, Any]] = {}
     nodes = []
@@ -124,9 +122,8 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
     for i, (scale, zero_point, low, _) in enumerate(grids, 1):
         add(content, f"grid{i}.scale", np.float32(scale))
         add(content, f"grid{i}.zero_point", np.uint8(zero_point - low))
-    ordered = [copy.deepcopy(node) for node in nodes]
-    del content.graph.node[:], content.graph.value_info[:]
-    content.graph.node.extend(ordered)
+    set_nodes(content, nodes)
+    del content.graph.value_info[:]
 
 
 def _channel_scales(
@@ -138,7 +135,7 @@ def _channel_scales(
     """
     from onnx import helper
 
-    group = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+    group = attribute(node, "group", 1)
     channels = weight.dims[0] if node.op_type == "ConvTranspose" else weight.dims[1] * group
     numbers = np.full(channels, grid[0], np.float32), np.full(channels, grid[1] - grid[2], np.uint8)
     name = f"{node.name}.given"
@@ -206,25 +203,3 @@ def _bounded(
     result, node.output[0] = node.output[0], f"{node.output[0]}_unbounded"
     ends = [add(content, f"{result}.{name}", np.uint8(end)) for name, end in (("low", low), ("high", high))]
     return [helper.make_node("Clip", [node.output[0], *ends], [result], name=f"{node.name}_bounds")]
-
-
-def _drop_unused(content: onnx.ModelProto) -> None:
-    """Remove nodes and constants that nothing reads any more."""
-    needed = {output.name for output in content.graph.output}
-    kept = []
-    for node in reversed(content.graph.node):
-        if needed & set(node.output):
-            needed |= set(node.input)
-            kept.append(node)
-    kept = [copy.deepcopy(node) for node in reversed(kept)]
-    constants = [copy.deepcopy(tensor) for tensor in content.graph.initializer if tensor.name in needed]
-    del content.graph.node[:], content.graph.initializer[:]
-    content.graph.node.extend(kept)
-    content.graph.initializer.extend(constants)
-
-
-def _drop_notes(content: onnx.ModelProto) -> None:
-    """Remove what the exporter wrote for debugging: stack traces are four fifths of a small model's file."""
-    for item in [content, content.graph, *content.graph.node, *content.graph.input, *content.graph.output]:
-        item.ClearField("doc_string")
-        item.ClearField("metadata_props")

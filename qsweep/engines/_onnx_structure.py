@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qsweep.engines._onnx_nodes import add, attribute, producers_of, set_nodes
 from qsweep.errors import Refused, why
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE, aten
@@ -135,9 +136,7 @@ def _with_rows(content: onnx.ModelProto, graph: torch.fx.GraphModule, weights: s
             nodes += _sorted_rows(content, found, tensor.name)
         else:
             content.graph.initializer.append(tensor)
-    ordered = [*nodes, *map(copy.deepcopy, content.graph.node)]
-    del content.graph.node[:]
-    content.graph.node.extend(ordered)
+    set_nodes(content, [*nodes, *content.graph.node])
 
 
 def _sorted_rows(content: onnx.ModelProto, found: list[list[tuple[str, int]]], result: str) -> list[onnx.NodeProto]:
@@ -167,9 +166,9 @@ def _with_global_pools(content: onnx.ModelProto) -> None:
 
 
 def _over_the_image(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
-    from onnx import helper, numpy_helper
+    from onnx import numpy_helper
 
-    keep = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}.get("keepdims", 1)
+    keep = attribute(node, "keepdims", 1)
     axes = numpy_helper.to_array(constants[node.input[1]]) if len(node.input) > 1 else np.array([])
     return bool(keep) and sorted(axes.tolist()) in ([2, 3], [-2, -1])
 
@@ -208,9 +207,8 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
             if name in weights:
                 node.input[i] = once("DequantizeLinear", [name, one], f"{name}.real")
         nodes.append(node)
-    ordered = [copy.deepcopy(node) for node in nodes]
-    del content.graph.node[:], content.graph.value_info[:]
-    content.graph.node.extend(ordered)
+    set_nodes(content, nodes)
+    del content.graph.value_info[:]
 
 
 def _real_rows(content: onnx.ModelProto, name: str, result: str) -> list[onnx.NodeProto]:
@@ -234,7 +232,7 @@ def _with_quick_gelus(content: onnx.ModelProto) -> None:
     """
     from onnx import helper, numpy_helper
 
-    producers = {name: node for node in content.graph.node for name in node.output}
+    producers = producers_of(content)
     scalars = {t.name: float(numpy_helper.to_array(t)) for t in content.graph.initializer if not t.dims}
 
     def made_by(name: str, kind: str) -> bool:
@@ -285,11 +283,3 @@ def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
         raise Refused(f"`torch.onnx` cannot export the model: {why(error)}") from error
     assert program is not None
     return program.model_proto
-
-
-def add(content: onnx.ModelProto, name: str, value: Any) -> str:
-    """Give `content` the constant `name`; returns its name."""
-    from onnx import numpy_helper
-
-    content.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-    return name

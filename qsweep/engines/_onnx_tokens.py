@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qsweep.engines._onnx_structure import ROWS, add
+from qsweep.engines._onnx_nodes import add, producers_of, set_nodes, stored_factor
+from qsweep.engines._onnx_structure import ROWS
 from qsweep.hub.ops import LEAST_SCALE
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class _Rows:
             for node in content.graph.node
             if node.op_type == "Mul" and (factor := scalars.get(node.input[1], 0.0)) % 1 == ROWS
         }
-        self.producers = {name: node for node in content.graph.node for name in node.output}
+        self.producers = producers_of(content)
         self.nodes: list[onnx.NodeProto] = []
         self.made: set[str] = set()
 
@@ -47,13 +47,11 @@ class _Rows:
         for node in self.content.graph.node:
             if node.output[0] in self.high:
                 self._quantize(node)
-            elif node.op_type in ("MatMul", "Gemm") and node.input[0] in self.high and self._weight(node):
-                self._multiply(node)
+            elif (weight := stored_factor(node, self.producers)) and node.input[0] in self.high:
+                self._multiply(node, *weight)
             else:
                 self.nodes.append(node)
-        ordered = [copy.deepcopy(node) for node in self.nodes]
-        del self.content.graph.node[:]
-        self.content.graph.node.extend(ordered)
+        set_nodes(self.content, self.nodes)
 
     def _quantize(self, node: onnx.NodeProto) -> None:
         """`NAME.integers` and `NAME.scale` (..., 1), and the real values for whoever else reads them.
@@ -75,8 +73,8 @@ class _Rows:
         self._add("DequantizeLinear", [f"{name}.integers", *self._grid()], f"{name}.levels")
         self._add("Mul", [f"{name}.levels", f"{name}.scale"], name)
 
-    def _multiply(self, node: onnx.NodeProto) -> None:
-        rows, result, (weight, scale) = node.input[0], node.output[0], self._weight(node)
+    def _multiply(self, node: onnx.NodeProto, weight: str, scale: str) -> None:
+        rows, result = node.input[0], node.output[0]
         columns = f"{weight}.columns"
         if columns not in self.made:
             self.made.add(columns)
@@ -89,15 +87,6 @@ class _Rows:
         self._add("Mul", [f"{result}.scaled", scale], product)
         if biased:
             self._add("Add", [product, node.input[2]], result)
-
-    def _weight(self, node: onnx.NodeProto) -> list[str]:
-        """Names of the integers (N, K) and of the scales of what `node` multiplies by; none where it is real."""
-        source = self.producers.get(node.input[1])
-        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-        if source is not None and source.op_type == "Transpose" and not transposed:
-            source, transposed = self.producers.get(source.input[0]), True
-        known = source is not None and source.op_type == "DequantizeLinear" and transposed
-        return list(source.input[:2]) if source is not None and known else []
 
     def _grid(self) -> list[str]:
         return [self._constant("rows.one", np.float32(1)), self._constant("rows.middle", np.uint8(_MIDDLE))]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qsweep.engines._onnx import complete
+from qsweep.engines._onnx_nodes import attribute
 from qsweep.errors import Refused, why
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def _kernel_sizes(content: onnx.ModelProto) -> dict[str, int]:
     for node in content.graph.node:
         shape = shapes.get(node.input[1]) if len(node.input) > 1 else None
         if shape and node.op_type in ("Conv", "Gemm", "MatMul"):
-            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-            by_rows = transposed or "Conv" in node.op_type
+            by_rows = attribute(node, "transB", 0) or "Conv" in node.op_type
             found[node.name] = math.prod(shape[1:]) if by_rows else shape[-2]
     return found
 

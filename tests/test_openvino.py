@@ -36,6 +36,7 @@ from qsweep.hub.form import QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.quantize import Quantization
 from qsweep.quantize.cast import Cast
+from qsweep.quantize.codebook import Codebook
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression
 from qsweep.store import Store
@@ -260,7 +261,7 @@ def test_what_it_cannot_compile_is_refused_with_the_reason(artifact: Path, tmp_p
     ("config", "instead"),
     [
         (Cast(dtype="fp16"), "`float`"),
-        (PTQ(activation_bits=None), "`float`"),
+        (Codebook(), "`float`"),
         (PTQ(activation_mode="dynamic"), "`float`"),
         (PTQ(activation_mode="token"), "`onnxruntime`"),
         (PTQ(weight_scheme="asymmetric"), "`float`"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from qsweep.engines._onnx_nodes import add, attribute, drop_notes, drop_unused, producers_of, set_nodes
 from qsweep.engines._onnx_structure import skeleton
 from qsweep.engines._onnx_tokens import with_token_grids
+from qsweep.engines._onnx_weights import pack_weights, with_real_weights
 from qsweep.hub.form import QuantizedModel, grid_of
 from qsweep.hub.kinds import QUANTIZE
 from qsweep.hub.nodes import attributes, nodes_of
@@ -32,6 +33,7 @@ def without_weights(model: QuantizedModel, store: Store) -> onnx.ModelProto:
     content = skeleton(model, store)
     _fill(content, [grid_of(node) for node in nodes_of(model.graph, {QUANTIZE})])
     with_token_grids(content)
+    with_real_weights(content, model)
     names = {name for name, _ in attributes(model.graph)}
     inline = [tensor for tensor in content.graph.initializer if tensor.name not in names]
     del content.graph.initializer[:]
@@ -45,6 +47,7 @@ def add_weights(content: onnx.ModelProto, weights: dict[str, Tensor]) -> None:
     """Give `content` its weights, in place: standard ONNX that needs nothing beside it."""
     from onnx import numpy_helper
 
+    pack_weights(content, weights)
     read = {name for node in content.graph.node for name in node.input}
     for name, value in weights.items():
         if name in read:
@@ -102,7 +105,9 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
     integers: dict[str, tuple[str, Any]] = {}
     nodes = []
     for node in content.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in constants:
+        if (
+            node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) == 3
+        ):  # weights have no zero point
             mark = round(float(numpy_helper.to_array(constants[node.input[1]])))
             node.input[1], node.input[2] = f"grid{mark}.scale", f"grid{mark}.zero_point"
             if node.op_type == "DequantizeLinear":

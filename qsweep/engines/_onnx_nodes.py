@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     import onnx
 
 
+RUNTIME = "com.microsoft"
+"""Ops that ONNX Runtime has beside those of ONNX."""
+
+
+def import_runtime(content: onnx.ModelProto) -> None:
+    """Let `content` call ops of `RUNTIME`."""
+    from onnx import helper
+
+    if all(each.domain != RUNTIME for each in content.opset_import):
+        content.opset_import.append(helper.make_opsetid(RUNTIME, 1))
+
+
 def add(content: onnx.ModelProto, name: str, value: Any) -> str:
     """Give `content` the constant `name`; returns its name."""
     from onnx import numpy_helper

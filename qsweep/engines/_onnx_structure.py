@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsweep.engines._onnx_nodes import add, attribute, producers_of, set_nodes
+from qsweep.engines._onnx_nodes import RUNTIME, add, attribute, import_runtime, producers_of, set_nodes
 from qsweep.errors import Refused, why
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE, aten
 from qsweep.hub.nodes import attributes, constant, nodes_of, set_constant, source
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS, STORED
+from qsweep.hub.ops import QUANTIZE_ROWS, STORED
 from qsweep.hub.save import structure
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _with_quick_gelus(content)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 10, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 11, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
@@ -88,7 +88,7 @@ def _marked(model: QuantizedModel) -> tuple[torch.fx.GraphModule, set[str]]:
         with graph.graph.inserting_before(node):
             high = cast(int, node.args[2])
             node.replace_all_uses_with(graph.graph.call_function(aten.mul.Tensor, (node.args[0], high + ROWS)))
-    for node in nodes_of(graph, {DEQUANTIZE_WEIGHT}):
+    for node in nodes_of(graph, STORED):
         name = str(source(node).target)
         weights.add(name)
         integers = constant(graph, node)
@@ -198,31 +198,13 @@ def _spell_out(content: onnx.ModelProto, weights: set[str]) -> None:
             nodes.append(helper.make_node("DequantizeLinear", [integers, scale, zero], node.output, name=node.name))
             continue
         if node.op_type in ("Gather", "Slice") and node.input[0] in weights:
-            table = f"{node.input[0]}.rows"
-            if table not in seen:
-                seen.add(table)
-                nodes += _real_rows(content, node.input[0], table)
-            node.input[0] = table
+            node.input[0] = once("DequantizeLinear", [node.input[0], one], f"{node.input[0]}.rows")
         for i, name in enumerate(node.input):
             if name in weights:
                 node.input[i] = once("DequantizeLinear", [name, one], f"{name}.real")
         nodes.append(node)
     set_nodes(content, nodes)
     del content.graph.value_info[:]
-
-
-def _real_rows(content: onnx.ModelProto, name: str, result: str) -> list[onnx.NodeProto]:
-    """The rows of integers `name`, each times its scale, as ops that the runtime computes when it loads the model, with
-    what follows from them alone; a DequantizeLinear it would compute in every call, and for all rows."""
-    from onnx import TensorProto, helper
-
-    last = add(content, f"{result}.last", np.array([-1]))
-    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
-        ("Cast", [name], f"{result}.integers", {"to": TensorProto.FLOAT}),
-        ("Unsqueeze", [f"{name}_scale", last], f"{result}.scale", {}),
-        ("Mul", [f"{result}.integers", f"{result}.scale"], result, {}),
-    ]
-    return [helper.make_node(kind, given, [output], name=output, **more) for kind, given, output, more in steps]
 
 
 def _with_quick_gelus(content: onnx.ModelProto) -> None:
@@ -253,14 +235,10 @@ def _with_quick_gelus(content: onnx.ModelProto) -> None:
         found = {value: slope(value, gate) for value, gate in ((one, other), (other, one))}
         for value, alpha in found.items():
             if alpha is not None:
-                node.op_type, node.domain, node.input[:] = "QuickGelu", _RUNTIME, [value]
+                node.op_type, node.domain, node.input[:] = "QuickGelu", RUNTIME, [value]
                 node.attribute.append(helper.make_attribute("alpha", alpha))
-    if any(node.domain == _RUNTIME for node in content.graph.node):
-        content.opset_import.append(helper.make_opsetid(_RUNTIME, 1))
-
-
-_RUNTIME = "com.microsoft"
-"""Ops that ONNX Runtime has beside those of ONNX."""
+    if any(node.domain == RUNTIME for node in content.graph.node):
+        import_runtime(content)
 
 
 def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:

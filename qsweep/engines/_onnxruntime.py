@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qsweep.engines._onnx import complete
 from qsweep.engines._onnx_nodes import attribute
+from qsweep.engines._onnx_weights import PACKED_PRODUCT, rounding
 from qsweep.errors import Refused, why
 
 if TYPE_CHECKING:
@@ -41,13 +42,14 @@ def integer_macs(folder: Path, engine: EngineConfig, inputs: Tensor) -> int:
         (given,) = session.get_inputs()
         session.run(None, {given.name: inputs.numpy()})
         events = json.loads(Path(session.end_profiling()).read_text())
-    kernels = _kernel_sizes(content)
+    kernels = _kernel_sizes(content) | {name: depth for name, (_, depth) in _rounding(content, engine).items()}
     macs = 0
     for event in events:
         operator = event.get("args", {}).get("op_name")
-        if event["name"].endswith("_kernel_time") and operator in _INTEGER:
+        name = event["name"].removesuffix("_kernel_time").split("_token_")[0]
+        integer = operator in _INTEGER or (operator == PACKED_PRODUCT and name in kernels)
+        if event["name"].endswith("_kernel_time") and integer:
             output = math.prod(next(iter(event["args"]["output_type_shape"][0].values())))
-            name = event["name"].removesuffix("_kernel_time").split("_token_")[0]
             inner = kernels.get(name) or next(iter(event["args"]["input_type_shape"][0].values()))[-1]
             macs += output * inner
     return macs
@@ -62,6 +64,14 @@ _INTEGER = {
     "MatMulIntegerToFloat",
     "DynamicQuantizeMatMul",
 }
+
+
+def _rounding(content: onnx.ModelProto, engine: EngineConfig) -> dict[str, tuple[int, int]]:
+    def run(product: onnx.ModelProto, inputs: Tensor) -> Tensor:
+        (outputs,) = _session(product, engine).run(None, {product.graph.input[0].name: inputs.numpy()})
+        return torch.from_numpy(outputs)
+
+    return rounding(content, run)
 
 
 def _kernel_sizes(content: onnx.ModelProto) -> dict[str, int]:

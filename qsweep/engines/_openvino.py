@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from qsweep.engines._onnx import DTYPE, complete
+from qsweep.engines._onnx_nodes import attribute
+from qsweep.engines._onnx_weights import PACKED_PRODUCT, rounding
 from qsweep.engines._openvino_graph import computed_constants, core, with_named_axes, without_reduced_maxima
 from qsweep.errors import Refused
 
@@ -51,9 +54,18 @@ class OpenVINORunner:
         given = inputs.contiguous().numpy()
         return torch.from_numpy(self._request.infer(given, share_inputs=True, share_outputs=True)[0])
 
-    def integer_macs(self) -> int:
-        """Those of integer kernels in one call, from the graph that OpenVINO has made of the model."""
-        return sum(_macs(cast(openvino.Node, node)) for node in self._compiled.get_runtime_model().get_ops())
+    def integer_macs(self, folder: Path) -> int:
+        """Those of integer kernels in one call, from the graph that OpenVINO has made of the model in `folder`."""
+        content = complete(folder)
+        settings = _arithmetic(content)
+
+        def run(product: onnx.ModelProto, inputs: Tensor) -> Tensor:
+            compiled = core().compile_model(core().read_model(product.SerializeToString()), "CPU", settings)
+            return torch.from_numpy(compiled(inputs.numpy())[0])
+
+        packed = set(rounding(content, run).values())
+        nodes = self._compiled.get_runtime_model().get_ops()
+        return sum(_macs(cast(openvino.Node, node), packed) for node in nodes)
 
 
 def write_ir(artifact: Path, out: Path) -> None:
@@ -65,10 +77,11 @@ def write_ir(artifact: Path, out: Path) -> None:
 
 
 def _arithmetic(content: onnx.ModelProto) -> dict[str, Any]:
-    """Settings by which floats stay what they are and no integers are made of them on the way."""
+    """Settings by which floats stay what they are and become integers only where they meet packed weights."""
     types = {each.value for each in content.metadata_props if each.key == DTYPE}
     precision = "bf16" if types == {"bfloat16"} else "f32"
-    return {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    blocks = [attribute(node, "block_size") for node in content.graph.node if node.op_type == PACKED_PRODUCT]
+    return {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": min(blocks, default=0)}
 
 
 def _model(content: onnx.ModelProto) -> openvino.Model:
@@ -91,12 +104,16 @@ _INTEGER = "_I8"
 """How the names of integer kernels end."""
 
 
-def _macs(node: openvino.Node) -> int:
-    """Of a node of the compiled graph, whose inputs show the shapes of weights as the kernel takes them."""
+def _macs(node: openvino.Node, packed: Collection[tuple[int, int]]) -> int:
+    """Of a node of the compiled graph, whose inputs show the shapes of weights as the kernel takes them.
+
+    `packed`: of linears with packed weights that run on integers, which the names of their kernels do not tell.
+    """
     told = {name: value.astype(str) for name, value in node.get_rt_info().items()}
-    if not told["primitiveType"].endswith(_INTEGER):
-        return 0
     given: list[list[int]] = [list(each.get_shape()) for each in node.inputs()[:2]]
+    few_bits = len(given) > 1 and not node.input(1).get_element_type().is_real()
+    if not told["primitiveType"].endswith(_INTEGER) and not (few_bits and tuple(given[1]) in packed):
+        return 0
     result: list[int] = list(node.output(0).get_shape())
     match told["layerType"]:
         case "Convolution":

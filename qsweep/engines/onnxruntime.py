@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 class OnnxRuntime(EngineConfig):
-    """ONNX Runtime on the CPU, explicit quantize/dequantize (QDQ) with uint8 activations and int8 weights."""
+    """ONNX Runtime on the CPU, explicit quantize/dequantize (QDQ) with uint8 activations and int8 weights.
+
+    Of weights that are quantized alone (`activation_bits: null`) linears read those of 8 bits and fewer packed, in
+    blocks of 32 to 128 inputs, and round what they multiply in these to 8 bits; all others are made real.
+    """
 
     preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._onnx_table",)
     """The export's. Not onnxruntime: its import starts a thread, and takes no time."""
@@ -28,7 +32,9 @@ class OnnxRuntime(EngineConfig):
         return f"`{missing[0]}` is not installed: `pip install {missing[0]}`" if missing else None
 
     def refuses(self, config: Compression) -> str | None:
-        reason = config.quantize and config.quantize.not_integer
+        if config.quantize is None or config.quantize.weights_alone:
+            return None
+        reason = config.quantize.not_integer
         return f"ONNX Runtime's integer kernels cannot run it: {reason}; use `float`" if reason else None
 
     def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:

@@ -18,7 +18,7 @@ class OpenVINO(EngineConfig):
     """OpenVINO on the CPU: the artifact of `onnxruntime` on the kernels of oneDNN; bf16 where the processor has it.
 
     Biases are added in floating point, and sums behind convolutions to what has not been rounded: apart from these its
-    integers are the reference's.
+    integers are the reference's. Weights that are quantized alone are read as by `onnxruntime`.
     """
 
     preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._onnx_table",)
@@ -56,7 +56,7 @@ class OpenVINO(EngineConfig):
         from qsweep.engines._openvino import OpenVINORunner
 
         assert isinstance(runner, OpenVINORunner)
-        return runner.integer_macs()
+        return runner.integer_macs(folder)
 
 
 def _reason(quantize: Quantization | None) -> str | None:
@@ -69,4 +69,5 @@ def _reason(quantize: Quantization | None) -> str | None:
         return None if known else "this processor does not compute in bf16; use `float`"
     if isinstance(quantize, Grids) and quantize.by_token:
         return "it multiplies rows with ranges of their own in floats (`activation_mode: token`); use `onnxruntime`"
-    return f"{reason}; use `float`" if (reason := quantize and quantize.not_integer) else None
+    reason = None if quantize is None or quantize.weights_alone else quantize.not_integer
+    return f"{reason}; use `float`" if reason else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.kinds import COMPUTE, DEQUANTIZE
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE
 from qsweep.hub.macs import counted
 from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.ops import (
@@ -100,6 +100,12 @@ class QuantizedModel:
         return [self._layer(node, node.meta["tensor_meta"].shape) for node in layers_of(self.graph)]
 
     @property
+    def weights_alone(self) -> bool:
+        """Whether weights are quantized and nothing else is."""
+        activations = {QUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_ROWS}
+        return bool(nodes_of(self.graph, STORED)) and not nodes_of(self.graph, activations)
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates of one sample, whatever op they are in: those of layers, of products of two activations,
         of transposed convolutions."""
@@ -157,4 +163,6 @@ def beside_weights(graph: fx.GraphModule) -> set[str]:
 
 def idle_zero_points(graph: fx.GraphModule) -> set[str]:
     """Names of the zero points of symmetric weights, which are all 0."""
-    return {str(source(node, 2).target) for node in nodes_of(graph, {DEQUANTIZE_WEIGHT})}
+    nodes = nodes_of(graph, {DEQUANTIZE_WEIGHT, DEQUANTIZE_GROUPS})
+    found = {str(source(node, 2).target): constant(graph, node.args[2]) for node in nodes}
+    return {name for name, value in found.items() if value is not None and not value.any()}

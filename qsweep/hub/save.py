@@ -17,7 +17,7 @@ from qsweep.errors import BundleError
 from qsweep.hub.form import QuantizedModel, idle_zero_points, stored_bits
 from qsweep.hub.kinds import NAMESPACES
 from qsweep.hub.nodes import attributes, set_constant
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT
 from qsweep.hub.packing import pack, unpack
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
@@ -44,12 +44,14 @@ def save(model: QuantizedModel, folder: Path) -> None:
 
 def structure(model: QuantizedModel, *, widths: bool = False) -> str:
     """The graph without its grids: equal for models that differ in scales, zero points and bits alone; with `widths`
-    only where each grid of an activation has as many levels, and the arithmetic beside them one type."""
+    only where each grid of an activation, of weights where these are quantized alone, has as many levels, and the
+    arithmetic beside them one type."""
     names = {node: f"n{i}" for i, node in enumerate(model.graph.graph.nodes)}
     rows = [_node(node, names) for node in model.graph.graph.nodes]
+    counted = "per_channel" if model.weights_alone else "per_tensor"
     for row in rows:
         if row[1].startswith("quantized_decomposed."):
-            levels = row[2][4] - row[2][3] if widths and "per_tensor" in row[1] else 0
+            levels = row[2][-2] - row[2][-3] if widths and counted in row[1] else 0
             row[2] = [*(argument for argument in row[2] if isinstance(argument, dict)), levels]
     shapes = {name: [list(value.shape), str(value.dtype)] for name, value in attributes(model.graph)}
     return json.dumps([rows, shapes, list(model.example.shape), str(model.dtype) if widths else ""])
@@ -99,9 +101,10 @@ def _constants(folder: Path, packed: dict[str, Any], rows: list[list[Any]]) -> t
     """The stored tensors, and the zero points that were left out."""
     root, tensors = torch.nn.Module(), load_weights(folder, packed)
     for _, target, arguments, *_ in rows:
-        if target == str(DEQUANTIZE_WEIGHT):
-            scale, zero_point = (rows[argument["n"]][1] for argument in arguments[1:3])
-            tensors[zero_point] = torch.zeros(len(tensors[scale]), dtype=torch.int64)
+        if target in (str(DEQUANTIZE_WEIGHT), str(DEQUANTIZE_GROUPS)):
+            integers, scale, zero_point = (rows[argument["n"]][1] for argument in arguments[:3])
+            kind = torch.int64 if target == str(DEQUANTIZE_WEIGHT) else tensors[integers].dtype
+            tensors.setdefault(zero_point, torch.zeros(tensors[scale].shape, dtype=kind))
     for name, value in tensors.items():
         set_constant(root, name, value)
     return root

@@ -52,6 +52,11 @@ class Quantization(Stage):
         """Whether arithmetic in floating point is what it is for: weights are made smaller, activations are not."""
         return False
 
+    @property
+    def weights_alone(self) -> bool:
+        """Whether weights are put on equally spaced levels and nothing else is."""
+        return False
+
 
 class LowBit(Quantization):
     """Stores weights in few bits."""
@@ -164,6 +169,10 @@ class Grids(LowBit):
 
     @property
     def in_float(self) -> bool:
+        return self.weights_alone
+
+    @property
+    def weights_alone(self) -> bool:
         return self.activation_bits is None
 
     @abstractmethod

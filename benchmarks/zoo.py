@@ -1,13 +1,15 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [network] [token] [chain] [openvino] [latency] [phone] [server] [channels] [narrow]
+    python benchmarks/zoo.py [network] [token] [chain] [openvino] [alone] [latency] [phone] [server] [packed] [channels]
+        [narrow]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
 against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Chains of its kernels
 run small images on a GPU or, without one, in Triton's interpreter. Latencies, one image on one thread, are those of
-int8 and of float32 by turns; of `executorch` and `openvino` beside those of `onnxruntime`; of networks that have lost
-half of their channels beside those of whole ones. Writes `zoo.json` and `zoo.md` beside it.
+int8 and of float32 by turns; of `executorch` and `openvino` beside those of `onnxruntime`; of transformers as large as
+they are used, whose weights alone are quantized; of networks that have lost half of their channels beside those of
+whole ones. Writes `zoo.json` and `zoo.md` beside it.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ one input (after @ an image's pixels a side) that are not the reference's; behin
 on the other side of a tie, and what follows from it. Tokens: ranges that each row of a linear sets itself. Latencies
 are medians of ONNX Runtime on one thread for one image of 224 pixels a side. OpenVINO: deviations as above, the share
 of integers. Phone: ExecuTorch with XNNPACK, on this machine: the same, latency of int8 over that of float32 and of ONNX
-Runtime's int8. Server: the same of OpenVINO.
+Runtime's int8. Server: the same of OpenVINO. Weights alone: 4 bits and real activations; deviation of the simulation
+from the model and of both runtimes from the simulation, their shares of integers. Of transformers (after @ tokens):
+latencies over float32's, by bits and inputs that share a scale, beside int8 (ranges by token on ONNX Runtime, fixed on
+OpenVINO).
 Channels: half of those that can go are zeros; deviation of the network without them, the shares of work (multiply-
 accumulates) and parameters that are left. Narrow: latency of its int8 over that of the whole network's.
 """
@@ -61,8 +66,8 @@ HALF = {"sparsity": 0.5, "multiple": 8}
 
 
 @contextmanager
-def quantized(name: str, mode: str = "static") -> Iterator[tuple[nn.Module, Tensor, QuantizedModel, Context]]:
-    """A network in float and in 8 bits, its inputs, and what stages work in; `mode` is that of the activations."""
+def quantized(name: str, **fields: Any) -> Iterator[tuple[nn.Module, Tensor, QuantizedModel, Context]]:
+    """A network in float and in 8 bits, or as `fields` of `ptq` say, its inputs, and what stages work in."""
     import torch
 
     sys.path.insert(0, str(HERE.parent / "tests"))
@@ -75,7 +80,7 @@ def quantized(name: str, mode: str = "static") -> Iterator[tuple[nn.Module, Tens
     model, inputs = made(name)
     with tempfile.TemporaryDirectory() as folder:
         found = context(Path(folder), task=Noise(inputs=inputs))
-        config = PTQ.model_validate({"calibration_samples": len(inputs), "activation_mode": mode})
+        config = PTQ.model_validate({"calibration_samples": len(inputs)} | fields)
         yield model, inputs, config.apply(model, found), found
 
 
@@ -100,7 +105,7 @@ def network(name: str, mode: str = "static") -> dict[str, Any]:
     from qsweep.engines.onnxruntime import OnnxRuntime
     from qsweep.hub.integer import IntegerInterpreter
 
-    with quantized(name, mode) as (model, inputs, graph, found):
+    with quantized(name, activation_mode=mode) as (model, inputs, graph, found):
         wanted, reference = model(inputs).detach(), IntegerInterpreter(graph.graph)(inputs)
         engine = OnnxRuntime(batch_size=len(inputs))
         artifact, runner = lowered(engine, graph, found, "int8")
@@ -135,6 +140,23 @@ def openvino(name: str) -> dict[str, Any]:
             **deviations(wanted, reference, runner(inputs)),
             "share": engine.integer_macs(artifact, runner, inputs) / (len(inputs) * graph.macs),
         }
+
+
+def alone(name: str) -> dict[str, Any]:
+    """Of weights of 4 bits alone: how far the simulation is from the model and each runtime from the simulation."""
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.engines.openvino import OpenVINO
+    from qsweep.hub.simulate import simulation
+
+    figures: dict[str, Any] = {}
+    with quantized(name, activation_bits=None, weight_bits=4) as (model, inputs, graph, found):
+        wanted, simulated = model(inputs).detach(), simulation(graph)(inputs)
+        for engine in (OnnxRuntime(batch_size=len(inputs)), OpenVINO(batch_size=len(inputs))):
+            artifact, runner = lowered(engine, graph, found, engine.engine)
+            figures[engine.engine] = deviations(wanted, simulated, runner(inputs)) | {
+                "share": engine.integer_macs(artifact, runner, inputs) / (len(inputs) * graph.macs)
+            }
+    return figures
 
 
 def chain(name: str) -> dict[str, Any]:
@@ -219,6 +241,32 @@ def beside_onnxruntime(name: str, engine: EngineConfig) -> dict[str, Any]:
         }
 
 
+ALONE: dict[str, dict[str, Any]] = {
+    "8 bits": {},
+    "4 by 32": {"weight_bits": 4, "group_size": 32},
+    "4 by 128": {"weight_bits": 4, "group_size": 128},
+}
+
+
+def packed(name: str) -> dict[str, Any]:
+    """Milliseconds of one sample on both runtimes: weights alone, beside integers and float32."""
+    from qsweep.engines.onnxruntime import OnnxRuntime
+    from qsweep.engines.openvino import OpenVINO
+    from qsweep.hub.export import float_graph
+    from qsweep.quantize.ptq import PTQ
+
+    engines = {"token": OnnxRuntime(batch_size=1, threads=1), "static": OpenVINO(batch_size=1, threads=1)}
+    figures = {}
+    for mode, engine in engines.items():
+        with quantized(name, activation_mode=mode) as (model, inputs, graph, found):
+            graphs = {"float32": float_graph(model, found), "int8": graph}
+            for kind, fields in ALONE.items():
+                graphs[kind] = PTQ.model_validate({"activation_bits": None} | fields).apply(model, found)
+            runners = {kind: lowered(engine, each, found, kind)[1] for kind, each in graphs.items()}
+            figures[engine.engine] = milliseconds(runners, inputs[:1])
+    return figures
+
+
 def channels(name: str) -> dict[str, Any]:
     """How far a network without its empty channels is from the one that has them, and how much smaller."""
     import torch
@@ -281,6 +329,20 @@ def said_of_openvino(found: dict[str, Any]) -> tuple[str, bool]:
     return said, found["apart"] <= found["quantized"]
 
 
+def said_of_alone(found: dict[str, Any]) -> tuple[str, bool]:
+    said = [f"{kind} {each['apart']:.1g}, {each['share']:.1%}" for kind, each in found.items()]
+    close = all(each["apart"] <= each["quantized"] for each in found.values())
+    return f"{found['onnxruntime']['quantized']:.2g}; {'; '.join(said)}", close
+
+
+def said_of_packed(found: dict[str, Any]) -> tuple[str, bool]:
+    said = []
+    for engine, times in found.items():
+        ratios = [f"{kind} {times[kind] / times['float32']:.2f}" for kind in (*ALONE, "int8")]
+        said.append(f"{engine} {', '.join(ratios)} of {times['float32']:.1f} ms")
+    return "; ".join(said), all(times[kind] < times["float32"] for times in found.values() for kind in ALONE)
+
+
 def said_of_phone(found: dict[str, Any]) -> tuple[str, bool]:
     apart, close = said_of_openvino(found)
     ratio, beside = (found["int8"] / found[other] for other in ("float32", "onnxruntime"))
@@ -312,15 +374,17 @@ PARTS: dict[str, tuple[str, str, Say]] = {
     "token": ("less apart from the reference than int8 from float", ", tokens", said_of_network),
     "chain": ("none differs, one in 1000 behind floats", ", chain", said_of_chain),
     "openvino": ("less apart from the reference than int8 from float", ", openvino", said_of_openvino),
+    "alone": ("less apart from the simulation than 4 bits from float", ", weights alone", said_of_alone),
     "latency": ("under float32", ", latency", said_of_latency),
     "phone": ("less apart than int8 from float, under float32", ", phone", said_of_phone),
     "server": ("less apart than int8 from float, under float32", ", server", said_of_phone),
+    "packed": ("under float32", ", weights alone", said_of_packed),
     "channels": ("the same outputs from less", ", channels", said_of_channels),
     "narrow": ("under the whole network's int8", ", narrow", said_of_narrow),
 }
 
 
-TIMED = "latency", "phone", "server", "narrow"
+TIMED = "latency", "phone", "server", "packed", "narrow"
 """Parts that run alone."""
 
 
@@ -341,11 +405,11 @@ def _process(name: str, function: str) -> str:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    from zoo_models import CHAINS, LATENCIES, NAMES
+    from zoo_models import CHAINS, LATENCIES, NAMES, SIZED
 
     transformers = [name for name in NAMES if name.startswith("transformers ")]
-    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "openvino": NAMES, "channels": NAMES}
-    names |= dict.fromkeys(TIMED, LATENCIES)
+    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "openvino": NAMES, "alone": NAMES}
+    names |= {"channels": NAMES} | dict.fromkeys(TIMED, LATENCIES) | {"packed": list(SIZED)}
     for part in sys.argv[1:] or PARTS:
         there = [name for name in names[part] if find_spec(name.split()[0])]
         with ThreadPoolExecutor(1 if part in TIMED else os.cpu_count()) as pool:

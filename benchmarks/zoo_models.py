@@ -71,12 +71,29 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 }
 
 
+_BERT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+_MINI = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+_SMALL = {"n_embd": 768, "n_layer": 12, "n_head": 12}
+OF_SIZE: dict[str, tuple[str, dict[str, Any]]] = {
+    "MiniLM-L6": ("BertForSequenceClassification", _TEXT | _MINI | {"max_position_embeddings": 512}),
+    "BERT-base": ("BertForSequenceClassification", _TEXT | _BERT | {"max_position_embeddings": 512}),
+    "GPT-2": ("GPT2ForSequenceClassification", _GPT2 | _SMALL | {"n_positions": 512}),
+}
+"""As they are used, but for their tables: class and config."""
+
+
 def _listed(file: str) -> list[str]:
     return Path(__file__).with_name(file).read_text().splitlines()
 
 
 NAMES = [*_listed("zoo.txt"), *(f"transformers {name}" for name in TRANSFORMERS)]
 """Library, name and, of images that may have any size, after @ theirs."""
+SIZED = [
+    f"transformers {name}@{tokens}"
+    for name, counts in {"MiniLM-L6": (8, 32, 128), "BERT-base": (8, 32, 128), "GPT-2": (1, 32)}.items()
+    for tokens in counts
+]
+"""After @ the tokens of a text."""
 CHAINS = _listed("zoo_chains.txt")
 """Those that are small enough for an interpreter of kernels."""
 LATENCIES = _listed("zoo_latency.txt")
@@ -131,14 +148,16 @@ class _Logits(nn.Module):
 def _transformers(name: str) -> tuple[nn.Module, Tensor]:
     import transformers
 
+    name, _, tokens = name.partition("@")
+    name, fields = OF_SIZE.get(name) or (name, TRANSFORMERS[name])
     kind = getattr(transformers, name)
-    model = kind(kind.config_class(**TRANSFORMERS[name]))
+    model = kind(kind.config_class(**fields))
     if "Wav2Vec2" in name:
         return _Logits(model, words=False), torch.randn(4, 4000)
     words = "Image" not in name and "Segmentation" not in name
     if not words:
         return _Logits(model, words=False), _images(64)
-    inputs = torch.randint(3, WORDS, (4, 12)).float()
+    inputs = torch.randint(3, WORDS, (4, int(tokens or 12))).float()
     if not name.startswith(("FNet", "Gemma2")):  # these see no mask
         inputs[1, 8:] = inputs[3, 5:] = 0
     return _Logits(model, words=True), inputs

@@ -111,33 +111,21 @@ def _real(
 
     integers, group = _group_of(graph, stored)
     name, scale, *offset = _names(graph, stored)
-    real = node.output[0]
-    parts, ends, shape = (
-        add(content, f"{real}.{what}", np.array(sizes))
-        for what, sizes in (
-            ("parts", [len(integers), -1, group]),
-            ("ends", [len(integers), -1, 1]),
-            ("shape", integers.shape),
-        )
-    )
-    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
-        ("Cast", [name], "integers", {"to": TensorProto.FLOAT}),
-        ("Reshape", [f"{real}.integers", parts], "levels", {}),
-        ("Reshape", [scale, ends], "scales", {}),
-        ("Mul", [f"{real}.levels", f"{real}.scales"], "values", {}),
-    ]
+    real, nodes = node.output[0], []
+
+    def emit(kind: str, given: list[str], what: str, **more: Any) -> str:
+        nodes.append(helper.make_node(kind, given, [f"{real}.{what}"], name=f"{real}.{what}", **more))
+        return f"{real}.{what}"
+
+    parts = add(content, f"{real}.parts", np.array([len(integers), -1, group]))
+    ends = add(content, f"{real}.ends", np.array([len(integers), -1, 1]))
+    shape = add(content, f"{real}.shape", np.array(integers.shape))
+    levels = emit("Reshape", [emit("Cast", [name], "integers", to=TensorProto.FLOAT), parts], "levels")
     if offset:
-        steps[2:2] = [
-            ("Cast", offset, "offset", {"to": TensorProto.FLOAT}),
-            ("Reshape", [f"{real}.offset", ends], "offsets", {}),
-            ("Sub", [f"{real}.levels", f"{real}.offsets"], "steps", {}),
-        ]
-        steps[-1][1][0] = f"{real}.steps"
-    found = [
-        helper.make_node(kind, given, [f"{real}.{what}"], name=f"{real}.{what}", **more)
-        for kind, given, what, more in steps
-    ]
-    return [*found, helper.make_node("Reshape", [f"{real}.values", shape], [real], name=real)]
+        below = emit("Reshape", [emit("Cast", offset, "offset", to=TensorProto.FLOAT), ends], "offsets")
+        levels = emit("Sub", [levels, below], "steps")
+    values = emit("Mul", [levels, emit("Reshape", [scale, ends], "scales")], "values")
+    return [*nodes, helper.make_node("Reshape", [values, shape], [real], name=real)]
 
 
 def pack_weights(content: onnx.ModelProto, weights: dict[str, Tensor]) -> None:

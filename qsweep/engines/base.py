@@ -42,8 +42,13 @@ class EngineConfig(Config, ABC):
 
     def available(self) -> str | None:
         """Why this engine cannot work on this machine, or None."""
+        from importlib.util import find_spec
+
         from qsweep.machine import no_gpu
 
+        missing = [name for name in self.packages if find_spec(name) is None]
+        if missing:
+            return f"`{missing[0]}` is not installed: `pip install 'qsweep[{self.engine}]'`"
         return no_gpu() if self.device == "cuda" else None
 
     @abstractmethod

@@ -25,11 +25,6 @@ class ExecuTorch(EngineConfig):
     engine: Literal["executorch"] = "executorch"
     device: Literal["cpu"] = "cpu"
 
-    def available(self) -> str | None:
-        from importlib.util import find_spec
-
-        return None if find_spec("executorch") else "`executorch` is not installed: `pip install 'qsweep[executorch]'`"
-
     def refuses(self, config: Compression) -> str | None:
         reason = config.quantize and config.quantize.not_integer
         return f"XNNPACK's integer kernels cannot run it: {reason}; use `float`" if reason else None

@@ -3,44 +3,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from qsweep.engines.base import EngineConfig, Runner
+from qsweep.engines._on_onnx import OnOnnx, no_kernels_for
+from qsweep.engines.base import Runner
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qsweep.hub.form import QuantizedModel
     from qsweep.quantize import Quantization
     from qsweep.spec import Compression
-    from qsweep.store import Store
 
 
-class OpenVINO(EngineConfig):
+class OpenVINO(OnOnnx):
     """OpenVINO on the CPU: the artifact of `onnxruntime` on the kernels of oneDNN; bf16 where the processor has it.
 
     Biases are added in floating point, and sums behind convolutions to what has not been rounded: apart from these its
     integers are the reference's. Weights that are quantized alone are read as by `onnxruntime`.
     """
 
-    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._onnx_table",)
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
     engine: Literal["openvino"] = "openvino"
-    device: Literal["cpu"] = "cpu"
-
-    def available(self) -> str | None:
-        from importlib.util import find_spec
-
-        return None if find_spec("openvino") else "`openvino` is not installed: `pip install 'qsweep[openvino]'`"
 
     def refuses(self, config: Compression) -> str | None:
         reason = _reason(config.quantize)
         return f"OpenVINO's kernels cannot run it: {reason}" if reason else None
-
-    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
-        from qsweep.engines._onnx import lower
-        from qsweep.hub.accumulators import check_accumulators
-
-        check_accumulators(model)
-        lower(model, folder, store)
 
     def load(self, folder: Path) -> Runner:
         from qsweep.engines._openvino import OpenVINORunner
@@ -69,5 +54,4 @@ def _reason(quantize: Quantization | None) -> str | None:
         return None if known else "this processor does not compute in bf16; use `float`"
     if isinstance(quantize, Grids) and quantize.by_token:
         return "it multiplies rows with ranges of their own in floats (`activation_mode: token`); use `onnxruntime`"
-    reason = None if quantize is None or quantize.weights_alone else quantize.not_integer
-    return f"{reason}; use `float`" if reason else None
+    return no_kernels_for(quantize)

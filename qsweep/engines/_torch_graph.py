@@ -106,7 +106,7 @@ def _multiply_rows(graph: fx.GraphModule, linear: fx.Node, integers: fx.Node, sc
         sums = call(aten._int_mm.default, (flat, call(aten.permute.default, (stored.args[0], [1, 0]))))
         result = _chain(
             graph,
-            call(aten.reshape.default, (sums, [*sizes, columns])),
+            call(aten.reshape.default, (call(aten.clamp_max.default, (sums, 2**31 - 1)), [*sizes, columns])),
             (aten.to.dtype, torch.float32),
             (aten.mul.Tensor, scale),
             (aten.mul.Tensor, stored.args[1]),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from qsweep.errors import ExportFailure
 from qsweep.hub.kinds import aten
@@ -107,4 +108,29 @@ def _may_be_view(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target is operator.getitem
     given = [result.alias_info for result in node.target._schema.returns]
-    return node.target in _SOMETIMES_VIEWS or any(alias is not None and not alias.is_write for alias in given)
+    known = node.target in _SOMETIMES_VIEWS or any(alias is not None and not alias.is_write for alias in given)
+    return known and not _copies(node)
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether an op that may give a view gave a new tensor as it was traced: `contiguous` of a permutation, say."""
+    values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
+    if not all(isinstance(value, Tensor | torch.SymInt | int) for value in values):
+        return False
+    given = map_aggregate(
+        (node.args, node.kwargs),
+        lambda each: _as_traced(each.meta["val"]) if isinstance(each, fx.Node) else each,
+    )
+    arguments, keywords = cast(tuple[tuple[Any, ...], dict[str, Any]], given)
+    result = cast(Any, node.target)(*arguments, **keywords)
+    return bool(result.untyped_storage()._cdata != arguments[0].untyped_storage()._cdata)
+
+
+def _as_traced(value: Any) -> Any:
+    """A tensor without values, or a number, as `value` was when it was traced."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint
+    if not isinstance(value, Tensor):
+        return value
+    sizes, strides = ([_as_traced(each) for each in numbers] for numbers in (value.size(), value.stride()))
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from test_prune import context, model, zeros
 from torch import Tensor, nn
 from toy_task import Toy
 
-from qsweep.distill._loss import divergence, with_teacher
+from qsweep.distill._loss import divergence, squared, with_teacher
 from qsweep.distill.logits import Logits
+from qsweep.distill.outputs import Outputs
 from qsweep.errors import TaskFailure
 from qsweep.evaluate import predict
 from qsweep.prune._global import zero_smallest
@@ -50,7 +52,7 @@ def test_outputs_that_cannot_be_compared_are_refused(student: tuple[int, ...], t
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_the_loss_weighs_teacher_and_labels_by_alpha(alpha: float) -> None:
     teacher, inputs, outputs, labels = nn.Linear(4, 3), torch.randn(5, 4), torch.randn(5, 3), torch.arange(5) % 3
-    loss = with_teacher(teacher, F.cross_entropy, 4.0, alpha)(inputs, outputs, labels)
+    loss = with_teacher(teacher, F.cross_entropy, Logits(temperature=4.0).distance, alpha)(inputs, outputs, labels)
     soft = F.kl_div(F.log_softmax(outputs / 4, 1), F.softmax(teacher(inputs) / 4, 1), reduction="batchmean")
     assert torch.allclose(loss, alpha * 16 * soft + (1 - alpha) * F.cross_entropy(outputs, labels), atol=1e-6)
 
@@ -58,7 +60,7 @@ def test_the_loss_weighs_teacher_and_labels_by_alpha(alpha: float) -> None:
 def test_the_teacher_gets_no_gradient_and_is_in_eval_mode() -> None:
     teacher = Toy(dropout=0.5).model().train()
     outputs = torch.randn(6, 2, requires_grad=True)
-    loss = with_teacher(teacher, F.cross_entropy, 2.0, 0.5)
+    loss = with_teacher(teacher, F.cross_entropy, Logits(temperature=2.0).distance, 0.5)
     loss(torch.randn(6, 1, 4, 4), outputs, torch.zeros(6, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
     assert outputs.grad is not None
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -73,6 +75,34 @@ def test_a_student_that_follows_only_its_teacher_comes_closer_to_it(tmp_path: Pa
     stage = Logits(temperature=2.0, alpha=1.0, epochs=10, learning_rate=0.1)
     student = stage.apply(model(), context(tmp_path, teacher=lambda: teacher))
     assert divergence(predict(student, Toy(), inputs), targets, 1.0) < 0.5 * before
+
+
+class Measured(Toy):
+    """A number for each sample, (B,)."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(super().model(), nn.Linear(2, 1), nn.Flatten(0))
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.mse_loss(outputs, labels.float())
+
+
+def test_numbers_are_followed_by_their_squared_difference(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    teacher, student, inputs = Measured().model().eval(), Measured().model(), Measured().samples("validation").inputs
+    targets = predict(teacher, Measured(), inputs)
+    before = squared(predict(student, Measured(), inputs), targets)
+    stage = Outputs(alpha=1.0, epochs=10, learning_rate=0.1)
+    found = stage.apply(student, replace(context(tmp_path, teacher=lambda: teacher), task=Measured()))
+    assert squared(predict(found, Measured(), inputs), targets) < 0.5 * before
+    assert stage.label() == "outputs"
+    with pytest.raises(TaskFailure, match="`method: outputs`"):
+        Logits().apply(student, replace(context(tmp_path, teacher=lambda: teacher), task=Measured()))
+
+
+def test_numbers_of_another_count_cannot_be_followed() -> None:
+    with pytest.raises(TaskFailure, match="distillation needs outputs alike"):
+        squared(torch.zeros(4), torch.zeros(4, 1))
 
 
 def test_zeros_of_a_pruned_student_stay(tmp_path: Path) -> None:

@@ -12,15 +12,17 @@ from qsweep.errors import TaskFailure
 
 
 def with_teacher(
-    teacher: nn.Module, task_loss: Callable[[Tensor, Tensor], Tensor], temperature: float, alpha: float
+    teacher: nn.Module,
+    task_loss: Callable[[Tensor, Tensor], Tensor],
+    distance: Callable[[Tensor, Tensor], Tensor],
+    alpha: float,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """`loss(inputs, outputs, labels)`; the teacher, in eval mode, is asked for `inputs` and gets no gradient."""
 
     def loss(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             targets = teacher(inputs)
-        soft = temperature**2 * divergence(outputs, targets, temperature)
-        return alpha * soft + (1 - alpha) * task_loss(outputs, labels)
+        return alpha * distance(outputs, targets) + (1 - alpha) * task_loss(outputs, labels)
 
     teacher.eval()
     return loss
@@ -34,7 +36,16 @@ def divergence(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
     if outputs.dim() < 2 or outputs.shape != targets.shape:
         shapes = f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
         raise TaskFailure(
-            f"distillation needs logits (batch, classes, ...) alike from student and teacher (got {shapes})"
+            f"distillation needs logits (batch, classes, ...) alike from student and teacher (got {shapes}); "
+            "`method: outputs` takes outputs of any kind"
         )
     wanted, found = F.log_softmax(targets / temperature, 1), F.log_softmax(outputs / temperature, 1)
     return F.kl_div(found, wanted, reduction="none", log_target=True).sum(1).mean()
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared difference. Raises TaskFailure for shapes that differ."""
+    if outputs.shape != targets.shape:
+        shapes = f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
+        raise TaskFailure(f"distillation needs outputs alike from student and teacher (got {shapes})")
+    return F.mse_loss(outputs, targets)

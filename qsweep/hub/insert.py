@@ -55,6 +55,7 @@ def insert_observers(
     embedding: Callable[[], nn.Module | None] = lambda: None,
     *,
     apart: Callable[[Place], bool] = lambda place: False,
+    real: Callable[[str], bool] = lambda name: False,
     layers_only: bool = False,
 ) -> None:
     """Put observers (or fake quantizers) on every value that will be quantized, in place.
@@ -63,18 +64,20 @@ def insert_observers(
     input is looked up; None leaves the value as it is. A weight that several layers read has one observer, and one that
     is a table, too, that of the layers. A group of values on one grid shares one observer, named after the first:
     `observe_relu_3`. Where others read a value beside layers, and `apart(place)`, the layers have an
-    observer of their own behind it, `observe_relu_3_layers`. With `layers_only` they stand only on what layers read,
-    for them alone.
+    observer of their own behind it, `observe_relu_3_layers`. Layers and tables stay in floating point where `real` says
+    so of the name of their weight. With `layers_only` observers stand only on what layers read, for them alone.
     """
     graph = model.graph
     ShapeProp(graph).propagate(model.example)
     for node in fixed_nodes(graph):
         node.meta["fixed"] = True
-    readers = readers_that_are_layers(graph) if layers_only else readers_on_grids(graph)
-    groups = [[value] for value in readers] if layers_only else groups_of(graph, readers)
-    signs = [all(map(_nonnegative, group)) for group in groups]
     layers = {node: str(source(node, 1).target) for node in layers_of(graph)}
     edges = {next(iter(layers), None), next(reversed(layers), None)}
+    left = [node for node, name in layers.items() if real(name)]
+    layers = {node: name for node, name in layers.items() if node not in left}
+    readers = readers_that_are_layers(graph, left) if layers_only else readers_on_grids(graph, left)
+    groups = [[value] for value in readers] if layers_only else groups_of(graph, readers)
+    signs = [all(map(_nonnegative, group)) for group in groups]
     for group, nonnegative in zip(groups, signs, strict=True):
         users = [user for value in group for user in readers[value] if user in layers]
         inputs = all(map(_given, group))
@@ -93,6 +96,8 @@ def insert_observers(
             for value in observed:
                 _observe(graph, value, f"{name}{OF_LAYERS}", [user for user in value.users if user in layers])
     for name, readers_of_it in _weights(graph).items():
+        if real(name):
+            continue
         table = all(reader.target is EMBEDDING for reader, _ in readers_of_it)
         edge = any(reader in edges for reader, _ in readers_of_it)
         observer = embedding() if table else weight(Place((name,), edge))

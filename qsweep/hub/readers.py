@@ -14,6 +14,8 @@ result becomes integers.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 
 from qsweep.hub.form import layers_of
@@ -22,15 +24,22 @@ from qsweep.hub.nodes import is_real, nodes_of, reached, source
 from qsweep.hub.norm import joins, stands_alone
 
 
-def readers_on_grids(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
-    """By value that is to be quantized, in order: who reads it so. Takes what ShapeProp and `fixed_nodes` know."""
+def readers_on_grids(graph: fx.GraphModule, real: Collection[fx.Node] = ()) -> dict[fx.Node, list[fx.Node]]:
+    """By value that is to be quantized, in order: who reads it so. Takes what ShapeProp and `fixed_nodes` know.
+
+    `real`: layers that stay in floating point; with them do ops that read of what they give alone, and those whose
+    results they alone read.
+    """
     shown = reached([source(graph.graph.output_node())], lambda node: node.all_input_nodes if moves(node) else ())
-    given, known = _given_by_convolutions(graph) - shown, _known(graph)
+    floats = {*real, *_beside(graph, real)}
+    given, known = _given_by_convolutions(graph) - shown - floats, _known(graph)
     ends = {norm: end_of(norm) for norm in nodes_of(graph, NORMS) if norm in known and stands_alone(norm)}
-    norms = {norm: end for norm, end in ends.items() if end not in shown}
+    norms = {norm: end for norm, end in ends.items() if end not in shown and norm not in floats}
     wanted: set[fx.Node] = set()
 
     def reads_integers(user: fx.Node, value: fx.Node) -> bool:
+        if user in floats:
+            return moves(user) and user in wanted
         return norms[user] in wanted if user in norms else _reads_integers(user, value, wanted, known)
 
     for node in reversed(graph.graph.nodes):
@@ -46,14 +55,30 @@ def readers_on_grids(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     }
 
 
-def readers_that_are_layers(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+def readers_that_are_layers(graph: fx.GraphModule, real: Collection[fx.Node] = ()) -> dict[fx.Node, list[fx.Node]]:
     """The same, where only layers read integers."""
-    wanted = {given for node in nodes_of(graph, COMPUTE) if not _fixed(given := source(node))}
+    layers = [node for node in nodes_of(graph, COMPUTE) if node not in real]
+    wanted = {given for node in layers if not _fixed(given := source(node))}
     return {
-        value: [user for user in value.users if user.target in COMPUTE and _multiplies(user, value)]
+        value: [user for user in value.users if user in layers and _multiplies(user, value)]
         for value in graph.graph.nodes
         if value in wanted
     }
+
+
+def _beside(graph: fx.GraphModule, real: Collection[fx.Node]) -> set[fx.Node]:
+    """Values that are computed from nothing but what the layers `real` give, and those that nothing else reads."""
+    if not real:
+        return set()
+    behind, before = set(real), set(real)
+    for node in graph.graph.nodes:
+        read = [value for value in node.all_input_nodes if not _fixed(value) and is_real(value)]
+        if node.op == "call_function" and node.target not in COMPUTE and read and behind.issuperset(read):
+            behind.add(node)
+    for node in reversed(graph.graph.nodes):
+        if node.target not in COMPUTE and node.users and before.issuperset(node.users):
+            before.add(node)
+    return behind | before
 
 
 def groups_of(graph: fx.GraphModule, wanted: dict[fx.Node, list[fx.Node]]) -> list[list[fx.Node]]:

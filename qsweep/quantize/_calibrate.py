@@ -34,6 +34,7 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
         lambda place: NearestWeight(config, place),
         lambda: embedding_observer(config),
         apart=lambda place: apart(config, place),
+        real=config.stays_float,
         layers_only=config.activation_mode != "static",
     )
     found = list(_observers(observed.graph).values())
@@ -45,7 +46,8 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
             run(observed.graph, calibration_inputs(config, context))
             save_file(_statistics(observed.graph), folder / "statistics.safetensors")
 
-        parents = (context.key, config.calibration_samples, seed, torch.__version__, *preparation(config))
+        floats = ["float", *config.canonical().float_layers] if config.float_layers else []
+        parents = (context.key, config.calibration_samples, seed, torch.__version__, *preparation(config), *floats)
         folder = context.store.folder(context.store.key(what, 7, BINS, *parents), compute)
         return load_file(folder / "statistics.safetensors")
 

@@ -18,11 +18,14 @@ def chosen(config: Mixed, model: nn.Module, context: Context) -> dict[str, int]:
     graph = prepared(config, model, context, lambda: calibration_inputs(config, context))
     layers = graph.layers()
     config.check_layers(layers)
-    scores = sensitivity(config, graph, context)
+    every = sensitivity(config, graph, context)
+    scores = {name: found for name, found in every.items() if not config.stays_float(name)}
     settled = _settled(config, layers)
     options = {name: {settled[name]: 0.0} if name in settled else found for name, found in scores.items()}
     sizes = dict.fromkeys(scores, 0)
     for number, layer in enumerate(layers):
+        if layer.name not in sizes:
+            continue
         cost = _cost_of_a_bit(config, layer, edge=number in (0, len(layers) - 1))
         shared = config.budget == "bytes"  # what several layers read is stored once
         sizes[layer.name] = cost if shared else sizes[layer.name] + cost

@@ -160,10 +160,10 @@ def _calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
 
 
 def join_norms(graph: fx.GraphModule, *, fold_scales: bool) -> None:
-    """Replace each convolution or linear (its weight observed) and the batch norm after it by a FoldedNorm, other batch
-    norms by a LiveNorm."""
+    """Replace each convolution or linear whose weight is observed and the batch norm after it by a FoldedNorm, other
+    batch norms by a LiveNorm."""
     norms = nodes_of(graph, NORMS)
-    joined = [norm for norm in norms if joins(norm)]
+    joined = [norm for norm in norms if joins(norm) and source(source(norm), 1).op == "call_module"]
     for norm in norms:
         if norm not in joined:
             _enliven(graph, norm)

@@ -8,7 +8,6 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from qsweep.errors import Refused
 from qsweep.hub.convert import convert
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import QuantizedModel
@@ -17,7 +16,6 @@ from qsweep.hub.weights import Codebook
 from qsweep.quantize._arithmetic import weight_levels
 from qsweep.quantize._kmeans import errors, kmeans, nearest, starts
 from qsweep.quantize._observers import embedding_observer
-from qsweep.quantize.base import NO_LAYER
 from qsweep.quantize.codebook import Granularity
 from qsweep.quantize.table import Table
 from qsweep.stage import Context
@@ -43,13 +41,13 @@ class TableWeight(nn.Module):
 def weights_only(config: Table, model: nn.Module, context: Context, fit: Fit) -> QuantizedModel:
     """The hub form of `model` with the weights of every layer stored as `fit` says, all else in floating point."""
     found = float_graph(model, context)
-    if not found.layers():
-        raise Refused(NO_LAYER)
+    config.check_layers(found.layers())
     insert_observers(
         found,
         lambda place: None,
         lambda place: TableWeight(fit, config.bits_of(edge=place.edge)),
         lambda: embedding_observer(config),
+        real=config.stays_float,
     )
     return convert(found)
 

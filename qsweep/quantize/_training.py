@@ -13,6 +13,7 @@ from qsweep.hub.export import example_of, export
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import Place, insert_observers
 from qsweep.hub.nodes import constant
+from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.save import load, save
 from qsweep.quantize._begin import begin_rounded
 from qsweep.quantize._calibrate import calibration_inputs, observe
@@ -59,6 +60,7 @@ def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedMo
         config.weight,
         lambda: embedding_observer(config, RangeWeight),
         apart=lambda place: apart(config, place),
+        real=config.stays_float,
         layers_only=config.by_token,
     )
     join_norms(live.graph, fold_scales=config.weight_granularity == "channel")
@@ -143,5 +145,6 @@ def finished(live: QuantizedModel) -> QuantizedModel:
     """The trained graph with norms folded and every weight on its levels, ready to be converted, in place."""
     split_rectifiers(live.graph)
     split_norms(live.graph)
+    fold_batch_norm(live.graph)  # those behind layers that stay in floating point
     ship_weights(live.graph)
     return live

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from qsweep.config import Listed
 from qsweep.errors import Refused
 from qsweep.stage import Context, Stage
 
@@ -67,9 +68,36 @@ class LowBit(Quantization):
     embedding_bits: Annotated[int, Field(ge=2, le=8)] | None = 8
     """Of the tables of embeddings: symmetric integers with a scale for each row. A table that is a layer's weight, too,
     is stored as that. null: they stay in floating point."""
+    float_layers: Listed[tuple[str, ...]] = ()
+    """Layers that stay in floating point, by patterns of the names of their weights, such as `[front.*, head.weight]`,
+    with sums, pools and functions of what they alone give, or alone read: a spectrogram in the model, a last layer.
+    Each pattern must match a layer."""
 
-    def _embedding_label(self) -> list[str]:
-        return [] if self.embedding_bits == 8 else [f"emb{self.embedding_bits or 32}"]
+    def canonical(self) -> Self:
+        return super().canonical().model_copy(update={"float_layers": tuple(sorted(set(self.float_layers)))})
+
+    def stays_float(self, layer: str) -> bool:
+        """Whether the layer with the weight named `layer` is left as it is."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.float_layers)
+
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        """Raises Refused for a model without layers to quantize, and for a pattern that matches none."""
+        if not layers:
+            raise Refused(NO_LAYER)
+        names = [layer.name for layer in layers]
+        self._check_patterns("float_layers", self.float_layers, names)
+        if all(map(self.stays_float, names)):
+            raise Refused("`float_layers`: must leave a layer to quantize (it matches all)")
+
+    def _check_patterns(self, field: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                known = ", ".join(names)
+                raise Refused(f"`{field}`: `{pattern}` must match the weight of a layer (there are: {known})")
+
+    def _label_of_layers(self) -> list[str]:
+        tables = [] if self.embedding_bits == 8 else [f"emb{self.embedding_bits or 32}"]
+        return tables + ([f"float{len(self.float_layers)}"] if self.float_layers else [])
 
 
 class Grids(LowBit):
@@ -193,10 +221,8 @@ class Grids(LowBit):
         return max(found, key=len, default=None)  # the order of a mapping is no part of its identity
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
-        """Raises Refused for a model without layers, for a pattern of `layer_bits` that matches none of them, and for a
-        `group_size` that divides the weights of a channel of none."""
-        if not layers:
-            raise Refused(NO_LAYER)
+        """Raises Refused as every method, and for a `group_size` that divides the weights of a channel of no layer."""
+        super().check_layers(layers)
         sizes = sorted({layer.weight[0].numel() for layer in layers})
         if self.group_size and all(size % self.group_size for size in sizes):
             counts = ", ".join(map(str, sizes))
@@ -204,11 +230,7 @@ class Grids(LowBit):
                 f"`group_size`: must divide the weights of a channel of some layer (got {self.group_size}; they have "
                 f"{counts})"
             )
-        names = [layer.name for layer in layers]
-        for pattern in self.layer_bits:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                known = ", ".join(names) or "none"
-                raise Refused(f"`layer_bits`: `{pattern}` must match the weight of a layer (there are: {known})")
+        self._check_patterns("layer_bits", self.layer_bits, [layer.name for layer in layers])
 
     def label(self) -> str:
         """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-wmse`, `-edge8`, `-mse`."""
@@ -227,7 +249,7 @@ class Grids(LowBit):
             parts.append(f"edge{self.edge_bits}")
         if self.layer_bits:
             parts.append("layers" + ".".join(str(bits) for _, bits in sorted(self.layer_bits.items())))
-        parts += self._embedding_label()
+        parts += self._label_of_layers()
         if self.activation_bits is not None and self.activation_mode != "static":
             parts.append(self.activation_mode)
         elif self.activation_bits is not None:

@@ -32,4 +32,4 @@ class Table(LowBit):
     def label(self) -> str:
         """Such as `apot-w4`, with `-edge8` where the first and last layer have 8 bits."""
         edge = [f"edge{self.edge_bits}"] if self.edge_bits else []
-        return "-".join([self.method, f"w{self.weight_bits}", *edge, *self._embedding_label()])
+        return "-".join([self.method, f"w{self.weight_bits}", *edge, *self._label_of_layers()])

@@ -22,6 +22,8 @@ def kept(model: nn.Module, store: Store, key: str, compute: Callable[[Path], Non
     """
     from safetensors.torch import load_model, save_model
 
+    _own_memory(model)
+
     def fill(folder: Path) -> None:
         with resumable(folder) as checkpoints:
             compute(checkpoints / "epoch.pt")
@@ -30,6 +32,13 @@ def kept(model: nn.Module, store: Store, key: str, compute: Callable[[Path], Non
     load_model(model, store.folder(key, fill) / "weights.safetensors")
     set_mode(model, training=False)
     return model
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Let no tensor be a part of a larger one, as `torch.hann_window` gives it: such are not stored."""
+    for value in (*model.parameters(), *model.buffers()):
+        if value.untyped_storage().nbytes() != value.numel() * value.element_size():
+            value.data = value.data.clone(memory_format=torch.contiguous_format)
 
 
 def baseline_key(config: TaskConfig, root: Path, seed: int) -> str:

@@ -13,6 +13,8 @@ from qsweep.tasks.base import SplitName, Task
 
 _PART = 256
 """Samples that are looked at together."""
+_SAME = 1e-4
+"""Of the largest output: how far two calls of one model may be apart."""
 
 
 def predict(
@@ -95,6 +97,11 @@ def _check_samples(task: Task, model: nn.Module, split: SplitName, inputs: Tenso
     if augmented != shape:
         raise TaskFailure(f"`transform` must keep shape {tuple(shape)} when it augments (got {tuple(augmented)})")
     outputs = _outputs(model, task, inputs)
+    if not torch.allclose(outputs, _outputs(model, task, inputs), rtol=_SAME, atol=_SAME * float(outputs.abs().max())):
+        raise TaskFailure(
+            "the model must give the same outputs for the same inputs (it gave others the second time): no random "
+            "numbers in eval mode, nothing kept from call to call"
+        )
     if not torch.allclose(inputs, stored, rtol=0, atol=0, equal_nan=True):
         raise TaskFailure("`transform` and the model must leave the samples as they are (one changed its input)")
     if len(outputs) != len(inputs):

@@ -65,6 +65,8 @@ class Job:
         return self.task_config.open(self.root)
 
     def progress(self, text: str) -> None:
+        """Say what it is doing now, and keep it in its log."""
+        print(text, flush=True)
         (self.folder / "progress.txt").write_text(text)
 
     def alone(self, text: str) -> None:

@@ -26,7 +26,7 @@ from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
-from qsweep.errors import BundleError, Refused
+from qsweep.errors import BundleError, ExportFailure, Refused
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import QuantizedModel, grid_of
 from qsweep.hub.integer import IntegerInterpreter
@@ -512,13 +512,18 @@ def test_inductor_is_within_one_level_layer_by_layer_on_identical_inputs(
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"weight_bits": 4, "group_size": 3, "activation_bits": None}], ids=["w8a8", "w4g3"]
+    ("engine", "fields"),
+    [
+        (Inductor(), {}),
+        (Float(), {"weight_bits": 4, "group_size": 3, "activation_bits": None}),
+        (Inductor(), {"activation_mode": "token"}),
+    ],
+    ids=["w8a8", "w4g3", "token"],
 )
 def test_what_is_exported_is_loaded_and_run_by_pytorch_alone(
-    fields: dict[str, Any], root: Path, tmp_path: Path
+    engine: EngineConfig, fields: dict[str, Any], root: Path, tmp_path: Path
 ) -> None:
     found = case("digits_cnn", root, **fields)
-    engine = Inductor() if not fields else Float()
     engine.export(lowered(engine, found, tmp_path / "artifact"), tmp_path)
     torch.save(found.inputs, tmp_path / "inputs.pt")
     code = """
@@ -530,3 +535,9 @@ assert not any(name.startswith("qsweep") for name in sys.modules)
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
     wanted = simulation(found.model)(found.inputs)
     torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), wanted, atol=2e-2, rtol=0)
+
+
+def test_what_no_program_can_hold_is_refused_on_export(root: Path, tmp_path: Path) -> None:
+    found, engine = case("digits_cnn", root, activation_mode="dynamic"), Float(simulate=True)
+    with pytest.raises(ExportFailure, match=r"`torch\.export` cannot write the artifact"):
+        engine.export(lowered(engine, found, tmp_path / "artifact"), tmp_path)

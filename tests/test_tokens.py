@@ -15,6 +15,7 @@ from networks import Noise, context, digits, network
 from torch import Tensor, nn
 
 from qsweep.engines import EngineConfig
+from qsweep.engines._torch import _calls
 from qsweep.engines.cuda import Cuda
 from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
@@ -216,6 +217,15 @@ def test_every_linear_of_a_transformer_is_on_integers(
     torch.manual_seed(0)
     model = PTQ(activation_mode="token").apply(kind().eval(), context(tmp_path, task=Noise(50)))
     assert_deployed(engine(batch_size=len(INPUTS)), model, INPUTS, tmp_path, atol=0.02, rtol=0)
+
+
+def test_inductor_multiplies_rows_in_a_kernel_for_signed_integers(tmp_path: Path) -> None:
+    """oneDNN has only its reference one for them, a thousand times slower, which patterns of Inductor's would take."""
+    folder, engine = tmp_path / "artifact", Inductor(batch_size=len(INPUTS))
+    folder.mkdir()
+    engine.lower(by_token(tmp_path), folder, Store(tmp_path / "store"))
+    called = [name for name in _calls(engine.load(folder), INPUTS) if "mm" in name or "linear" in name]
+    assert called == ["aten::_int_mm"] * 2
 
 
 def test_the_scheme_of_activations_and_calibration_do_not_count() -> None:

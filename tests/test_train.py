@@ -248,6 +248,20 @@ def test_the_baseline_is_trained_once_and_the_same_for_all_who_ask(tmp_path: Pat
     assert evaluate(models[0], task, "validation").mean() >= 0.95
 
 
+class Windowed(Toy):
+    """Its window is a part of a larger tensor."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.register_buffer("window", torch.hann_window(8))
+        return model
+
+
+def test_a_model_with_a_part_of_a_tensor_is_kept_with_it(tmp_path: Path) -> None:
+    found = [kept(Windowed().model(), Store(tmp_path), "ab" * 32, lambda checkpoint: None) for _ in range(2)]
+    assert all(torch.equal(model.get_buffer("window"), torch.hann_window(8)) for model in found)
+
+
 def test_the_identity_of_a_baseline_holds_its_training_and_seed(tmp_path: Path) -> None:
     config = ImageClassification.model_validate(DIGITS)
     other = config.model_copy(update={"training": Training(epochs=9)})
@@ -293,6 +307,15 @@ def test_a_check_names_what_a_model_raises_or_returns_wrongly() -> None:
         check(Toy(), nn.Conv2d(3, 1, 1))
     with pytest.raises(TaskFailure, match="must give 4 outputs"):
         check(Toy(), nn.Flatten(0))
+
+
+def test_a_model_that_draws_random_numbers_is_told() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :2] + torch.randn(len(x), 2)
+
+    with pytest.raises(TaskFailure, match="the same outputs for the same inputs"):
+        check(Toy(), Noisy())
 
 
 def test_a_sound_task_passes_the_check() -> None:

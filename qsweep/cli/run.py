@@ -136,7 +136,9 @@ class Watch:
         from qsweep.errors import SweepError
         from qsweep.ship import Selector, best
 
-        most, by = "accuracy_drop_pp=1", "latency_ms"
+        bound = self.spec.constraints.get("accuracy_drop_pp")
+        loss = 1.0 if bound is None or bound.max is None else bound.max
+        most, by = f"accuracy_drop_pp={loss:g}", "latency_ms"
         try:
             best(list(self.records.values()), Selector.parse(max=[most], by=by), self.spec.constraints)
         except SweepError as error:

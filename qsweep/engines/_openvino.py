@@ -96,10 +96,14 @@ def _model(content: onnx.ModelProto) -> openvino.Model:
 
 def _reason(error: RuntimeError) -> str:
     """What it says, but for places in OpenVINO's own sources."""
-    said = re.sub(r"Exception from \S+|Check '.*' failed at \S+", "", str(error))
-    return " ".join(said.split())[:300] or "it does not say why"
+    said = " ".join(re.sub(r"Exception from \S+|Check '.*' failed at \S+", "", str(error)).split())
+    if len(said) > 2 * _ENOUGH:  # it begins with where it was, and ends with why
+        said = f"{said[:_ENOUGH]} ... {said[-_ENOUGH:]}"
+    return said or "it does not say why"
 
 
+_ENOUGH = 200
+"""Characters of the beginning and of the end of a long message."""
 _INTEGER = "_I8"
 """How the names of integer kernels end."""
 

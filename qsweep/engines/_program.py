@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import fx
+from torch.fx.passes.shape_prop import ShapeProp
 
+from qsweep.engines._torch_graph import with_token_grids
+from qsweep.errors import ExportFailure, why
 from qsweep.hub.kinds import EMBEDDING, NAMESPACES, aten
 from qsweep.hub.nodes import nodes_of, source
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation
 
@@ -22,16 +25,24 @@ def write_program(artifact: Path, out: Path) -> None:
     """Write `model.pt2` to the folder `out`; it takes and gives float32, of any batch size.
 
     Integers stay where PyTorch has ops for them (`quantized_decomposed`, which `torch.ao.quantization.fx._decomposed`
-    registers); other schemes are written as the floating point that simulates them.
+    registers); other schemes are written as the floating point that simulates them. Raises ExportFailure where
+    `torch.export` knows no such op, as of ranges that each batch sets.
     """
     model = load(artifact)
+    if nodes_of(model.graph, {QUANTIZE_ROWS}):
+        ShapeProp(model.graph).propagate(model.example)
+        with_token_grids(model.graph)
     ops = [node.target for node in model.graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     known = {op.namespace for op in ops} <= _KNOWN and model.dtype == torch.float32
     graph = by_rows(model.graph) if known else simulation(model)
     shapes = ({0: torch.export.Dim("batch")},)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.export.save(torch.export.export(graph, (model.example,), dynamic_shapes=shapes), out / _FILE)
+        try:
+            program = torch.export.export(graph, (model.example,), dynamic_shapes=shapes)
+        except Exception as error:  # the tracer raises dozens of types
+            raise ExportFailure(f"`torch.export` cannot write the artifact: {why(error)}") from error
+        torch.export.save(program, out / _FILE)
 
 
 def by_rows(graph: fx.GraphModule) -> fx.GraphModule:

@@ -104,9 +104,11 @@ def _multiply_rows(graph: fx.GraphModule, linear: fx.Node, integers: fx.Node, sc
         sizes = [call(SIZE, (integers, dim)) for dim in range(len(linear.meta["tensor_meta"].shape) - 1)]
         flat = call(aten.reshape.default, (integers, [-1, depth]))
         sums = call(aten._int_mm.default, (flat, call(aten.permute.default, (stored.args[0], [1, 0]))))
+        # no bound at all, but no pattern of Inductor's either: it would call oneDNN, slow for signed rows
+        bounded = call(aten.clamp_max.default, (sums, 2**31 - 1))
         result = _chain(
             graph,
-            call(aten.reshape.default, (call(aten.clamp_max.default, (sums, 2**31 - 1)), [*sizes, columns])),
+            call(aten.reshape.default, (bounded, [*sizes, columns])),
             (aten.to.dtype, torch.float32),
             (aten.mul.Tensor, scale),
             (aten.mul.Tensor, stored.args[1]),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
-from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, causes
+from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, causes, why
 from qsweep.evaluate import check, predict
 from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure
@@ -288,7 +288,4 @@ def _known(error: Exception) -> QsweepError:
             return OutOfMemory(text)
         if broken:
             return OutOfMemory(text) if short else Crashed(text)
-    text = str(error)
-    if isinstance(error, QsweepError):
-        return error
-    return TaskFailure(f"{type(error).__name__}: {text}")
+    return error if isinstance(error, QsweepError) else TaskFailure(why(error))

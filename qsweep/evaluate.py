@@ -49,9 +49,28 @@ def evaluate(
     batch_size: int = 256,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """(N,) float32 scores in [0, 1] of `model` on `split`, one a sample; their mean is the accuracy."""
+    """As `judged`: scores of `model` on `split`."""
     inputs, labels = task.samples(split)
-    return task.score(predict(model, task, inputs, batch_size, device), labels).float()
+    return judged(task, predict(model, task, inputs, batch_size, device), labels)
+
+
+def judged(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
+    """(N,) float32, one a sample, whose mean is the accuracy: the task's scores.
+
+    Of a task with a `metric` of the mean score what each sample adds to it, to first order: the mean of these over
+    other samples, drawn with replacement, is close to their metric (Efron 1982, "The Jackknife, the Bootstrap and Other
+    Resampling Plans", chapter 6).
+    """
+    scores, metric = task.score(outputs, labels), getattr(task, "metric", None)
+    if metric is None:
+        return scores.float()
+    mean = scores.double().mean(0).requires_grad_()
+    with torch.enable_grad():
+        value = metric(mean)
+        (slope,) = torch.autograd.grad(value, mean)
+    slope = slope.nan_to_num(0.0)  # of a class that no sample has
+    found: Tensor = value.detach() + (scores.double() - mean.detach()) @ slope
+    return found.float()
 
 
 def check(task: Task, model: nn.Module) -> None:
@@ -97,18 +116,18 @@ def _check_samples(task: Task, model: nn.Module, split: SplitName, inputs: Tenso
     if augmented != shape:
         raise TaskFailure(f"`transform` must keep shape {tuple(shape)} when it augments (got {tuple(augmented)})")
     outputs = _outputs(model, task, inputs)
+    if not torch.allclose(inputs, stored, rtol=0, atol=0, equal_nan=True):
+        raise TaskFailure("`transform` and the model must leave the samples as they are (one changed its input)")
     if not torch.allclose(outputs, _outputs(model, task, inputs), rtol=_SAME, atol=_SAME * float(outputs.abs().max())):
         raise TaskFailure(
             "the model must give the same outputs for the same inputs (it gave others the second time): no random "
             "numbers in eval mode, nothing kept from call to call"
         )
-    if not torch.allclose(inputs, stored, rtol=0, atol=0, equal_nan=True):
-        raise TaskFailure("`transform` and the model must leave the samples as they are (one changed its input)")
     if len(outputs) != len(inputs):
         raise TaskFailure(f"the model must give {len(inputs)} outputs for as many inputs (got {len(outputs)})")
     if not torch.isfinite(task.loss(outputs, labels)):
         raise NotFinite(f"the loss of the first samples of `{split}` must be finite")
-    task.score(outputs, labels)
+    judged(task, outputs, labels)
 
 
 def layout(inputs: Tensor) -> torch.memory_format:

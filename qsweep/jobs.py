@@ -22,7 +22,7 @@ from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, causes, why
-from qsweep.evaluate import check, predict
+from qsweep.evaluate import check, judged, predict
 from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
@@ -131,7 +131,7 @@ def _build(job: Job) -> Result:
         stored, labels = (part[: job.measure.parity_samples] for part in samples)
         together = job.config.target.batch_size if model.dynamic else 256
         simulated = predict(simulation(model), task, stored, together)
-        accuracy = task.score(simulated, labels).float().mean().item()
+        accuracy = judged(task, simulated, labels).mean().item()
     save_file({"outputs": simulated.contiguous()}, job.folder / SIMULATED)
     job.progress("lower")
     with job.clock("lower"):
@@ -172,7 +172,7 @@ def _measure(job: Job) -> Result:
     pin(engine.threads)
     with job.clock("accuracy"):
         deployed = outputs(run, task, "validation", engine.batch_size, device=engine.device)
-        scores = task.score(deployed, task.samples("validation").labels).float()
+        scores = judged(task, deployed, task.samples("validation").labels)
         np.save(job.folder / "scores.npy", scores.numpy())
         metrics["accuracy"] = scores.mean().item()
     simulated = load_file(job.folder / SIMULATED)["outputs"]
@@ -195,8 +195,8 @@ def _test(job: Job) -> Result:
     labels = task.samples("test").labels
     job.alone("test")
     found = outputs(run, task, "test", engine.batch_size, device=engine.device)
-    score = task.score(found, labels)
-    return {"metrics": {"accuracy_test": score.float().mean().item()}, "seconds": job.clock.seconds}
+    accuracy = judged(task, found, labels).mean().item()
+    return {"metrics": {"accuracy_test": accuracy}, "seconds": job.clock.seconds}
 
 
 def _drop(job: Job, accuracy: float) -> float:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from qsweep.errors import DataError, NotFinite, TaskFailure
-from qsweep.evaluate import check, evaluate
+from qsweep.evaluate import check, evaluate, judged
 from qsweep.tasks import AnyTask, SplitName, Task
 from qsweep.tasks.image_classification import ImageClassification
 from qsweep.tasks.images._task import augment, normalise
@@ -407,6 +407,61 @@ def test_a_users_mistake_is_told_with_file_line_and_method(tmp_path: Path, old: 
     with pytest.raises(TaskFailure, match=complaint) as raised:
         use(user(tmp_path, old, new))
     assert str(tmp_path / "mine.py") in str(raised.value)
+
+
+METRIC = """
+    def score(self, outputs, labels):
+        chosen, wanted = (nn.functional.one_hot(each, 2).bool() for each in (outputs.argmax(1), labels))
+        return torch.cat([chosen & wanted, chosen | wanted], 1).float()
+
+    def metric(self, mean):
+        both, either = mean.chunk(2)
+        return (both / either).nanmean()
+"""
+
+
+def measured(root: Path, old: str = "", new: str = "") -> Task:
+    return user(root, USER_TASK[USER_TASK.index("    def score") :], METRIC.replace(old, new))
+
+
+def test_a_metric_of_all_samples_is_the_accuracy(tmp_path: Path) -> None:
+    task = measured(tmp_path)
+    check(task, task.model())
+    generator = torch.Generator().manual_seed(0)
+    outputs, labels = torch.randn(500, 2, generator=generator), torch.randint(0, 2, (500,), generator=generator)
+    chosen = outputs.argmax(1)
+    unions = [((chosen == c) & (labels == c)).sum() / ((chosen == c) | (labels == c)).sum() for c in (0, 1)]
+    scores = judged(task, outputs, labels)
+    assert scores.shape == (500,)
+    assert scores.mean().item() == pytest.approx(float(sum(unions)) / 2, abs=1e-6)
+    drawn = [torch.randint(0, 500, (500,), generator=generator) for _ in range(200)]
+    again = torch.stack([judged(task, outputs[rows], labels[rows]).mean() for rows in drawn])
+    assert torch.stack([scores[rows].mean() for rows in drawn]).std().item() == pytest.approx(
+        again.std().item(), rel=0.05
+    )
+    none = torch.zeros(4, dtype=torch.long)
+    assert judged(task, torch.tensor([[1.0, 0.0]]).expand(4, 2), none).tolist() == [1.0] * 4  # no sample of one class
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        (
+            "cat([chosen & wanted, chosen | wanted], 1)",
+            "ones(4)",
+            r"`Mine.score` must return a tensor of shape \(4, K\)",
+        ),
+        (").float()\n\n", ").float() / 0\n\n", "`Mine.score` must return finite numbers"),
+        (".nanmean()", "", "`Mine.metric` must return a scalar tensor"),
+        ("(both / either).nanmean()", "torch.tensor(0.5)", "`Mine.metric` must be computed of the mean"),
+        (".nanmean()", ".nansum() + 2", "`Mine.metric` must return a value from 0 to 1"),
+        ("both, either", "both, either, none", "`Mine.metric` raised ValueError"),
+    ],
+)
+def test_what_a_metric_returns_wrongly_is_told(old: str, new: str, complaint: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    with pytest.raises(TaskFailure, match=complaint):
+        use(measured(tmp_path, old, new))
 
 
 def test_a_loss_of_outputs_that_are_not_finite_is_no_mistake_of_the_task(tmp_path: Path) -> None:

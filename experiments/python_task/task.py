@@ -6,9 +6,18 @@ Data: Breast Cancer Wisconsin (Diagnostic), 569 rows, bundled with scikit-learn.
 What qsweep asks of them, and says before it trains where one does not hold: the model is float32, takes one float32
 tensor (N, ...) and gives one tensor (N, ...), such as logits (N, C), maps (N, C, H, W) or numbers (N,); numbers of
 tokens come as float32, too, and the model makes indices of them (`self.embedding(tokens.long())`). Scores go from 0 to
-1, one a sample, as their mean is shown in per cent: for a regression take, say, the share of its outputs within a
-tolerance. Data that are read from files belong into `depends_on`. Every job is a process of its own that opens the task
-anew: keep what takes long to prepare in a file.
+1, one a sample, as their mean is shown in per cent. Data that are read from files belong into `depends_on`. Every job
+is a process of its own that opens the task anew: keep what takes long to prepare in a file.
+
+What is no mean over samples is a `metric` of means, from 0 to 1 as well: mean IoU (intersections and unions by class),
+F1 (counts), or R2 of a regression:
+
+    def score(self, outputs, labels):  # (N, 3)
+        return torch.stack([(labels - outputs) ** 2, labels, labels**2], 1)
+
+    def metric(self, mean):  # of these, over the samples: the share of the variance that is explained
+        error, first, second = mean
+        return (1 - error / (second - first**2)).clamp(min=0)
 """
 
 from __future__ import annotations

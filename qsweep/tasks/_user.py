@@ -64,6 +64,7 @@ class UserTask:
         self._loaded: dict[SplitName, Samples] = {}
         self.any_device = bool(getattr(task, "any_device", False))
         self._task = task
+        self.metric = self._metric if callable(getattr(task, "metric", None)) else None
 
     @classmethod
     def of(cls, kind: type, arguments: dict[str, Any], path: Path) -> UserTask:
@@ -111,10 +112,23 @@ class UserTask:
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         found = self._ask("score", outputs, labels)
+        if self.metric is not None:
+            fits = isinstance(found, Tensor) and found.dim() == 2 and len(found) == len(labels)
+            shape = f"({len(labels)}, K), of whose mean (K,) `metric` makes the accuracy"
+            self._must(fits, "score", f"return a tensor of shape {shape}", _describe(found))
+            self._must(bool(found.isfinite().all()), "score", "return finite numbers", "NaN or infinity")
+            return found  # type: ignore[no-any-return]
         fits = isinstance(found, Tensor) and found.shape == (len(labels),)
         self._must(fits, "score", f"return a tensor of shape ({len(labels)},)", _describe(found))
         inside = bool(((found >= 0) & (found <= 1)).all())  # NaN is not
         self._must(inside, "score", "return values from 0 to 1", f"{found.min().item()} to {found.max().item()}")
+        return found  # type: ignore[no-any-return]
+
+    def _metric(self, mean: Tensor) -> Tensor:
+        found = self._ask("metric", mean)
+        self._must(isinstance(found, Tensor) and found.dim() == 0, "metric", "return a scalar tensor", _describe(found))
+        self._must(found.requires_grad, "metric", "be computed of the mean by ops of PyTorch", "a constant")
+        self._must(0 <= found.item() <= 1, "metric", "return a value from 0 to 1", f"{found.item()}")  # NaN is not
         return found  # type: ignore[no-any-return]
 
     def _ask(self, method: str, *arguments: object) -> Any:

@@ -31,6 +31,10 @@ class Task(Protocol):
 
     All tensors are on the CPU but those of a training on a GPU: `loss` is given tensors of that device then, and so is
     `transform`, with a generator of that device, if the task has an attribute `any_device` that is true.
+
+    What is no mean over samples, such as mean IoU, F1 or R2, is a method `metric(mean)` more: `score` gives numbers
+    (B, K) then (intersections and unions by class, counts, squares), and `metric` makes of their mean over the split,
+    (K,) and float64, the accuracy: a scalar in [0, 1], by ops that have gradients.
     """
 
     def model(self) -> nn.Module:

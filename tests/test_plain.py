@@ -93,8 +93,53 @@ def dropped(x: Tensor) -> Tensor:
     return y
 
 
+def written_behind_reshapes(x: Tensor) -> Tensor:
+    y = x * 2
+    tokens, flat, turned = y.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 6), y.flatten(1), y.transpose(2, 3).flatten(2)
+    y -= 1
+    return y + tokens.amax((1, 2)).reshape(-1, 1, 1, 1) + (flat + turned.flatten(1)).reshape(y.shape)
+
+
+def written_behind_copies(x: Tensor) -> Tensor:
+    y = x * 2
+    turned, same, wide = y.permute(0, 2, 3, 1).contiguous(), y.contiguous(), y.double()
+    F.relu_(y)
+    return y + turned.permute(0, 3, 1, 2) + same * wide.float()
+
+
+def written_behind_a_type_that_it_has(x: Tensor) -> Tensor:
+    y = x * 2
+    same = y.to(torch.float32)
+    y.mul_(3)
+    return y + same
+
+
+def written_under_a_part(x: Tensor) -> Tensor:
+    y = x * 2
+    left, right = y.chunk(2, 1)
+    left.mul_(2)
+    return y + torch.cat([right, right], 1)
+
+
+def rebound(x: Tensor) -> Tensor:
+    y = x * 2
+    z, y = y, y + 1
+    z.relu_()
+    return y + z
+
+
+def framed(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], 6, 10, 16)
+    y[..., 1:-1, 1:-1] = x
+    y[:, :, 0], y[:, -1] = y[:, :, 2], y[:, 0]
+    y[:, 1, 2:, ::2] = 0
+    return y
+
+
 WRITES = [
     written_and_read_before, written_part, written_twice, shifted, masked, indexed, half_written, sinusoids, dropped,
+    written_behind_reshapes, written_behind_copies, written_behind_a_type_that_it_has, written_under_a_part, rebound,
+    framed,
 ]  # fmt: skip
 
 

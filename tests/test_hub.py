@@ -177,8 +177,9 @@ def batch_norm(norm: nn.Module) -> nn.Module:
     assert norm.running_var is not None
     nn.init.normal_(norm.running_mean)
     nn.init.uniform_(norm.running_var, 0.5, 2.0)
-    norm.weight.data = torch.linspace(-1, 1, len(norm.weight))  # negative, zero and positive
-    nn.init.normal_(norm.bias)
+    if norm.affine:
+        norm.weight.data = torch.linspace(-1, 1, len(norm.weight))  # negative, zero and positive
+        nn.init.normal_(norm.bias)
     return norm
 
 
@@ -189,12 +190,14 @@ def batch_norm(norm: nn.Module) -> nn.Module:
         ((nn.Conv2d(2, 5, 3, bias=False), nn.BatchNorm2d(5)), (7, 2, 6, 6)),
         ((nn.Conv1d(2, 5, 3), nn.BatchNorm1d(5)), (7, 2, 6)),
         ((nn.Linear(4, 5), nn.BatchNorm1d(5)), (7, 4)),
+        ((nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.BatchNorm2d(5, eps=0.1), nn.BatchNorm2d(5)), (7, 2, 6, 6)),
+        ((nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.BatchNorm1d(5)), (7, 4)),
     ],
-    ids=["conv2d with bias", "conv2d", "conv1d", "linear"],
+    ids=["conv2d with bias", "conv2d", "conv1d", "linear", "three norms", "linear with two"],
 )
 def test_batch_norm_with_negative_and_zero_gamma_folds(layers: tuple[nn.Module, ...], shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(layers[0], batch_norm(layers[1])).eval()
+    model = nn.Sequential(layers[0], *map(batch_norm, layers[1:])).eval()
     inputs = torch.randn(shape)
     found = folded(model, inputs)
     assert not nodes_of(found.graph, {aten.batch_norm.default})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Noise, context, shared
+from networks import Noise, assert_close, context, shared
 from torch import Tensor, nn
 
 from qsweep.engines import EngineConfig
@@ -22,7 +22,11 @@ from qsweep.errors import ExportFailure, Refused
 from qsweep.hub.export import export, float_graph
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.kinds import NORMS
+from qsweep.hub.nodes import nodes_of
+from qsweep.hub.simulate import simulation
 from qsweep.quantize.ptq import PTQ
+from qsweep.quantize.qat import QAT
 from qsweep.store import Store
 
 INPUTS = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -77,6 +81,10 @@ ODD: dict[str, tuple[Callable[..., Tensor], Callable[[], list[nn.Module]]]] = {
     "transposed, in groups": (
         lambda x, up, bn, conv: conv(F.relu(bn(up(x)))),
         lambda: [nn.ConvTranspose2d(8, 6, 3, 2, groups=2), norm(6), nn.Conv2d(6, 4, 3, 2)],
+    ),
+    "normed twice": (
+        lambda x, conv, one, other, last: last(F.relu(other(one(conv(x))))),
+        lambda: [nn.Conv2d(8, 6, 3), norm(6), norm(6), nn.Conv2d(6, 4, 3)],
     ),
     "transposed and scaled": (
         lambda x, up: up(x) * torch.linspace(0.5, 2, 8).reshape(1, 8, 1, 1),
@@ -183,6 +191,26 @@ def test_a_write_through_a_view_that_is_no_slice_is_refused(view: Callable[[Tens
 
     with pytest.raises(ExportFailure, match="writes into a tensor that is read elsewhere"):
         export(Writes().eval(), INPUTS[:2])
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_norm_of_a_norm_is_trained_and_shipped_as_one(bits: int | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 6, 3), norm(6), norm(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(96, 10)
+    found = context(tmp_path, "odd", task=Noise(inputs=INPUTS))
+    live = QAT(activation_bits=bits, weight_granularity="tensor", calibration_samples=20).apply(
+        nn.Sequential(*layers), found
+    )
+    assert not nodes_of(live.graph, NORMS)
+    given, wanted = outputs(OnnxRuntime(batch_size=20), live, tmp_path), simulation(live)(INPUTS).detach()
+    assert_close(given, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of PyTorch's exporter
+def test_a_norm_that_onnx_takes_into_weights_is_refused(tmp_path: Path) -> None:
+    live = export(nn.Sequential(nn.Conv2d(1, 6, 3), norm(6)).eval(), INPUTS[:2])
+    with pytest.raises(Refused, match=r"computes with `0\.weight` beforehand"):
+        OnnxRuntime(batch_size=20).lower(live, tmp_path, Store(tmp_path / "store"))
 
 
 def test_a_divisor_that_onnx_does_not_have_is_refused(tmp_path: Path) -> None:

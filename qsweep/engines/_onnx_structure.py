@@ -44,7 +44,7 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _with_quick_gelus(content)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 11, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 12, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
@@ -108,13 +108,14 @@ def _keep_changed(content: onnx.ModelProto, graph: torch.fx.GraphModule, own: se
 
     constants = dict(attributes(graph))
     read = {name for node in content.graph.node for name in node.input}
-    if lost := sorted(own.intersection(constants) - read):
-        raise Refused(f"`torch.onnx` computes with `{lost[0]}` beforehand, which differs from model to model")
-    changed = {}
+    lost, changed = sorted(own.intersection(constants) - read), {}
     for tensor in content.graph.initializer:
         value = constants.get(tensor.name)
         if value is not None and not np.array_equal(numpy_helper.to_array(tensor), value.detach().numpy()):
+            lost += own.intersection({tensor.name})
             changed[tensor.name] = tensor.name = f"{tensor.name}.folded"
+    if lost:
+        raise Refused(f"`torch.onnx` computes with `{lost[0]}` beforehand, which differs from model to model")
     for node in content.graph.node:
         node.input[:] = [changed.get(name, name) for name in node.input]
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from qsweep.errors import DataError, ExportFailure
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.norm import fold_batch_norm
+from qsweep.hub.norm import fold_batch_norm, without_norms_of_norms
 from qsweep.hub.plain import plain
 from qsweep.hub.slim import slim
 
@@ -41,9 +41,10 @@ def example_of(context: Context) -> Tensor:
 
 
 def export(model: nn.Module, example: Tensor) -> QuantizedModel:
-    """`traced`, without the channels that are nothing but zeros."""
+    """`traced`, without the channels that are nothing but zeros and with one norm where norms follow each other."""
     live = traced(model, example)
     slim(live)
+    without_norms_of_norms(live.graph)
     return live
 
 

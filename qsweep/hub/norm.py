@@ -29,6 +29,23 @@ def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
+@torch.no_grad()
+def without_norms_of_norms(graph: fx.GraphModule) -> None:
+    """Let every batch norm be what the one that alone reads it makes of it, in place: a layer takes in one norm."""
+    for norm in nodes_of(graph, NORMS):
+        first = source(norm)
+        if first.target not in NORMS or len(first.users) > 1 or not (_has_statistics(first) and _has_statistics(norm)):
+            continue
+        factor, shift = affine(graph, norm)
+        gamma, beta = (constant(graph, given) for given in first.args[1:3])
+        weight = factor if gamma is None else gamma.double() * factor
+        bias = shift if beta is None else beta.double() * factor + shift
+        replace_weight(graph, [first], weight.float(), bias.float())
+        norm.replace_all_uses_with(first)
+        graph.graph.erase_node(norm)
+    graph.recompile()
+
+
 def alike(norms: Iterable[fx.Node]) -> list[list[fx.Node]]:
     """`norms` that can be folded, in groups of those that are one norm behind one layer, called again."""
 
@@ -78,7 +95,11 @@ def joins(norm: fx.Node, layers: Collection[Any] = COMPUTE) -> bool:
         return False
     weight = source(compute, 1)
     weight = source(weight) if weight.op == "call_module" else weight  # observed
-    return all(isinstance(node, fx.Node) and node.op == "get_attr" for node in (weight, *norm.args[3:5]))
+    return weight.op == "get_attr" and _has_statistics(norm)
+
+
+def _has_statistics(norm: fx.Node) -> bool:
+    return all(isinstance(node, fx.Node) and node.op == "get_attr" for node in norm.args[3:5])
 
 
 def stands_alone(norm: fx.Node) -> bool:
@@ -90,10 +111,12 @@ def stands_alone(norm: fx.Node) -> bool:
 
 def replace_weight(graph: fx.GraphModule, computes: Sequence[fx.Node], weight: Tensor, bias: Tensor) -> None:
     """Give `computes` constants of their own, so that a layer that shared them keeps what it had."""
-    name = own_name(graph, str(source(computes[0], 1).target), *computes)
+    first = computes[0]
+    read = str(first.args[1].target) if isinstance(first.args[1], fx.Node) else f"{first.name}_weight"
+    name = own_name(graph, read, *computes)
     bias_name = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"
     bias_name = own_name(graph, bias_name, *computes)
-    with graph.graph.inserting_before(computes[0]):
+    with graph.graph.inserting_before(first):
         set_constant(graph, name, weight, trainable=True)
         set_constant(graph, bias_name, bias, trainable=True)
         new = graph.graph.get_attr(name), graph.graph.get_attr(bias_name)

@@ -80,7 +80,7 @@ def correct(config: PostTraining, model: nn.Module, context: Context, observed: 
 
     seed = config.draw(context)
     parents = (context.key, config.calibration_samples, seed, torch.__version__, *preparation(config))
-    folder = context.store.folder(context.store.key("mean_outputs", 3, *parents), compute)
+    folder = context.store.folder(context.store.key("mean_outputs", 4, *parents), compute)
     correct_biases(observed, load_file(folder / "means.safetensors"), inputs)
 
 

@@ -32,7 +32,7 @@ def prepared(config: Grids, model: nn.Module, context: Context, inputs: Callable
 
         seed = config.draw(context)
         parents = (context.key, config.equalize, config.calibration_samples, seed, torch.__version__)
-        key = context.store.key("channel_maxima", 3, *parents)
+        key = context.store.key("channel_maxima", 4, *parents)
         smooth(graph, load_file(context.store.folder(key, compute) / "maxima.safetensors"), config.smooth)
     return graph
 

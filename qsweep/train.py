@@ -59,7 +59,7 @@ def fit(
     batches = Batches(task, training, seed)
     device, steps = batches.device, len(batches)
     _move(model, device)
-    model.to(memory_format=batches.layout)  # type: ignore[call-overload]
+    _lay_out(model, batches.layout)
     kept = masks(model) if keep_zeros else {}
     optimizer = optimizer_of(model, training)
     rate = _schedule(optimizer, training, training.epochs * steps)
@@ -136,6 +136,13 @@ def _move(model: nn.Module, device: torch.device) -> None:
         on_device(model, device)
     else:
         model.to(device)
+
+
+def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """What has four dimensions; PyTorch has other layouts for five, which `model.to` would want this one for, too."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=layout)
 
 
 def _settle(model: nn.Module) -> None:

@@ -59,6 +59,13 @@ def test_training_raises_the_accuracy(fields: dict[str, Any]) -> None:
     assert evaluate(model, task, "validation").mean().item() > max(0.85, before)
 
 
+def test_a_model_of_images_may_have_weights_of_volumes() -> None:
+    volumes = nn.Unflatten(1, (1, 4)), nn.Conv3d(1, 4, 1), nn.Flatten()
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), *volumes, nn.Linear(256, 2))
+    before = model[2].weight.detach().clone()
+    assert not torch.equal(trained(Toy(), model=model)[2].weight, before)  # type: ignore[index]
+
+
 def test_training_leaves_the_random_numbers_of_the_process_alone() -> None:
     task, model = Toy(), Toy(dropout=0.5).model()
     before = torch.get_rng_state()

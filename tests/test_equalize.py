@@ -303,6 +303,26 @@ def test_a_layer_without_bias_gets_one(tmp_path: Path) -> None:
     assert all(bias.abs().max() > 0 for bias in biases if bias is not None)
 
 
+class Made(nn.Module):
+    """A depthwise convolution of each sample with weights that a linear makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.head = nn.Linear(64, 9), nn.Linear(36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.weights(x.flatten(1)).reshape(-1, 1, 3, 3)
+        made = F.conv2d(x.reshape(1, -1, 8, 8), weights, groups=x.shape[0])
+        return self.head(made.reshape(-1, 36))  # type: ignore[no-any-return]
+
+
+def test_a_layer_whose_weights_follow_from_the_input_gets_no_bias(tmp_path: Path) -> None:
+    config = PTQ.model_validate(WEIGHT_ONLY | {"bias_correction": True})
+    quantized = config.apply(Made().eval(), context(tmp_path))
+    assert [len(node.args) > 2 and node.args[2] is not None for node in nodes_of(quantized.graph, COMPUTE)] == [1, 0, 1]
+    assert len(simulation(quantized)(INPUTS[:3])) == 3
+
+
 def test_layers_that_share_weight_and_bias_get_biases_of_their_own(tmp_path: Path) -> None:
     config = PTQ.model_validate(WEIGHT_ONLY | {"bias_correction": True})
     quantized = config.apply(model_of("shared"), context(tmp_path))

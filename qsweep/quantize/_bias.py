@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 
 from qsweep.errors import NotFinite
 from qsweep.hub.convert import convert
-from qsweep.hub.form import QuantizedModel
+from qsweep.hub.form import QuantizedModel, layers_of
 from qsweep.hub.kinds import COMPUTE, CONVOLUTIONS
 from qsweep.hub.nodes import constant, nodes_of, set_constant, source
 from qsweep.hub.norm import own_name
@@ -86,11 +86,13 @@ def correct(config: PostTraining, model: nn.Module, context: Context, observed: 
 
 @torch.no_grad()
 def mean_outputs(model: QuantizedModel, inputs: Tensor) -> dict[str, Tensor]:
-    """(C,) float64 mean of each output channel of every convolution and linear over `inputs` (N, ...), by node."""
+    """(C,) float64 mean of each output channel of every layer over `inputs` (N, ...), by node."""
     means: dict[str, Tensor] = {}
+    layers = {*layers_of(model.graph)}
 
     def keep(node: fx.Node, outputs: _Batches) -> None:
-        means[node.name] = _mean(node, outputs)
+        if node in layers:
+            means[node.name] = _mean(node, outputs)
 
     _Lockstep(model.graph, keep).run(_Batches(list(torch.split(inputs, _BATCH))))
     return means
@@ -112,7 +114,7 @@ def correct_biases(model: QuantizedModel, expected: dict[str, Tensor], inputs: T
 
     def correct(node: fx.Node, outputs: _Batches) -> None:
         if node.name not in expected:
-            return  # a norm that has become a layer
+            return  # a norm that has become a layer, or its weights follow from the input
         shift = expected[node.name] - _mean(node, outputs)
         if not shift.isfinite().all():
             raise NotFinite(f"`{node.name}`: a mean output is NaN or infinite on the calibration samples")

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Noise, context, digits, network, pruned
+from networks import Noise, context, digits, made, network, pruned
 from torch import Tensor, nn
 
 from qsweep.config import members
@@ -433,13 +434,32 @@ def test_norms_that_no_layer_takes_in_stay_live_in_training_and_are_shipped(tmp_
     assert (shipped.graph(INPUTS) - trained).std() < 0.01 * trained.std()
 
 
+class Blurred(nn.Module):
+    """A convolution whose weights are no parameter."""
+
+    blur: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 3, 3), nn.Linear(48, 10)
+        self.register_buffer(
+            "blur", torch.tensor([[1.0, 2.0, 1.0], [3.0, 6.0, 3.0], [2.0, 4.0, 2.0]]).repeat(3, 1, 1, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(self.conv(x).relu(), self.blur, groups=3)
+        logits: Tensor = self.linear(x.flatten(1))
+        return logits
+
+
 @pytest.mark.parametrize("fields", [{}, {"weight_scheme": "asymmetric"}, {"group_size": 3}, {"edge_bits": 8}], ids=str)
-@pytest.mark.parametrize("name", ["depthwise", "shortcut", "computed"])
+@pytest.mark.parametrize("name", ["depthwise", "shortcut", "computed", "blurred"])
 def test_a_training_begins_with_the_integers_that_rounding_has_chosen(
     name: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     shared = {"weight_bits": 3, "activation_bits": 8, "calibration_samples": 50, "rounding": "gptq"} | fields
-    config, model, found = LSQ.model_validate(shared), network(name), context(tmp_path)
+    model = made(Blurred) if name == "blurred" else network(name)
+    config, found = LSQ.model_validate(shared), context(tmp_path)
     live = training.prepared(config, model, found)
     begin_rounded(live.graph, config.starts_from(), model, found)
     zeros = {key: int((value == 0).sum()) for key, value in live.graph.named_parameters()}

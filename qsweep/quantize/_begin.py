@@ -30,12 +30,12 @@ def begin_rounded(graph: fx.GraphModule, ptq: PTQ, model: nn.Module, context: Co
     """
     chosen = _chosen(ptq, model, context)
     quantizers = weight_quantizers(graph)
-    names = [str(source(node, 1 if isinstance(module, FoldedNorm) else 0).target) for node, module in quantizers]
-    readers = Counter(names)
-    for (node, module), name in zip(quantizers, names, strict=True):
-        if name not in chosen or readers[name] > 1:
+    weights = [source(node, 1 if isinstance(module, FoldedNorm) else 0) for node, module in quantizers]
+    readers = Counter(given.target for given in weights)
+    for (node, module), given in zip(quantizers, weights, strict=True):
+        weight, name = constant(graph, given), str(given.target)
+        if weight is None or name not in chosen or readers[name] > 1:
             continue
-        weight = graph.get_parameter(name)
         integers, levels = chosen[name]
         if isinstance(module, FoldedNorm):
             integers, levels = module.unfolded(integers, levels, *module.constants(graph, node)[2:])

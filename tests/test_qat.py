@@ -399,6 +399,22 @@ def test_ranges_are_calibrated_with_the_statistics_of_the_norms_which_stay(metho
     assert all(torch.equal(value, dict(live.graph.named_buffers())[name]) for name, value in before.items())
 
 
+@pytest.mark.parametrize("cut", [0, 2])
+def test_what_is_frozen_stays_frozen(cut: int, tmp_path: Path) -> None:
+    frozen = (
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 3)), nn.Conv2d(6, 6, 1), nn.ReLU(),
+    )  # fmt: skip
+    model = nn.Sequential(*frozen, nn.Flatten(), nn.Linear(96, 10)).eval()
+    for layer in frozen:
+        layer.requires_grad_(False)
+    for parameter in frozen[5].parameters():
+        parameter[:cut] = 0.0
+    live = training.prepared(QAT(), model, context(tmp_path))
+    learned = {name: value.shape for name, value in live.graph.named_parameters() if value.requires_grad}
+    assert learned == {"8.weight": (10, 16 * (6 - cut)), "8.bias": (10,)}
+
+
 class PreActivated(nn.Module):
     """Norms on the input and on a sum, which no layer takes in, and one without statistics of its own."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import COMPUTE, NORMS
-from qsweep.hub.nodes import constant, nodes_of, reached, set_constant
+from qsweep.hub.nodes import constant, is_trained, nodes_of, reached, set_constant
 from qsweep.hub.ops import STORED
 
 _READERS = COMPUTE | NORMS
@@ -20,13 +20,14 @@ def with_fixed_weights(graph: fx.GraphModule) -> None:
     """Make what layers and norms multiply by a constant where no input goes into it, in place.
 
     Weight norm, standardized weights and the like: their layers are then layers as any other, to be folded, quantized
-    and trained.
+    and trained, unless all that goes into them is frozen.
     """
     fixed = fixed_nodes(graph)
     wanted = {node for reader in nodes_of(graph, _READERS) for node in reader.all_input_nodes[1:] if node in fixed}
     computed = [node for node in graph.graph.nodes if node in wanted and node.op != "get_attr"]
     for node, value in _values(graph, computed).items():
-        new = _as_constant(graph, node, _name(graph, node, value), value.clone(), trainable=True)
+        name, trainable = _name(graph, node, value), is_trained(graph, node)
+        new = _as_constant(graph, node, name, value.clone(), trainable=trainable)
         new.meta["val"] = node.meta["val"]
 
 

@@ -63,6 +63,12 @@ def constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def is_trained(graph: fx.GraphModule, *nodes: Any) -> bool:
+    """Whether a parameter that is not frozen goes into one of `nodes`."""
+    given = reached((node for node in nodes if isinstance(node, fx.Node)), lambda node: node.all_input_nodes)
+    return any(value.requires_grad for node in given if (value := constant(graph, node)) is not None)
+
+
 def set_constant(root: torch.nn.Module, name: str, value: Tensor, *, trainable: bool = False) -> None:
     """Put `value` at the dotted `name`, replacing what is there."""
     *path, last = name.split(".")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.hub.kinds import COMPUTE, NORMS, TRANSPOSED
-from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, source
+from qsweep.hub.nodes import arguments, constant, is_trained, nodes_of, set_constant, source
 
 
 def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
@@ -40,7 +40,8 @@ def without_norms_of_norms(graph: fx.GraphModule) -> None:
         gamma, beta = (constant(graph, given) for given in first.args[1:3])
         weight = factor if gamma is None else gamma.double() * factor
         bias = shift if beta is None else beta.double() * factor + shift
-        replace_weight(graph, [first], weight.float(), bias.float())
+        trainable = is_trained(graph, *first.args[1:3], *norm.args[1:3])
+        replace_weight(graph, [first], weight.float(), bias.float(), trainable=trainable)
         norm.replace_all_uses_with(first)
         graph.graph.erase_node(norm)
     graph.recompile()
@@ -109,7 +110,9 @@ def stands_alone(norm: fx.Node) -> bool:
     return fixed and not joins(norm) and len(norm.meta["tensor_meta"].shape) in (3, 4)
 
 
-def replace_weight(graph: fx.GraphModule, computes: Sequence[fx.Node], weight: Tensor, bias: Tensor) -> None:
+def replace_weight(
+    graph: fx.GraphModule, computes: Sequence[fx.Node], weight: Tensor, bias: Tensor, *, trainable: bool = False
+) -> None:
     """Give `computes` constants of their own, so that a layer that shared them keeps what it had."""
     first = computes[0]
     read = str(first.args[1].target) if isinstance(first.args[1], fx.Node) else f"{first.name}_weight"
@@ -117,8 +120,8 @@ def replace_weight(graph: fx.GraphModule, computes: Sequence[fx.Node], weight: T
     bias_name = f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"
     bias_name = own_name(graph, bias_name, *computes)
     with graph.graph.inserting_before(first):
-        set_constant(graph, name, weight, trainable=True)
-        set_constant(graph, bias_name, bias, trainable=True)
+        set_constant(graph, name, weight, trainable=trainable)
+        set_constant(graph, bias_name, bias, trainable=trainable)
         new = graph.graph.get_attr(name), graph.graph.get_attr(bias_name)
     for compute in computes:
         compute.args = (source(compute), *new, *compute.args[3:])

@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from qsweep.hub.channels import couple, is_depthwise, padding_of, padding_place, row_dim
 from qsweep.hub.coupling import PINNED, Coupling, Part
@@ -70,7 +70,7 @@ def _shorten(graph: fx.GraphModule, part: Part, dead: set[int]) -> None:
     if len(left) < len(part.channels):
         value = attrgetter(part.name)(graph)
         kept = value.detach().index_select(part.dim, torch.tensor(left))
-        set_constant(graph, part.name, kept, trainable=isinstance(value, nn.Parameter))
+        set_constant(graph, part.name, kept, trainable=value.requires_grad)
 
 
 def _renumber(node: fx.Node, coupling: Coupling, dead: set[int]) -> None:

@@ -264,7 +264,7 @@ def ship_weights(graph: fx.GraphModule) -> None:
         assert weight is not None
         integers, levels = quantizer.integers(weight)
         name = own_name(graph, str(source(node).target), *node.users)
-        set_constant(graph, name, levels.real(integers), trainable=True)
+        set_constant(graph, name, levels.real(integers))
         graph.set_submodule(str(node.target), _shipped(quantizer, levels))
         with graph.graph.inserting_before(node):
             node.update_arg(0, graph.graph.get_attr(name))

@@ -267,8 +267,11 @@ def test_the_grid_of_the_inputs_is_not_learned_and_nothing_goes_back_to_them(
     assert seen == [False]
 
 
-def test_running_statistics_follow_the_batches(tmp_path: Path) -> None:
-    live = training_graph(QAT(), network("digits_cnn"), context(tmp_path))
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_follow_the_batches(momentum: float | None, tmp_path: Path) -> None:
+    model: Any = network("digits_cnn")
+    model.stem.bn.momentum = momentum
+    live = training_graph(QAT(), model, context(tmp_path))
     before = live.graph.get_buffer("stem.bn.running_mean").clone()
     nn.Module.train(live.graph, True)
     live.graph(INPUTS)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qsweep.errors import DataError, ExportFailure
 from qsweep.hub.form import QuantizedModel
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qsweep.stage import Context
+
+
+_MOMENTUM = 0.1
+"""Of norms, where PyTorch is told none."""
 
 
 def float_graph(model: nn.Module, context: Context) -> QuantizedModel:
@@ -54,6 +59,7 @@ def traced(model: nn.Module, example: Tensor) -> QuantizedModel:
     `example`: (2, ...) float32. The graph takes any batch size.
     """
     model = copy.deepcopy(model).eval().cpu()
+    _with_momenta(model)
     batch = torch.export.Dim("batch")
     try:
         with warnings.catch_warnings():
@@ -64,6 +70,14 @@ def traced(model: nn.Module, example: Tensor) -> QuantizedModel:
         raise ExportFailure(f"`torch.export` cannot trace the model: {_reason(error)}") from error
     assert isinstance(graph, fx.GraphModule)
     return QuantizedModel(plain(graph), example)
+
+
+def _with_momenta(model: nn.Module) -> None:
+    """Cumulative averages of norms as moving ones, in place: tracing in eval mode writes a momentum of 0 for them, with
+    which no training would move the statistics."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.momentum is None:
+            module.momentum = _MOMENTUM
 
 
 _BATCH = (

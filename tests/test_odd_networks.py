@@ -106,6 +106,10 @@ ODD: dict[str, tuple[Callable[..., Tensor], Callable[[], list[nn.Module]]]] = {
     "layers of constants": (lambda x, made: made(x), lambda: [Positions()]),
     "mean of rank 3": (lambda x: x[:, 0].mean((-2, -1), keepdim=True).flatten(1) + x[:, 1].mean(2), list),
     "mean of rank 5": (lambda x: x.reshape(-1, 2, 4, 8, 8).mean((2, 3), keepdim=True), list),
+    "means and deviations": (
+        lambda x, conv: torch.cat([(y := conv(x)).mean((2, 3)), y.std((2, 3))], 1),
+        lambda: [nn.Conv2d(8, 8, 3)],
+    ),
     "average pool, ceil": (lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True), list),
     "average pool, ceil and padding": (lambda x: F.avg_pool2d(x, (3, 2), 2, (1, 0), ceil_mode=True), list),
     "clamped above": (lambda x, conv: conv(x).clamp(max=0.3), lambda: [nn.Conv2d(8, 8, 3)]),

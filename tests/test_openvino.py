@@ -85,6 +85,7 @@ NAMED = [
     "transposed, in groups",
     "nearest pixels",
     "layers of constants",
+    "means and deviations",
     "average pool, ceil and padding",
     "clamped below",
 ]

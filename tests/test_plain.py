@@ -429,6 +429,19 @@ def test_pads_of_no_width_are_left_out() -> None:
     assert left.args[1] == [1, 0]
 
 
+def test_reshapes_to_the_shape_that_is_there_are_left_out() -> None:
+    def function(x: Tensor, linear: nn.Module) -> Any:
+        y = x.sum((2, 3)).flatten(1)
+        part = y.view(-1, 6)
+        y += 1
+        same = linear(part.view(x.size(0), -1)).view_as(y).reshape(-1, 6)
+        return x.reshape(x.shape).flatten(1) + same.reshape(-1, 3, 2).flatten(1).sum(1, keepdim=True)
+
+    graph = exported(function, nn.Linear(6, 6))
+    moves = nodes_of(graph, {aten.reshape.default, aten.flatten.using_ints})
+    assert [len(moves), len(nodes_of(graph, {aten.view.default}))] == [3, 0]
+
+
 class Mixed(nn.Module):
     """Branches that are summed, one of them subtracted, before they are scaled, as FastViT mixes; and a difference that
     is none of layers."""

@@ -34,6 +34,7 @@ _IDLE = {
 }
 _NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
 """Numbers that change nothing, such as that from which a sum over branches starts."""
+_VIEWS = {aten.view.default, aten.view_as.default, aten.reshape_as.default}
 _WHOLE = 2**63 - 1
 """`slice` up to this index takes everything."""
 _SIZED: dict[Any, Any] = {aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default}
@@ -93,7 +94,7 @@ def _keep_constants(graph: fx.GraphModule) -> None:
 
 def _with_reshapes(graph: fx.GraphModule) -> None:
     """Views as reshapes: runtimes lay images out with their channels last, which a view may not allow."""
-    for node in nodes_of(graph, {aten.view.default, aten.view_as.default, aten.reshape_as.default}):
+    for node in nodes_of(graph, _VIEWS):
         if node.target is aten.view.default:
             node.target = aten.reshape.default
         elif (shape := shape_of(node)) is not None:
@@ -104,7 +105,7 @@ def _without_idle(graph: fx.GraphModule) -> None:
     for node in nodes_of(graph, {aten._assert_tensor_metadata.default}):  # of the types that were traced
         graph.graph.erase_node(node)
     for node in list(graph.graph.nodes):
-        if node.target in _IDLE or _takes_all(node) or _pads_nothing(node):
+        if node.target in _IDLE or _takes_all(node) or _pads_nothing(node) or _shapes_nothing(node):
             node.replace_all_uses_with(source(node))
             graph.graph.erase_node(node)  # dead code with a random effect would stay
 
@@ -137,6 +138,14 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
 
 def _pads_nothing(node: fx.Node) -> bool:
     return node.target is aten.pad.default and not any(arguments(node)["pad"])
+
+
+def _shapes_nothing(node: fx.Node) -> bool:
+    """Whether it is a reshape to the shape that is there, in which OpenVINO's compiler may end the process."""
+    if node.target not in _VIEWS | {aten.reshape.default, aten.flatten.using_ints}:
+        return False
+    before, after = (str(value.meta["val"].shape) for value in (source(node), node))  # of a batch: compared as written
+    return before == after
 
 
 def _takes_all(node: fx.Node) -> bool:

@@ -514,6 +514,17 @@ def test_dorefa_rounds_the_tanh_of_weights_and_its_gradient_is_that_of_equation_
     torch.testing.assert_close(got(weight), inside)
 
 
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_norms_that_dorefa_folds_in_bend_no_weights(granularity: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
+    model[0].weight.data *= 0.2  # tanh hardly bends it
+    model[1].running_var.fill_(0.0025)  # type: ignore[union-attr, operator]
+    config = DoReFa.model_validate({"calibration_samples": 50, "weight_granularity": granularity})
+    live, wanted = training_graph(config, model, context(tmp_path)), model(INPUTS)
+    assert (live.graph(INPUTS) - wanted).std() < 0.02 * wanted.std()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bottom", [0.0, -3.0, "tensor"])
 def test_rounding_and_looking_for_extremes_in_one_pass_are_what_they_are_apart(dtype: torch.dtype, bottom: Any) -> None:

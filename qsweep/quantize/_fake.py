@@ -98,20 +98,26 @@ class FakeWeight(NearestWeight):
     def begin(self, weight: Tensor) -> None:
         """Fit what is trained to `weight` (C, ...)."""
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        """`weight` on its grid, differentiable."""
+    def rounded(self, weight: Tensor, factor: Tensor | None = None) -> Tensor:
+        """`weight`, its channels times `factor` (C,) of the norm behind it, on its grid, differentiable."""
         raise NotImplementedError
 
-    def integers(self, weight: Tensor) -> tuple[Tensor, WeightLevels]:
+    def integers(self, weight: Tensor, factor: Tensor | None = None) -> tuple[Tensor, WeightLevels]:
         """The integers (float32, of the shape of `weight`) that `rounded` has used, and the levels they belong to."""
+        weight = times(weight, factor)
         levels = self.fitted(weight)
         return levels.integers(weight), levels
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.rounded(weight) if self.enabled else weight
+    def forward(self, weight: Tensor, factor: Tensor | None = None) -> Tensor:
+        return self.rounded(weight, factor) if self.enabled else times(weight, factor)
 
     def settle(self) -> None:
         """Called after each optimizer step: bring parameters back to where they mean something."""
+
+
+def times(weight: Tensor, factor: Tensor | None) -> Tensor:
+    """`weight` (C, ...), its channels times `factor` (C,) if there is one."""
+    return weight if factor is None else weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def straight_through(values: Tensor, scale: Tensor, bottom: Level, steps: float, *, rectified: bool = False) -> Tensor:

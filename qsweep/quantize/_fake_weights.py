@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qsweep.hub.insert import Place
 from qsweep.quantize._arithmetic import WeightLevels
-from qsweep.quantize._fake import FakeWeight, learned_step, step_factor, straight_through
+from qsweep.quantize._fake import FakeWeight, learned_step, step_factor, straight_through, times
 from qsweep.quantize._fused import Level
 from qsweep.quantize.base import Uniform
 
@@ -25,20 +25,21 @@ def _grid(levels: WeightLevels) -> tuple[Level, int]:
 class RangeWeight(FakeWeight):
     """Levels fitted to the weights of each step."""
 
-    def rounded(self, weight: Tensor) -> Tensor:
+    def rounded(self, weight: Tensor, factor: Tensor | None = None) -> Tensor:
+        weight = times(weight, factor)
         levels = self.fitted(weight.detach())
         parts = weight.reshape(*levels.scale.shape, -1)
         return straight_through(parts, levels.scale.unsqueeze(-1), *_grid(levels)).reshape(weight.shape)
 
 
 class TanhWeight(RangeWeight):
-    """Levels fitted to tanh of the weights of each step (DoReFa, equation 9)."""
+    """Levels fitted to tanh of the weights of each step (DoReFa, equation 9), before any norm is folded in."""
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        return super().rounded(weight.tanh())
+    def rounded(self, weight: Tensor, factor: Tensor | None = None) -> Tensor:
+        return super().rounded(weight.tanh(), factor)
 
-    def integers(self, weight: Tensor) -> tuple[Tensor, WeightLevels]:
-        return super().integers(weight.tanh())
+    def integers(self, weight: Tensor, factor: Tensor | None = None) -> tuple[Tensor, WeightLevels]:
+        return super().integers(weight.tanh(), factor)
 
 
 class LearnedStepWeight(FakeWeight):
@@ -59,17 +60,18 @@ class LearnedStepWeight(FakeWeight):
         self.register_buffer("smallest", self.steps.detach() * _SMALLEST)
         self.register_buffer("zero_point", levels.zero_point)
 
-    def rounded(self, weight: Tensor) -> Tensor:
+    def rounded(self, weight: Tensor, factor: Tensor | None = None) -> Tensor:
+        weight = times(weight, factor)
         levels = WeightLevels(self.steps, self.zero_point, self.low, self.high)
         parts = weight.reshape(1, 1, -1) if self.per_tensor else weight.reshape(*self.shape, -1)
         scale = self.steps.reshape(*parts.shape[:2], 1)
         grid = _grid(replace(levels, zero_point=self.zero_point[:1] if self.per_tensor else self.zero_point))
         return learned_step(parts, scale, *grid, step_factor(parts.shape[2], self.high)).reshape(weight.shape)
 
-    def integers(self, weight: Tensor) -> tuple[Tensor, WeightLevels]:
+    def integers(self, weight: Tensor, factor: Tensor | None = None) -> tuple[Tensor, WeightLevels]:
         scale = self.steps.detach().reshape(-1, self.shape[1] if not self.per_tensor else 1).expand(self.shape)
         levels = WeightLevels(scale.contiguous(), self.zero_point, self.low, self.high)
-        return levels.integers(weight), levels
+        return levels.integers(times(weight, factor)), levels
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -14,7 +14,7 @@ from qsweep.hub.kinds import NORMS, aten
 from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, source
 from qsweep.hub.norm import alike, joins, own_name, replace_weight
 from qsweep.quantize._arithmetic import WeightLevels
-from qsweep.quantize._fake import FakeWeight
+from qsweep.quantize._fake import FakeWeight, times
 from qsweep.quantize._observers import NearestWeight
 
 _NOTHING = 1e-12
@@ -30,7 +30,7 @@ class FoldedNorm(nn.Module):
     negative one turns the signs around), exactly; training is y = batch_norm(op(x, w_q) + b), as without folding.
     Else, where channels share a scale: the weights are rounded after folding; training is
     y = batch_norm(op(x, q(w * f)) / f + b), so that the batch's own statistics normalise, and the running ones scale
-    what is rounded (Krishnamoorthi 2018, section 3.2.2; Jacob et al. 2018, section 3.2).
+    what is rounded (Krishnamoorthi 2018, section 3.2.2; Jacob et al. 2018, section 3.2). DoReFa bends before it folds.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FoldedNorm(nn.Module):
             outputs = self.op(inputs, self.quantizer(weight), bias, *self.settings)
             return F.batch_norm(outputs, mean, var, gamma, beta, True, self.momentum, self.eps)
         factor = self._factor(gamma, var)
-        outputs = self.op(inputs, self.quantizer(_times(weight, factor)), None, *self.settings)
+        outputs = self.op(inputs, self.quantizer(weight, factor), None, *self.settings)
         shape = (1, -1, *[1] * (outputs.dim() - 2))
         outputs = outputs / torch.where(factor.abs() < _NOTHING, 1.0, factor).reshape(shape)
         if bias is not None:
@@ -73,7 +73,7 @@ class FoldedNorm(nn.Module):
         self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor
     ) -> Tensor:
         """What the quantizer rounds in training."""
-        return weight if self.fold_scales else _times(weight, self._factor(gamma, var))
+        return weight if self.fold_scales else times(weight, self._factor(gamma, var))
 
     def shipped(
         self, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor
@@ -81,11 +81,11 @@ class FoldedNorm(nn.Module):
         """The real weights that are shipped, norm folded, and their levels (None until the quantizer has started)."""
         factor = self._factor(gamma, var)
         if not self.quantizer.enabled:
-            return _times(weight, factor), None
+            return times(weight, factor), None
         if self.fold_scales:
             integers, levels = _scaled(*self.quantizer.integers(weight), factor)
         else:
-            integers, levels = self.quantizer.integers(_times(weight, factor))
+            integers, levels = self.quantizer.integers(weight, factor)
         return levels.real(integers), levels
 
     def unfolded(
@@ -113,11 +113,6 @@ class FoldedNorm(nn.Module):
     def _factor(self, gamma: Tensor | None, var: Tensor) -> Tensor:
         factor: Tensor = (var + self.eps).rsqrt()
         return factor if gamma is None else gamma * factor
-
-
-def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    scaled: Tensor = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    return scaled
 
 
 def _scaled(integers: Tensor, levels: WeightLevels, factor: Tensor) -> tuple[Tensor, WeightLevels]:

@@ -198,8 +198,9 @@ def _place(raw: Any, value: Any, named: Where, *, missing: bool) -> Where:
 
 
 def _chosen(raw: Any, value: Any, found: list[str | int]) -> Any:
-    """The option of `raw`, if that is a choice, that gives `value`; its place is added to `found`."""
-    while isinstance(raw, dict) and "choice" in raw:
+    """The option of `raw`, if that is a choice, that gives `value`; its place is added to `found`. Where nothing was
+    chosen, `raw` is `value`."""
+    while isinstance(raw, dict) and "choice" in raw and raw is not value:
         number = next(i for i, option in enumerate(raw["choice"]) if _gives(option, value))
         found += ["choice", number]
         raw = raw["choice"][number]
@@ -217,7 +218,7 @@ def _gives(raw: Any, value: Any) -> bool:
     if isinstance(raw, list | tuple):
         same = isinstance(value, list | tuple) and len(raw) == len(value)
         return same and all(_gives(one, other) for one, other in zip(raw, value, strict=True))
-    return type(raw) is type(value) and bool(raw == value)
+    return raw is value or (type(raw) is type(value) and bool(raw == value))  # NaN is not equal to itself
 
 
 def _discriminator(first: ErrorDetails) -> Where:

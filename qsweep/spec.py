@@ -18,7 +18,7 @@ from qsweep.prune import Prune
 from qsweep.quantize import Quantize
 from qsweep.quantize.trained import Trained
 from qsweep.records import SHARES, Metrics
-from qsweep.space import Space, complaint_at
+from qsweep.space import Space, Where, complaint_at
 from qsweep.tasks import AnyTask
 from qsweep.yamlfile import line_of, read_mapping
 
@@ -232,7 +232,25 @@ def load_spec(path: str | Path) -> Spec:
         return Spec.model_validate(content)
     except ValidationError as error:
         where, said = complaint_at(error, (), content, content)
+        if (domain := _domain_elsewhere(content, where)) is not None:
+            where = domain
+            name = ".".join(map(str, where))
+            said = f"`{name}`: must be one value; only those under `compress` and `target` may be a choice or a range"
         line = f", line {line_of(Path(path), where)}" if where else ""
         raise SpecError(f"`{path}`{line}: {said}") from None
     except RecursionError:
         raise SpecError(f"`{path}`: must not contain itself (an anchor refers to what holds it)") from None
+
+
+def _domain_elsewhere(content: Any, where: Where) -> Where | None:
+    """What is written as a choice or a range on the way to `where`, outside of what is searched."""
+    if where[:1] in (("compress",), ("target",)) or where[:2] == ("task", "arguments"):
+        return None
+    for depth, key in enumerate(where):
+        try:
+            content = content[key]
+        except (KeyError, IndexError, TypeError):  # what is wrong is that it is not there
+            return None
+        if isinstance(content, dict) and ("choice" in content or "range" in content):
+            return where[: depth + 1]
+    return None

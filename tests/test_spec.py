@@ -232,6 +232,7 @@ CHOICES = """
     ("wrong", "line", "place"),
     [
         ({"BITS": 99}, 13, "choice.1.weight_bits.choice.2"),
+        ({"BITS": ".nan"}, 13, "choice.1.weight_bits.choice.2"),
         ({"BITS": []}, 13, "choice.1.weight_bits.choice.2"),
         ({"LOW": -1}, 14, "choice.1.learning_rate"),
         ({"LOW": 2}, 14, "choice.1.learning_rate.range"),
@@ -253,6 +254,30 @@ def test_what_is_wrong_in_a_space_is_told_by_line_and_place(
     rest = yaml.safe_dump({key: value for key, value in SPEC.items() if key not in ("name", "compress")})
     path.write_text(f"name: lines\n\ncompress:\n  quantize:{text}{rest}")
     with pytest.raises(SpecError, match=re.escape(f"`{path}`, line {line}: `compress.quantize.{place}`: ")):
+        load_spec(path)
+
+
+@pytest.mark.parametrize("domain", ["choice: [5, 10]", "choice: 5", "range: [0, 1]"])
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("task.training.epochs", "task: {TASK, training: {epochs: {DOMAIN}}}"),
+        ("task.model.arch", "task: {method: image_classification, model: {arch: {DOMAIN}}, data: {method: digits}}"),
+        ("task", "task: {DOMAIN}"),
+        ("search", "search: {DOMAIN}"),
+        ("search.seed", "search: {seed: {DOMAIN}}"),
+        ("baselines", "baselines: {DOMAIN}"),
+        ("baselines.0.compress.quantize", "baselines: [{target: {engine: float}, compress: {quantize: {DOMAIN}}}]"),
+    ],
+)
+def test_a_domain_outside_of_what_is_searched_is_refused_by_line_and_place(
+    tmp_path: Path, place: str, text: str, domain: str
+) -> None:
+    task = "method: image_classification, model: {arch: digits_cnn}, data: {method: digits}"
+    path, key = tmp_path / "spec.yaml", text.partition(":")[0]
+    rest = yaml.safe_dump({name: value for name, value in SPEC.items() if name != key})
+    path.write_text(f"{text}\n".replace("TASK", task).replace("DOMAIN", domain) + rest)
+    with pytest.raises(SpecError, match=re.escape(f"`{path}`, line 1: `{place}`: must be one value; only those under")):
         load_spec(path)
 
 

@@ -411,6 +411,16 @@ def test_a_trial_that_was_never_published_cannot_be_promoted(swept: SweepFolder,
         promote(tmp_path / "sweeps" / "small", Selector(), "digits")
 
 
+def test_to_look_for_a_trial_elsewhere_forgets_nothing_of_what_was_published(
+    published: SweepFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (published.path / "published.json").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    with pytest.raises(TrackError, match="must have trial #4"):
+        promote(published.path, Selector(), "digits")
+    assert (published.path / "published.json").read_text() == before
+
+
 def test_a_sweep_without_a_folder_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match="there is no sweep here"):
         promote(tmp_path / "sweeps" / "none", Selector(), "digits")

@@ -143,10 +143,11 @@ def test_a_driver_killed_between_run_and_ledger_leaves_no_run_twice_and_none_run
     client = MlflowClient(tracking_uri(None, tmp_path))
     ledger = tmp_path / "sweeps" / "small" / "published.json"
     content = json.loads(ledger.read_text())
-    lost = content["runs"].pop("3")
+    (published,) = content["stores"].values()
+    lost = published["runs"].pop("3")
     client.update_run(lost["run_id"], status="RUNNING")
     stream.close()
-    client.update_run(content["parent"], status="RUNNING")
+    client.update_run(published["parent"], status="RUNNING")
     ledger.write_text(json.dumps(content))  # as kill -9 leaves things
 
     list(publish(drive(tmp_path, records()), spec(), tmp_path))
@@ -163,6 +164,39 @@ def test_a_parent_that_was_deleted_in_mlflow_begins_anew(tmp_path: Path) -> None
     list(publish(drive(tmp_path, records()[:2]), spec(), tmp_path))
     parents = [run for run in runs_of(tmp_path) if run.data.tags["qsweep.kind"] == "sweep"]
     assert [run.info.status for run in parents] == ["FINISHED"]
+
+
+def test_trials_whose_parent_was_deleted_are_put_below_the_new_one(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    list(publish(drive(tmp_path, records()[:2]), spec(), tmp_path))
+    parent, *children = runs_of(tmp_path)
+    MlflowClient(tracking_uri(None, tmp_path)).delete_run(parent.info.run_id)
+    list(publish(drive(tmp_path, records()[:2]), spec(), tmp_path))
+    parent, *after = runs_of(tmp_path)
+    assert [run.info.run_id for run in after] == [run.info.run_id for run in children]
+    assert {run.data.tags["mlflow.parentRunId"] for run in after} == {parent.info.run_id}
+
+
+def test_a_sweep_published_elsewhere_in_between_is_the_same_sweep_everywhere(tmp_path: Path) -> None:
+    here: dict[str, str] = {}
+    elsewhere = {"uri": f"sqlite:///{tmp_path}/elsewhere/mlflow.db"}
+    for track in (here, elsewhere, here):
+        list(publish(drive(tmp_path, records()[:2]), spec(**track), tmp_path))
+    assert [len(runs_of(tmp_path, **track)) for track in (here, elsewhere)] == [3, 3]
+    assert len({r.data.tags["qsweep.sweep_id"] for track in (here, elsewhere) for r in runs_of(tmp_path, **track)}) == 1
+
+
+def test_what_an_earlier_version_has_published_is_found_again(tmp_path: Path) -> None:
+    list(publish(drive(tmp_path, records()[:2]), spec(), tmp_path))
+    ledger, before = tmp_path / "sweeps" / "small" / "published.json", runs_of(tmp_path)
+    content = json.loads(ledger.read_text())
+    (published,) = content["stores"].values()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    ledger.write_text(json.dumps(published | {"sweep_id": content["sweep_id"], "uri": uri}))
+    list(publish(drive(tmp_path, records()[:3]), spec(), tmp_path))
+    assert [run.info.run_id for run in runs_of(tmp_path)[:3]] == [run.info.run_id for run in before]
+    assert len(runs_of(tmp_path)) == 4
 
 
 def test_a_consumer_that_stops_leaves_nothing_running(tmp_path: Path) -> None:

@@ -16,38 +16,39 @@ class Ledger:
     """Lies in the sweep's folder. What a kill keeps from it is found again in MLflow by the tag `qsweep.sweep_id`."""
 
     def __init__(self, path: Path, uri: str) -> None:
-        """Read `path`, or begin anew where there is none, it is damaged, or it is about another server."""
-        self.path, self.uri, self.content = path, uri, self.read(path)
-        if self.content.get("uri") != uri:
-            self.reset()
+        """What `path` holds about `uri`: nothing where there is none, it is damaged, or nothing was published there."""
+        self.path, self.uri = path, uri
+        found = self.read(path)
+        self.sweep_id = str(found.get("sweep_id") or uuid.uuid4().hex)
+        """The sweep's, wherever it is published."""
+        self.stores: dict[str, dict[str, Any]] = found.get("stores", {})
+        self.content = self.stores.get(uri) or self._nothing()
 
     @staticmethod
     def read(path: Path) -> dict[str, Any]:
-        """What the file holds; nothing where it is missing or damaged."""
+        """What the file holds: `sweep_id`; `stores`, what is known of each URI; `uri`, the last one of them. Nothing
+        where it is missing or damaged."""
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             return {}
+        if "runs" in found:  # of an earlier version, which knew one URI
+            return {"sweep_id": found.pop("sweep_id"), "uri": found["uri"], "stores": {found.pop("uri"): found}}
+        return found
+
+    @staticmethod
+    def _nothing() -> dict[str, Any]:
+        return {"parent": None, "steps": 0, "members": [], "runs": {}}
 
     def reset(self) -> None:
-        """Forget all runs. Durable before the first run is made, so that the tag of that run is never lost."""
-        self.content = {
-            "uri": self.uri,
-            "sweep_id": uuid.uuid4().hex,
-            "parent": None,
-            "steps": 0,
-            "members": [],
-            "runs": {},
-        }
-        self.save(durable=True)
+        """Forget all runs at this URI."""
+        self.content = self._nothing()
 
     def save(self, *, durable: bool = False) -> None:
         """Replace the file in one step."""
-        write_atomically(self.path, json.dumps(self.content), durable)
-
-    @property
-    def sweep_id(self) -> str:
-        return str(self.content["sweep_id"])
+        self.stores[self.uri] = self.content
+        content = {"sweep_id": self.sweep_id, "uri": self.uri, "stores": self.stores}
+        write_atomically(self.path, json.dumps(content), durable)
 
     @property
     def order(self) -> list[int]:

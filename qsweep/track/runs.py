@@ -63,14 +63,16 @@ class Runs:
         parents = [run for run in found if run.data.tags["qsweep.kind"] == "sweep"]
         if self.ledger.content["parent"] and not parents:  # deleted there, or another database
             self.ledger.reset()
-            found = []
         self.orphans = {int(run.data.tags["qsweep.number"]): run.info.run_id for run in found if run not in parents}
         self.deleted = set(self.ledger.order) - set(self.orphans)
         if parents:
             self.parent = str(parents[0].info.run_id)
             self.client.update_run(self.parent, status="RUNNING")
         else:
+            self.ledger.save(durable=True)  # before the first run is made: its tag must never be lost
             self.parent = self._new_parent()
+            for run_id in self.orphans.values():
+                self.client.set_tag(run_id, "mlflow.parentRunId", self.parent)
         self.ledger.content |= {"parent": self.parent, "experiment_id": self.experiment_id}
         self.ledger.save()
 

@@ -99,11 +99,12 @@ def pareto_url(sweep: Path, server: str | None = None) -> str | None:
     `server` is what `ui` gave, and is not needed where the sweep tracks to a server.
     """
     content = Ledger.read(sweep / "published.json")
-    base = server or content.get("uri", "")
-    if "experiment_id" not in content or not base.startswith("http"):
+    uri = content.get("uri", "")
+    base, experiment_id = server or uri, content.get("stores", {}).get(uri, {}).get("experiment_id")
+    if experiment_id is None or not base.startswith("http"):
         return None
     query = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={quote(view_key(sweep.name))}"
-    return f"{base.rstrip('/')}/#/experiments/{content['experiment_id']}/runs?{query}"
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError
 from qsweep.measure.sizes import digests
 from qsweep.records import Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
+from qsweep.ship.registry import fetch
 from qsweep.spec import Constraint
 from qsweep.study import SweepFolder
 from qsweep.track import publish, tracking_uri
@@ -419,6 +420,26 @@ def test_to_look_for_a_trial_elsewhere_forgets_nothing_of_what_was_published(
     with pytest.raises(TrackError, match="must have trial #4"):
         promote(published.path, Selector(), "digits")
     assert (published.path / "published.json").read_text() == before
+
+
+def test_what_was_promoted_before_its_project_was_moved_comes_back_and_more_can_be_promoted(
+    published: SweepFolder, tmp_path: Path
+) -> None:
+    import shutil
+
+    from mlflow.tracking._tracking_service import utils
+
+    shutil.copytree(published.root, tmp_path / "old")
+    utils._artifact_repos_cache.clear()  # MLflow's memory of where runs lie: as in another process
+    first = promote(tmp_path / "old" / "sweeps" / "small", Selector(), "moved")
+    (tmp_path / "old").rename(tmp_path / "new")
+    utils._artifact_repos_cache.clear()
+    second = promote(tmp_path / "new" / "sweeps" / "small", Selector(), "moved")
+    assert [first.version, second.version] == ["1", "2"]
+    (tmp_path / "place").mkdir()
+    for number in (1, 2):
+        assert verify(fetch(f"models:/moved/{number}", tmp_path / "place", second.tracking_uri))
+    assert not (tmp_path / "old").exists()
 
 
 def test_a_sweep_without_a_folder_is_said_to_be_none(tmp_path: Path) -> None:

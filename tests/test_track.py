@@ -187,6 +187,26 @@ def test_a_sweep_published_elsewhere_in_between_is_the_same_sweep_everywhere(tmp
     assert len({r.data.tags["qsweep.sweep_id"] for track in (here, elsewhere) for r in runs_of(tmp_path, **track)}) == 1
 
 
+def test_a_project_whose_folder_was_moved_goes_on_where_it_is_now(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+    from mlflow.tracking._tracking_service import utils
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    list(publish(drive(old, records()[:3]), spec(), old))
+    before = runs_of(old)
+    old.rename(new)
+    utils._artifact_repos_cache.clear()  # as in another process
+    list(publish(drive(new, records()[:4]), spec(), new))
+    after = runs_of(new)
+    assert [run.info.run_id for run in after[:4]] == [run.info.run_id for run in before]
+    assert [run.info.run_name for run in after[4:]] == ["ptq-w4s-a8a"]
+    assert not old.exists()
+    assert "bundle" in files_of(new, after[4].info.run_id)
+    client = MlflowClient(tracking_uri(None, new))
+    assert all(run.info.artifact_uri.startswith((new / "mlartifacts").as_uri()) for run in after)
+    assert Path(client.download_artifacts(after[0].info.run_id, "spec.yaml", str(tmp_path))).is_file()
+
+
 def test_what_an_earlier_version_has_published_is_found_again(tmp_path: Path) -> None:
     list(publish(drive(tmp_path, records()[:2]), spec(), tmp_path))
     ledger, before = tmp_path / "sweeps" / "small" / "published.json", runs_of(tmp_path)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+_DEFAULT = "sqlite:///mlflow.db"
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -33,7 +34,7 @@ def tracking_uri(uri: str | None, root: Path, name: str = "track.uri") -> str:
     Raises SpecError for a URI that MLflow cannot write to, which calls `uri` by its `name`.
     """
     named = name if uri else "MLFLOW_TRACKING_URI"
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme not in SCHEMES:
         raise SpecError(
@@ -48,6 +49,11 @@ def tracking_uri(uri: str | None, root: Path, name: str = "track.uri") -> str:
 def sqlite_path(uri: str) -> Path | None:
     """The database file of an absolute sqlite URI, None for any other."""
     return Path(uri.partition(":///")[2]) if uri.startswith("sqlite") else None
+
+
+def portable(uri: str, root: Path) -> str:
+    """`uri` as it is kept for later: that of the default database is relative to `root`, which may be moved."""
+    return _DEFAULT if uri == f"sqlite:///{root.resolve() / 'mlflow.db'}" else uri
 
 
 @contextmanager
@@ -94,7 +100,32 @@ def _see_to(database: Path) -> None:
     with suppress(sqlite3.Error):  # write-ahead logging halves the time of a trial; some file systems have none
         connection = sqlite3.connect(database, timeout=10)
         connection.execute("PRAGMA journal_mode=WAL")
+        _follow(connection, database)
         connection.close()
+
+
+def _follow(connection: sqlite3.Connection, database: Path) -> None:
+    """Where artifacts were moved or copied with their database, as a folder of a project is, name them where they lie
+    now: MLflow keeps absolute paths, and would go on with the old ones."""
+    experiments = connection.execute("SELECT name, artifact_location FROM experiments").fetchall()
+    for name, old in experiments:
+        new = _artifacts(database, name)
+        ours = old.endswith(new.removeprefix(database.parent.as_uri()))
+        if old == new or not ours or not (database.parent / "mlartifacts" / name).is_dir():
+            continue
+        for table, column in _LOCATIONS:
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ? || '/%'",
+                (new, len(old) + 1, old, old),
+            )
+    connection.commit()
+
+
+_LOCATIONS = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("model_versions", "storage_location"))
+
+
+def _artifacts(database: Path, experiment: str) -> str:
+    return (database.parent / "mlartifacts" / experiment).as_uri()
 
 
 @contextmanager
@@ -117,7 +148,7 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         database = sqlite_path(uri)
-        where = (database.parent / "mlartifacts" / name).as_uri() if database else None
+        where = _artifacts(database, name) if database else None
         return client.create_experiment(name, where, {"mlflow.experimentKind": "custom_model_development"})
     if found.lifecycle_stage != "active":
         raise TrackError(

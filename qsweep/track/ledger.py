@@ -10,6 +10,7 @@ from typing import Any
 from qsweep.config import content_hash
 from qsweep.records import Record
 from qsweep.study.folder import write_atomically
+from qsweep.track.client import portable
 
 
 class Ledger:
@@ -17,12 +18,12 @@ class Ledger:
 
     def __init__(self, path: Path, uri: str) -> None:
         """What `path` holds about `uri`: nothing where there is none, it is damaged, or nothing was published there."""
-        self.path, self.uri = path, uri
+        self.path, self.uri = path, portable(uri, path.parents[2])
         found = self.read(path)
         self.sweep_id = str(found.get("sweep_id") or uuid.uuid4().hex)
         """The sweep's, wherever it is published."""
         self.stores: dict[str, dict[str, Any]] = found.get("stores", {})
-        self.content = self.stores.get(uri) or self._nothing()
+        self.content = self.stores.get(self.uri) or self._nothing()
 
     @staticmethod
     def read(path: Path) -> dict[str, Any]:
@@ -33,7 +34,8 @@ class Ledger:
         except (OSError, ValueError, TypeError):
             return {}
         if "runs" in found:  # of an earlier version, which knew one URI
-            return {"sweep_id": found.pop("sweep_id"), "uri": found["uri"], "stores": {found.pop("uri"): found}}
+            uri = portable(found.pop("uri"), path.parents[2])
+            return {"sweep_id": found.pop("sweep_id"), "uri": uri, "stores": {uri: found}}
         return found
 
     @staticmethod

@@ -19,5 +19,5 @@ def run(spec: str | Path) -> Generator[Record, None, bool]:
     from qsweep.study.driver import run as drive
     from qsweep.track import publish
 
-    asked, root = load_spec(spec), Path(spec).resolve().parent
+    asked, root = load_spec(spec), Path(spec).parent.resolve()
     return (yield from publish(drive(asked, root), asked, root))

@@ -114,6 +114,17 @@ def test_run_prints_a_line_a_record_the_front_and_what_comes_next(spec: Path, ar
     assert any("/#/experiments/" in line for line in lines)
 
 
+def test_a_spec_that_is_a_link_belongs_to_the_folder_of_the_link(spec: Path, tmp_path: Path, arithmetic: None) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "project").mkdir()
+    link = tmp_path / "project" / "spec.yaml"
+    link.symlink_to(spec.rename(tmp_path / "shared" / "spec.yaml"))
+    assert qsweep_("run", link).exit_code == 0
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["spec.yaml"]
+    assert (tmp_path / "project" / "mlflow.db").is_file()
+    assert "ptq-w6" in qsweep_("front", link).output
+
+
 def test_what_comes_next_can_be_pasted_though_its_path_has_spaces(spec: Path, arithmetic: None) -> None:
     place = spec.parent / "my specs"
     place.mkdir()

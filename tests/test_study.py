@@ -231,6 +231,18 @@ def test_model_or_data_that_changed_since_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path, spec)
 
 
+def test_a_folder_of_sweeps_may_be_a_link_and_its_root_is_beside_the_link(tmp_path: Path) -> None:
+    root, disk = tmp_path / "project", tmp_path / "disk"
+    (disk / "small").mkdir(parents=True)
+    root.mkdir()
+    (root / "sweeps").symlink_to(disk)
+    for named in (root / "sweeps" / "small", root / "sweeps" / "other" / ".." / "small"):
+        assert SweepFolder.at(named).root == root
+    (tmp_path / "plain" / "sweeps" / "small").mkdir(parents=True)
+    (tmp_path / "short").symlink_to(tmp_path / "plain" / "sweeps" / "small")
+    assert SweepFolder.at(tmp_path / "short").path == tmp_path / "plain" / "sweeps" / "small"
+
+
 def test_a_sweep_has_one_driver(tmp_path: Path) -> None:
     with SweepFolder(tmp_path, "small").lock(), pytest.raises(SweepError, match=f"process {os.getpid()} drives it"):
         sweep(tmp_path, small_spec())

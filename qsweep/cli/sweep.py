@@ -31,7 +31,7 @@ def find(path: Path) -> tuple[Spec, SweepFolder]:
     if not path.is_dir():
         folder = SweepFolder(path.parent, load_spec(path).name)
     elif (path / "spec.json").is_file():
-        folder = SweepFolder(path.resolve().parent.parent, path.resolve().name)
+        folder = SweepFolder.at(path)
     else:
         raise SweepError(f"`{path}`: there is no sweep here; it must be the path of a spec, or a folder `sweeps/NAME`")
     return folder.spec(), folder

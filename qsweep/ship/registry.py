@@ -61,7 +61,7 @@ def promote(sweep: Path, selector: Selector, name: str, alias: str = "champion")
         raise SpecError(
             f"`--alias`: must be no name that MLflow keeps for itself, such as `v1` or `latest` (got `{alias}`)"
         )
-    folder = SweepFolder(sweep.resolve().parent.parent, sweep.resolve().name)
+    folder = SweepFolder.at(sweep)
     spec = folder.spec()
     record = best(folder.records(), selector, spec.constraints)
     uri = tracking_uri(spec.track.uri, folder.root)

@@ -45,6 +45,14 @@ class SweepFolder:
         self.path = self.root / "sweeps" / name
         self.store = self.root / "sweeps" / "store"
 
+    @classmethod
+    def at(cls, path: Path) -> SweepFolder:
+        """The sweep in the folder `path`. `root` is where it is named to be: `sweeps` may be a link to another disk."""
+        named = Path(os.path.abspath(path))
+        if named.parent.name != "sweeps":  # a link to it
+            named = named.resolve()
+        return cls(named.parent.parent, named.name)
+
     def trial(self, number: int) -> Path:
         return self.path / "trials" / f"{number:04d}"
 

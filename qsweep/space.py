@@ -129,6 +129,7 @@ class Space(Generic[T]):
 
 _WORDS = {
     r"^\w+ should\b": "must",
+    r"^input was not a valid JSON value": "must be null, true, false, a number, text, a list or a mapping",
     r"a valid dictionary.*": "a mapping",
     r"a valid (tuple|list)": "a list",
     r"a valid string": "text",

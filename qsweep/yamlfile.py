@@ -23,6 +23,14 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
                 raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` must stand once", mark)
         return dict(super().construct_mapping(node, deep))
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if re.search("[\ud800-\udfff]", value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "half of a surrogate pair is no character", node.start_mark
+            )
+        return value
+
 
 # PyYAML takes `1e-3` for text, for want of a dot.
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")

@@ -281,6 +281,27 @@ def test_a_domain_outside_of_what_is_searched_is_refused_by_line_and_place(
         load_spec(path)
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("a: 2020-01-01", "`task.arguments.a`: must be null, true, false, a number, text, a list or a mapping"),
+        ("a: [1, {b: !!binary aGk=}]", "`task.arguments.a.1.b`: must be null, true, false, a number"),
+        ("a: !!set {x, y}", "`task.arguments.a`: must be null, true, false, a number"),
+        ("a: [.nan]", "`task.arguments.a.0`: must be a finite number (got nan)"),
+        ("1: 2", "`task.arguments.1`: must be text (got 1)"),
+        ("a: {choice: [2020-01-01]}", "`task.arguments.a.choice.0`: must be null, true, false, a number"),
+        (r'a: "\ud800"', "must be YAML (half of a surrogate pair is no character)"),
+        (r'{"\ud800": 1}', "must be YAML (half of a surrogate pair is no character)"),
+    ],
+)
+def test_arguments_that_json_has_not_are_refused_by_line_and_place(tmp_path: Path, value: str, said: str) -> None:
+    path = tmp_path / "spec.yaml"
+    task = f"task:\n  method: python\n  file: task.py:Task\n  arguments:\n    {value}\n"
+    path.write_text(task + yaml.safe_dump({key: rest for key, rest in SPEC.items() if key != "task"}))
+    with pytest.raises(SpecError, match=re.escape(f"`{path}`, line 5: {said}")):
+        load_spec(path)
+
+
 def test_a_space_of_which_its_engine_can_run_nothing_is_refused_with_the_reasons(tmp_path: Path) -> None:
     said = refusal(written(tmp_path, target={"engine": "float"}))
     assert said.startswith("no config of `compress` can run on `target`: ")

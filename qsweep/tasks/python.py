@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from qsweep.config import Listed, content_hash
 from qsweep.tasks._files import file_hash, locate, store_of
@@ -21,8 +21,8 @@ class Python(TaskConfig):
     method: Literal["python"] = "python"
     file: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")]
     """`path/to/task.py:MyTask`, relative to the spec's folder. Modules beside the file can be imported."""
-    arguments: dict[str, Any] = {}
-    """Keyword arguments of the class."""
+    arguments: dict[str, JsonValue] = {}
+    """Keyword arguments of the class: what JSON has, which dates and infinities are not."""
     trained: bool = False
     """Whether `model()` returns trained weights; if not, the baseline is trained, once."""
     depends_on: Listed[tuple[str, ...]] = ()

@@ -107,7 +107,7 @@ class Search(Config):
     timeout: Seconds | None = None
     """No trial is started after this long, counted from the start of each `qsweep run`; a number of seconds or `30m`,
     `1h`."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     repeats: Annotated[int, Field(ge=0)] | None = None
     """Evaluations after the last trial, spent on near ties: a config whose place on the front is open runs again with
     another seed, and so another calibration draw. 0: none; null: one for every ten `trials`."""

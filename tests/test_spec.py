@@ -171,6 +171,11 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
             "`search.sampler`: must be 'tpe', 'nsga2', 'gp', 'random' or 'grid' (got 'tarot')",
         ),
         ({"run": 3}, "`run`: must be a mapping (got 3)"),
+        ({"search": {"seed": 2**32}}, "`search.seed`: must be less than 4294967296 (got 4294967296)"),
+        (
+            {"task": SPEC["task"] | {"data": {"method": "digits", "seed": 2**32}}},
+            "`task.data.seed`: must be less than 4294967296 (got 4294967296)",
+        ),
         ({"search": {"trials": "4"}}, "`search.trials`: must be an integer (got '4')"),
         ({"search": {"trials": True}}, "`search.trials`: must be an integer (got True)"),
         ({"search": {"trials": 4.0}}, "`search.trials`: must be an integer (got 4.0)"),

@@ -263,6 +263,14 @@ def test_every_sampler_searches(tmp_path: Path, sampler: str) -> None:
     assert len(sweep(tmp_path, small_spec(REAL, search={"trials": 2, "sampler": sampler}))) == BASELINES + 2
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+def test_a_sweep_with_the_highest_seed_goes_on(tmp_path: Path, sampler: str) -> None:
+    for trials in (2, 3):
+        search = {"sampler": sampler, "trials": trials, "seed": 2**32 - 1}
+        found = sweep(tmp_path, small_spec(quantize=REAL, search=search))
+        assert sum(record.kind == "trial" for record in found.values()) == trials
+
+
 def test_an_interrupted_sweep_ends_in_order_and_goes_on_where_it_was(tmp_path: Path) -> None:
     records = run(small_spec(), tmp_path, jobs="arithmetic_jobs", preload=("numpy",))
     before = signal.getsignal(signal.SIGINT)

@@ -113,7 +113,7 @@ def sampler(spec: Spec, told: int) -> optuna.samplers.BaseSampler:
 
     import optuna
 
-    seed = spec.search.seed + 1_000_003 * told
+    seed = (spec.search.seed + 1_000_003 * told) % 2**32  # NumPy takes no higher one
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if spec.search.sampler == "tpe":

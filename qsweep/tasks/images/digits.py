@@ -19,7 +19,7 @@ class Digits(ImageData):
     """
 
     method: Literal["digits"] = "digits"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the stratified split."""
 
     def open(self, root: Path) -> Images:

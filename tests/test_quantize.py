@@ -153,6 +153,10 @@ def test_what_samples_decide_keeps_their_draw_in_the_identity() -> None:
     for fields in ({"rounding": "gptq"}, {"bias_correction": True}, {"smooth": 0.5}, {"activation_bits": 8}):
         for draw in DRAW:
             assert PTQ.model_validate(FLOAT | fields).uid() != PTQ.model_validate(FLOAT | fields | {draw: 1}).uid()
+    for fields in (FLOAT, {"activation_mode": "token"}):
+        for draw in DRAW:
+            one, other = fields | {"rounding": "gptq"}, fields | {"rounding": "gptq", draw: 1}
+            assert LSQ.model_validate(one).uid() != LSQ.model_validate(other).uid()
     assert Mixed(activation_bits=None).uid() != Mixed(activation_bits=None, calibration_seed=1).uid()
 
 

@@ -46,6 +46,10 @@ class LSQ(Trained):
             )
         return self
 
+    @property
+    def looks_at_samples(self) -> bool:
+        return super().looks_at_samples or self.rounding.by_outputs
+
     def starts_from(self) -> PTQ | None:
         if not self.rounding.by_outputs:
             return None

@@ -335,6 +335,32 @@ def test_a_lost_database_costs_no_trial_and_no_number_is_given_twice(tmp_path: P
     assert max(calls(tmp_path).values()) == 1
 
 
+@pytest.mark.parametrize("content", ["", "[1]"])
+@pytest.mark.parametrize("name", ["build", "measure", "test", "job"])
+def test_a_result_that_a_power_cut_has_damaged_is_made_again(tmp_path: Path, name: str, content: str) -> None:
+    first = sweep(tmp_path, small_spec())
+    (tmp_path / "sweeps/small/trials/0000/record.json").unlink()
+    for path in (f"trials/0000/{name}.json", "prepare/prepare.json"):
+        (tmp_path / "sweeps/small" / path).write_text(content)
+    again = sweep(tmp_path, small_spec())[0]
+    assert (again.state, again.metrics, again.front) == ("complete", first[0].metrics, first[0].front)
+
+
+def test_scores_that_are_damaged_are_as_if_they_were_not_there(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec())
+    (tmp_path / "sweeps/small/trials/0003/scores.npy").write_bytes(b"")
+    assert sweep(tmp_path, small_spec()).keys() == first.keys()
+
+
+def test_a_damaged_database_is_set_aside_and_costs_no_trial(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec(REAL, search={"trials": 2}))
+    (tmp_path / "sweeps/small/optuna.db").write_bytes(b"no database" * 1000)
+    more = sweep(tmp_path, small_spec(REAL, search={"trials": 4}))
+    assert [more[number].uid for number in first] == [record.uid for record in first.values()]
+    assert sum(record.duplicate_of is None for record in more.values()) == len(first) + 2
+    assert (tmp_path / "sweeps/small/damaged-optuna.db").read_bytes().startswith(b"no database")
+
+
 def test_the_final_front_alone_is_scored_on_the_test_split(tmp_path: Path) -> None:
     records = sweep(tmp_path, small_spec())
     members = {number for number, record in records.items() if record.front}

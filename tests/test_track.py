@@ -219,6 +219,13 @@ def test_what_an_earlier_version_has_published_is_found_again(tmp_path: Path) ->
     assert len(runs_of(tmp_path)) == 4
 
 
+def test_a_ledger_that_is_none_is_begun_anew(tmp_path: Path) -> None:
+    ledger = write(tmp_path, records()[0]).path / "published.json"
+    ledger.write_text("[1]")
+    list(publish(drive(tmp_path, records()[:2]), spec(), tmp_path))
+    assert len(runs_of(tmp_path)) == 3
+
+
 def test_a_consumer_that_stops_leaves_nothing_running(tmp_path: Path) -> None:
     stream = publish(drive(tmp_path, records()), spec(), tmp_path)
     next(stream)

@@ -224,6 +224,20 @@ def write_atomically(path: Path, text: str, durable: bool = False) -> None:
         _sync(path.parent)
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """What a job has left, nothing where it has not. A file that is damaged goes: its job is to run again."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        content = None
+    if isinstance(content, dict):
+        return content
+    path.unlink()
+    return {}
+
+
 def _sync(path: Path) -> None:
     """Make the names in a folder durable."""
     folder = os.open(path, os.O_RDONLY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from qsweep.errors import NotFinite, Refused, TrialFailure
 from qsweep.records import Failure, Metrics, Record, Repetition
 from qsweep.space import complaint
 from qsweep.spec import Spec
+from qsweep.study.folder import read_result
 from qsweep.study.pipeline import Evaluation
 from qsweep.study.points import Candidate
 
@@ -102,11 +102,13 @@ def write_config(folder: Path, candidate: Candidate) -> None:
 
 
 def scores(folder: Path) -> ndarray | None:
-    """Scores of each validation sample, (N,), if the trial left them."""
+    """Scores of each validation sample, (N,), if the trial left them whole."""
     import numpy
 
-    path = folder / "scores.npy"
-    return numpy.load(path, allow_pickle=False) if path.exists() else None
+    try:
+        return numpy.load(folder / "scores.npy", allow_pickle=False)
+    except (FileNotFoundError, EOFError, ValueError):
+        return None
 
 
 def forget(folder: Path, jobs: Iterable[str]) -> None:
@@ -117,8 +119,7 @@ def forget(folder: Path, jobs: Iterable[str]) -> None:
 
 def forget_failure(folder: Path, job: str) -> None:
     """Remove the result of `job` if it is a failure: failures are never kept in place of a result."""
-    path = folder / f"{job}.json"
-    if path.exists() and "failure" in json.loads(path.read_text()):
+    if "failure" in read_result(folder / f"{job}.json"):
         forget(folder, [job])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from qsweep.errors import Crashed, DiskFull, TimedOut, failure
 from qsweep.executors.local import Local, Worker
 from qsweep.records import Failure
 from qsweep.spec import Run
-from qsweep.study.folder import write_atomically
+from qsweep.study.folder import read_result, write_atomically
 
 _POLL_SECONDS, _IDLE_SECONDS = 0.02, 0.2
 """How long a step waits: little, so that who asks to be alone does not wait; longer, not to disturb who is."""
@@ -53,9 +52,8 @@ class Evaluation:
     def collect(self) -> None:
         """Read the results that lie in the folder."""
         for job in self.jobs:
-            path = self.folder / f"{job}.json"
-            if job not in self.results and path.exists():
-                self.results[job] = json.loads(path.read_text())
+            if job not in self.results and (result := read_result(self.folder / f"{job}.json")):
+                self.results[job] = result
 
     def merged(self, key: str) -> dict[str, float]:
         """`metrics` or `seconds` of all results together."""
@@ -78,8 +76,7 @@ class Pipeline:
         """Begin, or go on from what an earlier driver left: live workers and finished results are taken over."""
         evaluation.folder.mkdir(parents=True, exist_ok=True)
         evaluation.worker = self.executor.adopt(evaluation.folder)
-        with suppress(FileNotFoundError):
-            evaluation.attempts = json.loads((evaluation.folder / "job.json").read_text())["attempt"]
+        evaluation.attempts = read_result(evaluation.folder / "job.json").get("attempt", 1)
         if evaluation.worker is not None:
             evaluation.count(on=True)
         evaluation.collect()

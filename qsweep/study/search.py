@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -99,12 +100,26 @@ def _storage(path: Path) -> optuna.storages.RDBStorage:
     import optuna
     from sqlalchemy import event
 
+    if path.exists() and not _whole(path):
+        for part in path.parent.glob(f"{path.name}*"):
+            os.replace(part, part.with_name(f"damaged-{part.name}"))
     with closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA journal_mode=WAL")
     storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
     event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=NORMAL"))
     storage.engine.dispose()  # the connection it was made with does not know
     return storage
+
+
+def _whole(path: Path) -> bool:
+    """Whether sqlite can read all of a database."""
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            return bool(database.execute("PRAGMA quick_check").fetchone() == ("ok",))
+    except sqlite3.OperationalError:  # the disk, or a lock: the file may be well
+        raise
+    except sqlite3.DatabaseError:
+        return False
 
 
 def sampler(spec: Spec, told: int) -> optuna.samplers.BaseSampler:

@@ -106,9 +106,10 @@ def scores(folder: Path) -> ndarray | None:
     import numpy
 
     try:
-        return numpy.load(folder / "scores.npy", allow_pickle=False)
+        found: ndarray = numpy.load(folder / "scores.npy", allow_pickle=False)
     except (FileNotFoundError, EOFError, ValueError):
         return None
+    return found
 
 
 def forget(folder: Path, jobs: Iterable[str]) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,6 +346,18 @@ def test_a_result_that_a_power_cut_has_damaged_is_made_again(tmp_path: Path, nam
         (tmp_path / "sweeps/small" / path).write_text(content)
     again = sweep(tmp_path, small_spec())[0]
     assert (again.state, again.metrics, again.front) == ("complete", first[0].metrics, first[0].front)
+
+
+def test_without_the_artifact_of_the_first_baseline_no_trial_fails_for_want_of_it(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec(REAL, search={"trials": 1}))
+    built = tmp_path / "sweeps/small/trials/0000/build.json"
+    built.write_text(json.dumps(json.loads(built.read_text()) | {"files": {"weights.bin": "of an artifact"}}))
+    more = small_spec(REAL, search={"trials": 2})
+    with pytest.raises(SweepError, match=re.escape(f"remove `{built.parent}` to have it built again")):
+        sweep(tmp_path, more)
+    assert len(SweepFolder(tmp_path, "small").records()) == len(first)
+    shutil.rmtree(built.parent)
+    assert sum(record.state == "complete" for record in sweep(tmp_path, more).values()) == len(first) + 1
 
 
 def test_scores_that_are_damaged_are_as_if_they_were_not_there(tmp_path: Path) -> None:

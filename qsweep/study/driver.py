@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsweep.errors import DataError, TaskFailure, failure
+from qsweep.errors import DataError, SweepError, TaskFailure, failure
 from qsweep.executors.local import Local
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 from qsweep.study import outcome
 from qsweep.study.baselines import baselines
 from qsweep.study.final import Final
-from qsweep.study.folder import SweepFolder, disk_full_is_said
+from qsweep.study.folder import SweepFolder, disk_full_is_said, read_result
 from qsweep.study.interrupt import interruptible
 from qsweep.study.pipeline import Evaluation, Pipeline
 from qsweep.study.plan import check
@@ -252,6 +252,15 @@ class Driver:
             self.search.tell(pending.trial, record, list(self.records.values()))
         return self._remember(record)
 
+    def _whole(self, baseline: Path) -> Path:
+        """The folder of what all are compared to. Raises SweepError where its artifact is gone: all would fail."""
+        if read_result(baseline / "build.json").get("files") and not (baseline / "artifact").is_dir():
+            raise SweepError(
+                f"`{baseline / 'artifact'}`: must be there, as all trials are compared to it; remove `{baseline}` "
+                "to have it built again"
+            )
+        return baseline
+
     def _job(self, plain: dict[str, Any], baseline: Path | None, draw: int | None = None) -> dict[str, Any]:
         return {
             "root": str(self.folder.root),
@@ -261,6 +270,6 @@ class Driver:
             "seed": self.spec.search.seed,
             "draw": self.spec.search.seed if draw is None else draw,
             "store": str(self.folder.store),
-            "baseline": str(baseline) if baseline else None,
+            "baseline": str(self._whole(baseline)) if baseline else None,
             "threads": self.threads,
         }

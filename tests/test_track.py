@@ -312,18 +312,33 @@ def test_a_sweep_of_the_real_driver_is_published(tmp_path: Path) -> None:
     assert any(run.data.tags.get("qsweep.front") == "certain" for run in runs_of(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["what?x=1", "a%20b", "100% {x} #1"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    asked, root = small_spec(), tmp_path / name
+    root.mkdir()
+    list(publish(run_sweep(asked, root, "arithmetic_jobs", ("numpy",)), asked, root))
+    assert {run.info.status for run in runs_of(root)} == {"FINISHED"}
+    assert (root / "mlflow.db").is_file()
+    assert (root / "sweeps" / "small" / "optuna.db").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert "uri" in json.loads((root / "sweeps" / "small" / "published.json").read_text())
+
+
 def test_the_default_store_lies_beside_the_spec_and_relative_ones_start_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tracking_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     assert tracking_uri("sqlite:///deep/other.db", tmp_path) == f"sqlite:///{tmp_path}/deep/other.db"
     assert tracking_uri("sqlite:////abs.db", tmp_path) == "sqlite:////abs.db"
+    assert (
+        tracking_uri("sqlite:///deep%20er/x.db?timeout=9", tmp_path) == f"sqlite:///{tmp_path}/deep er/x.db?timeout=9"
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert tracking_uri(None, tmp_path) == "http://host:5000"
     assert tracking_uri("https://other", tmp_path) == "https://other"
 
 
-@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "ftp://host"])
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "ftp://host", "sqlite:x.db"])
 def test_a_uri_that_is_none_of_mlflow_is_refused_before_anything_runs(tmp_path: Path, uri: str) -> None:
     began: list[int] = []
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -222,6 +223,13 @@ def write_atomically(path: Path, text: str, durable: bool = False) -> None:
     os.replace(temporary, path)
     if durable:
         _sync(path.parent)
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a database, whatever characters its path has."""
+    escaped = re.sub(r"[%?{}]", lambda found: f"%{ord(found[0]):02X}", str(path))  # Optuna fills in what is in braces
+    # MLflow makes the folder that stands in a URL, escapes as they are; where the driver is named, it does not.
+    return f"sqlite:///{path}" if escaped == str(path) else f"sqlite+pysqlite:///{escaped}"
 
 
 def read_result(path: Path) -> dict[str, Any]:

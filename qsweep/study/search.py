@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qsweep.domains import Choice, Domain
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
+from qsweep.study.folder import sqlite_url
 from qsweep.study.points import Candidate, Point, at, candidate, enumerated, listed
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _storage(path: Path) -> optuna.storages.RDBStorage:
             os.replace(part, part.with_name(f"damaged-{part.name}"))
     with closing(sqlite3.connect(path)) as database:
         database.execute("PRAGMA journal_mode=WAL")
-    storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
+    storage = optuna.storages.RDBStorage(sqlite_url(path), engine_kwargs={"connect_args": {"timeout": 60}})
     event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=NORMAL"))
     storage.engine.dispose()  # the connection it was made with does not know
     return storage

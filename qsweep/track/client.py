@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 from qsweep.errors import SpecError, TrackError
+from qsweep.study.folder import sqlite_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,25 +36,29 @@ def tracking_uri(uri: str | None, root: Path, name: str = "track.uri") -> str:
     """
     named = name if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT
-    scheme = urlsplit(uri).scheme.split("+")[0]
-    if scheme not in SCHEMES:
+    scheme = uri.partition(":")[0].split("+")[0].lower()
+    if scheme not in SCHEMES or "://" not in uri:
         raise SpecError(
             f"`{named}`: must start with one of {', '.join(SCHEMES)}, like `sqlite:///mlflow.db` (got `{uri}`)"
         )
     if scheme != "sqlite":
         return uri
-    head, _, path = uri.partition(":///")
-    return f"{head}:///{(root / path).resolve()}"
+    _, mark, query = uri.partition("?")
+    return sqlite_url((root / _database(uri)).resolve()) + mark + query
 
 
 def sqlite_path(uri: str) -> Path | None:
     """The database file of an absolute sqlite URI, None for any other."""
-    return Path(uri.partition(":///")[2]) if uri.startswith("sqlite") else None
+    return Path(_database(uri)) if uri.startswith("sqlite") else None
+
+
+def _database(uri: str) -> str:
+    return unquote(uri.partition(":///")[2].partition("?")[0])
 
 
 def portable(uri: str, root: Path) -> str:
     """`uri` as it is kept for later: that of the default database is relative to `root`, which may be moved."""
-    return _DEFAULT if uri == f"sqlite:///{root.resolve() / 'mlflow.db'}" else uri
+    return _DEFAULT if uri == sqlite_url(root.resolve() / "mlflow.db") else uri
 
 
 @contextmanager
@@ -95,7 +100,7 @@ def _see_to(database: Path) -> None:
         unfinished = database.with_name(f"{database.name}.unfinished")
         for path in database.parent.glob(f"{unfinished.name}*"):
             path.unlink()
-        MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+        MlflowClient(sqlite_url(unfinished)).search_experiments(max_results=1)
         os.replace(unfinished, database)
     with suppress(sqlite3.Error):  # write-ahead logging halves the time of a trial; some file systems have none
         connection = sqlite3.connect(database, timeout=10)

@@ -196,11 +196,21 @@ class Spec(Config):
             raise ValueError(f"must be different metrics out of {sorted(known)}")
         return names
 
+    @field_validator("constraints", mode="before")
+    @classmethod
+    def _bounds_of_known_metrics(cls, bounds: Any) -> Any:
+        """Names first: a metric that there is not has no bounds that could be right."""
+        if isinstance(bounds, dict):
+            if set(bounds) - BOUNDED:
+                raise ValueError(f"must name metrics out of {sorted(BOUNDED)}")
+            for name, bound in bounds.items():
+                if not isinstance(bound, dict | Constraint):
+                    raise ValueError(f"`{name}` must have bounds, such as {{max: 1}}")
+        return bounds
+
     @field_validator("constraints")
     @classmethod
-    def _known_constraints(cls, bounds: dict[str, Constraint]) -> dict[str, Constraint]:
-        if set(bounds) - BOUNDED:
-            raise ValueError(f"must name metrics out of {sorted(BOUNDED)}")
+    def _bounds_of_shares(cls, bounds: dict[str, Constraint]) -> dict[str, Constraint]:
         for name in sorted(SHARES & set(bounds)):
             if any(value is not None and not 0 <= value <= 1 for _, value in bounds[name]):
                 raise ValueError(f"bounds of `{name}`, a share, must be from 0 to 1 (0.9 is 90 %)")

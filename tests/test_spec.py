@@ -152,6 +152,19 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
             "`constraints.accuracy`: `min` must not be above `max` (got {'max': 0.5, 'min': 0.9})",
         ),
         (
+            {"constraints": {"accuracy_drop_pp": 1}},
+            "`constraints`: `accuracy_drop_pp` must have bounds, such as {max: 1} (got {'accuracy_drop_pp': 1})",
+        ),
+        (
+            {"constraints": {"beauty": 1}},
+            f"`constraints`: must name metrics out of {sorted(BOUNDED)} (got {{'beauty': 1}})",
+        ),
+        (
+            {"compress": {"quantize": {"method": "ptq", "weight_bits": [4, 8]}}},
+            "`compress.quantize.weight_bits`: must be an integer (got [4, 8]); several to choose from are written "
+            "`{choice: [...]}`",
+        ),
+        (
             {"constraints": {"beauty": {"max": 1}}},
             f"`constraints`: must name metrics out of {sorted(BOUNDED)} (got {{'beauty': {{'max': 1}}}})",
         ),

@@ -120,8 +120,8 @@ def _follow(connection: sqlite3.Connection, database: Path) -> None:
             continue
         for table, column in _LOCATIONS:
             connection.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ? || '/%'",
-                (new, len(old) + 1, old, old),
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                (new, len(old) + 1, len(old) + 1, f"{old}/"),
             )
     connection.commit()
 

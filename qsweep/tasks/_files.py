@@ -33,12 +33,13 @@ def store_of(root: Path) -> Store:
 
 
 def file_hash(path: Path, store: Store) -> str:
-    """SHA-256 of a file's content, read once for each state of the file: path, size and time of change."""
+    """SHA-256 of a file's content, read once for each state of the file. Archives and `touch` set the time at which the
+    content was changed, but neither which file it is nor when that was changed."""
     status = path.stat()
 
     def fill(folder: Path) -> None:
         with path.open("rb") as file:
             (folder / "sha256").write_text(hashlib.file_digest(file, "sha256").hexdigest())
 
-    key = Store.key("file", str(path), status.st_size, status.st_mtime_ns)
+    key = Store.key("file", str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return (store.folder(key, fill) / "sha256").read_text()

@@ -15,13 +15,17 @@ from qsweep.errors import SpecError
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """YAML 1.1 as PyYAML reads it, but strict about keys and with the floats of YAML 1.2."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                mark = node.value[i][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` must stand once", mark)
-        return dict(super().construct_mapping(node, deep))
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Keys are compared as they are written: later, others are merged in, which they may override."""
+        node = super().compose_mapping_node(anchor)
+        keys: list[Any] = []
+        for written in [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]:
+            key = self.construct_object(written, deep=True)
+            if key in keys:
+                problem = f"the key `{key}` must stand once"
+                raise yaml.constructor.ConstructorError(None, None, problem, written.start_mark)
+            keys.append(key)
+        return node
 
     def construct_scalar(self, node: yaml.ScalarNode) -> Any:
         value = super().construct_scalar(node)

@@ -10,6 +10,7 @@ import yaml
 from qsweep.errors import SpecError
 from qsweep.records import Metrics
 from qsweep.spec import BOUNDED, Compression, Spec, TrialConfig, load_spec
+from qsweep.yamlfile import read_mapping
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(
@@ -344,6 +345,21 @@ def test_a_file_that_is_no_mapping_in_yaml_is_refused(tmp_path: Path, text: str,
     assert str(path) in str(caught.value)
     assert message.split("(")[0] in str(caught.value)
     assert message.split("(")[1].rstrip(")") in str(caught.value) or "while parsing" in message
+
+
+@pytest.mark.parametrize("nested", ["{c: &b {<<: *a, w: 4}}", "[[[&b {<<: *a, w: 4}]]]"])
+def test_what_merges_and_overrides_may_be_merged_again(tmp_path: Path, nested: str) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(f"a: &a {{m: ptq, w: 8}}\nb: {nested}\nd: {{<<: *b, w: 2}}\ne: [{{<<: *b}}]\n")
+    found = read_mapping(path)
+    assert (found["d"], found["e"]) == ({"m": "ptq", "w": 2}, [{"m": "ptq", "w": 4}])
+
+
+def test_a_key_that_stands_twice_is_told_by_its_line_though_others_are_merged(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text("a: &a {m: ptq}\nb:\n  <<: *a\n  w: 1\n  w: 2\n")
+    with pytest.raises(SpecError, match=r"line 5: must be YAML \(the key `w` must stand once\)"):
+        read_mapping(path)
 
 
 def test_a_missing_file_a_folder_and_bytes_are_refused(tmp_path: Path) -> None:

@@ -125,6 +125,14 @@ def test_a_spec_that_is_a_link_belongs_to_the_folder_of_the_link(spec: Path, tmp
     assert "ptq-w6" in qsweep_("front", link).output
 
 
+def test_a_search_that_finds_nothing_new_says_that_it_ended_early(spec: Path, arithmetic: None) -> None:
+    quantize = {"method": "ptq", "weight_bits": 4, "activation_bits": None, "calibration_samples": {"range": [1, 999]}}
+    content = {"compress": {"quantize": quantize}, "target": {"engine": "float", "compile": False}}
+    spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | content), encoding="utf-8")
+    said = qsweep_("run", spec).output
+    assert "the search ended after 1 of 6 trials: no config was found that is new and possible" in said
+
+
 def test_what_comes_next_can_be_pasted_though_its_path_has_spaces(spec: Path, arithmetic: None) -> None:
     place = spec.parent / "my specs"
     place.mkdir()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -263,6 +264,24 @@ def test_the_same_seed_asks_for_the_same_configs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampler", ["nsga2", "gp", "random"])
 def test_every_sampler_searches(tmp_path: Path, sampler: str) -> None:
     assert len(sweep(tmp_path, small_spec(REAL, search={"trials": 2, "sampler": sampler}))) == BASELINES + 2
+
+
+class Stubborn(optuna.samplers.RandomSampler):
+    """Proposes the same point again and again."""
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, distribution: Any) -> Any:
+        return distribution.choices[0] if hasattr(distribution, "choices") else distribution.low
+
+
+@pytest.mark.parametrize("samples", [{"choice": [8, 16, 32]}, {"range": [1, 100000]}])
+def test_a_sampler_that_repeats_itself_spends_its_budget_on_other_points(
+    tmp_path: Path, samples: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qsweep.study.search.sampler", lambda spec, told: Stubborn())
+    bits = {"choice": [2, 4, 6]}
+    quantize = {"method": "ptq", "weight_bits": bits, "calibration_samples": samples}
+    found = sweep(tmp_path, small_spec(quantize, search={"trials": 8, "repeats": 0}))
+    assert sum(r.kind == "trial" and r.duplicate_of is None for r in found.values()) == 8
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])

@@ -115,11 +115,19 @@ class Watch:
         say(*self._ended_early(), "What next:", *self._next())
 
     def _ended_early(self) -> list[str]:
-        search = self.spec.search
-        done = sum(r.kind == "trial" and r.duplicate_of is None for r in self.records.values())
-        if search.timeout is None or done >= search.trials or time.monotonic() - self.start < search.timeout:
+        from qsweep.study.points import enumerated
+
+        search, trials = self.spec.search, [r for r in self.records.values() if r.kind == "trial"]
+        done = sum(r.duplicate_of is None and r.state != "refused" for r in trials)
+        if done >= search.trials:
             return []
-        return [f"`search.timeout` ended the search after {done} of {search.trials} trials; `qsweep run` goes on"]
+        if search.timeout is not None and time.monotonic() - self.start >= search.timeout:
+            return [f"`search.timeout` ended the search after {done} of {search.trials} trials; `qsweep run` goes on"]
+        if enumerated(self.spec):
+            return []
+        return [
+            f"the search ended after {done} of {search.trials} trials: no config was found that is new and possible"
+        ]
 
     def _next(self) -> list[str]:
         from qsweep.track import pareto_url

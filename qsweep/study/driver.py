@@ -33,8 +33,10 @@ PRELOAD = (
     "qsweep.jobs",
 )
 """What workers of `qsweep.jobs` need and what takes long to import."""
+STUCK = 10
+"""A sampler that proposes so many known or refused configs in a row, as GP does, is given points of others' choice."""
 PATIENCE = 100
-"""A sampler that proposes so many known or refused configs in a row has nothing new to offer."""
+"""After so many the search is over: there is nothing new, or nothing possible."""
 
 
 def run(
@@ -192,7 +194,7 @@ class Driver:
             return None  # all others are compared to it: not before its artifact is there
         if self.queue:
             return self.queue.pop(0)
-        if not self._may_ask() or (trial := self.search.ask(self.asked)) is None:
+        if not self._may_ask() or (trial := self.search.ask(self.asked, self.idle >= STUCK)) is None:
             return None
         return Pending(len(self.known) + trial.number, self.search.candidate(trial), trial)
 
@@ -204,7 +206,7 @@ class Driver:
         done = sum(r.kind == "trial" and r.duplicate_of is None and r.state != "refused" for r in self.records.values())
         begun = sum(pending.trial is not None for pending in self.evaluating.values())
         room = done + begun < self.spec.search.trials
-        patient = self.search.points is not None or self.idle < PATIENCE
+        patient = self.search.every_point or self.idle < PATIENCE
         return room and patient and self._in_time()
 
     def _admit(self, pending: Pending) -> Iterator[Record]:

@@ -14,10 +14,13 @@ from qsweep.domains import Choice, Domain
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
 from qsweep.study.folder import sqlite_url
-from qsweep.study.points import Candidate, Point, at, candidate, enumerated, listed
+from qsweep.study.points import Candidate, Point, at, candidate, drawn, enumerated, listed
 
 if TYPE_CHECKING:
     import optuna
+
+_DRAWS = 1000
+"""Points that are tried where a sampler repeats itself."""
 
 
 class Search:
@@ -34,18 +37,20 @@ class Search:
             storage=storage, study_name=spec.name, directions=directions, load_if_exists=True
         )
         self.study.sampler = sampler(spec, self.told)
-        self.points = listed(spec) if enumerated(spec) else None
+        self.every_point = enumerated(spec)
+        self.points = listed(spec) if self.every_point else drawn(spec, _DRAWS)
 
     @property
     def told(self) -> int:
         """How many trials the study has, whatever their state."""
         return len(self.study.get_trials(deepcopy=False))
 
-    def ask(self, seen: set[str]) -> optuna.Trial | None:
-        """A new trial; None when every point's uid is in `seen`, as far as the points can be listed."""
+    def ask(self, seen: set[str], stuck: bool) -> optuna.Trial | None:
+        """A new trial: where all points are run the next one, where the sampler is `stuck` one that it did not propose,
+        else the sampler's. None when every such point's uid is in `seen`."""
         from optuna.trial import TrialState
 
-        if self.points is not None and not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        if (self.every_point or stuck) and not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             point = next((p for p in self.points if candidate(self.spec, at(p)).uid not in seen), None)
             if point is None:
                 return None

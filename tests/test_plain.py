@@ -577,6 +577,13 @@ class OneMore(nn.Module):
         return x + torch.ones(more).sum()
 
 
+class Chooses(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.mean() > 0:
+            x = x * 2
+        return x
+
+
 class Transposed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x * 2
@@ -593,6 +600,8 @@ REFUSED: list[tuple[nn.Module, str]] = [
         Transposed(),
         r"read elsewhere \(`x\.transpose\(1, 2\)\[:, 0\] = 1\.0`, `aten\.fill_\.Tensor`\): write into slices",
     ),
+    (Chooses(), r"`if x\.mean\(\) > 0:` \(`.*/test_plain\.py`, line \d+\) depends on the values .* `torch\.where`"),
+    (Function(lambda x: x / max(x.amax().item(), 1.0)), r"`torch\.clamp` or `torch\.maximum`"),
     (Function(lambda x: x.topk(2)[0]), r"`aten\.topk\.default`: gives several tensors"),
     (Function(lambda x: torch.autocast("cpu", torch.bfloat16)(torch.relu)(x)), "turns autocast on"),
 ]

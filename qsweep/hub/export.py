@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
+from traceback import FrameSummary, extract_tb
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qsweep.errors import DataError, ExportFailure
@@ -17,8 +20,6 @@ from qsweep.hub.plain import plain
 from qsweep.hub.slim import slim
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qsweep.stage import Context
 
 
@@ -89,5 +90,17 @@ _BATCH = (
 def _reason(error: Exception) -> str:
     if "Constraints violated (batch)" in str(error):
         return _BATCH
+    if isinstance(error, GuardOnDataDependentSymNode) and (frame := _frame(error)):
+        return (
+            f"`{frame.line}` (`{frame.filename}`, line {frame.lineno}) depends on the values in a tensor, which nobody "
+            "knows as it is traced: choose with `torch.where`, and bound with `torch.clamp` or `torch.maximum`"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}"
+
+
+def _frame(error: Exception) -> FrameSummary | None:
+    """Where outside PyTorch `error` was raised: in the model."""
+    own = (f"{Path(torch.__file__).parent}/", __file__, "<")
+    frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    return frames[-1] if frames else None

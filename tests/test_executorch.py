@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from layout_networks import Tokens, Transposed
-from networks import NETWORKS, Noise, assert_close, context, digits, made, network, shared
+from networks import NETWORKS, Function, Noise, assert_close, context, digits, made, network, shared
 from pydantic import TypeAdapter
 from test_gates import KINDS, Branches
 from test_odd_networks import INPUTS, ODD
@@ -203,6 +205,24 @@ def test_a_damaged_program_is_told(program: Path, tmp_path: Path) -> None:
     (tmp_path / "model.pte").write_bytes(content[: len(content) // 2])
     with pytest.raises(BundleError, match="cannot be read"):
         ExecuTorch(batch_size=COUNT).load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "function", [F.softplus, lambda x: F.softplus(x, beta=3), F.mish], ids=["softplus", "beta", "mish"]
+)
+def test_logarithms_of_images_are_in_their_place(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(512, 4)
+    model = Function(lambda x, one, other, last: last((function(y := one(x)) + other(y)).flatten(1)), *layers).eval()
+    quantized = PTQ(calibration_samples=200).apply(model, context(tmp_path, task=Noise(inputs=NOISE)))
+    run = lowered(quantized, tmp_path / "artifact").load(tmp_path / "artifact")
+    assert_close(run(NOISE), IntegerInterpreter(quantized.graph)(NOISE), within=0.05)
+
+
+def test_a_softplus_that_ends_early_is_refused(tmp_path: Path) -> None:
+    live = float_graph(nn.Sequential(nn.Flatten(), nn.Softplus(threshold=2)), context(tmp_path, "odd"))
+    with pytest.raises(Refused, match=r"a threshold of at least 15 \(got 2"):
+        lowered(live, tmp_path / "artifact")
 
 
 class Odd(nn.Module):

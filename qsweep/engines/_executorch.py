@@ -44,7 +44,7 @@ def lower(model: QuantizedModel, folder: Path, batch_size: int) -> None:
             program = torch.export.export(for_xnnpack(model), (example,))
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
             made = edge.to_executorch()
-    except MemoryError:
+    except (MemoryError, Refused):
         raise
     except Exception as error:  # it raises many types; all mean that this engine cannot take the model
         raise Refused(f"ExecuTorch cannot take the model: {why(error)}") from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.engines._program import by_rows
+from qsweep.errors import Refused
 from qsweep.hub.fixed import with_constants
 from qsweep.hub.form import QuantizedModel, grid_of, weight_bits_of
 from qsweep.hub.kinds import (
@@ -24,12 +26,14 @@ from qsweep.hub.kinds import (
     quantized,
     rectified,
 )
-from qsweep.hub.nodes import attributes, nodes_of, set_constant, source
+from qsweep.hub.nodes import arguments, attributes, nodes_of, set_constant, source
 from qsweep.hub.norm import affine
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS
 from qsweep.hub.weights import real_weight
 
 _LOW, _HIGH = -128, 127
+_LEAST = 15
+"""Of thresholds: log(1 + exp(-15)) is 3e-7."""
 
 
 def for_xnnpack(model: QuantizedModel) -> fx.GraphModule:
@@ -48,6 +52,8 @@ def for_xnnpack(model: QuantizedModel) -> fx.GraphModule:
         view.target = aten.view_copy.default
     for rows in nodes_of(graph, {QUANTIZE_ROWS}):
         rows.replace_all_uses_with(source(rows))
+    for node in nodes_of(graph, {aten.softplus.default, aten.mish.default}):
+        _with_logarithm(graph, node)
     if norms := nodes_of(graph, NORMS):
         ShapeProp(graph).propagate(model.example)
         for norm in norms:
@@ -110,6 +116,32 @@ def _spell_out(graph: fx.GraphModule, norm: fx.Node) -> None:
         with graph.graph.inserting_before(norm):
             value = graph.graph.call_function(op, (value, graph.graph.get_attr(name)))
     norm.replace_all_uses_with(value)
+
+
+def _with_logarithm(graph: fx.GraphModule, node: fx.Node) -> None:
+    """A softplus or mish in ops that XNNPACK has: beside others, of integers, it gives images in the wrong layout.
+
+    log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), which has no overflow. Raises Refused for a threshold from which
+    on a softplus is not its argument to the last bits.
+    """
+    given, named = source(node), {"beta": 1, "threshold": 20} | arguments(node)
+    if (threshold := named["threshold"]) < _LEAST:
+        raise Refused(f"ExecuTorch takes `softplus` with a threshold of at least {_LEAST} (got {threshold})")
+    beta = named["beta"]
+    with graph.graph.inserting_before(node):
+
+        def call(op: Any, *values: Any) -> fx.Node:
+            return graph.graph.call_function(op, values)
+
+        value = given if beta == 1 else call(aten.mul.Tensor, given, beta)
+        small = call(aten.exp.default, call(aten.neg.default, call(aten.abs.default, value)))
+        rest = call(aten.log.default, call(aten.add.Tensor, small, 1.0))
+        result = call(aten.add.Tensor, call(aten.relu.default, value), rest)
+        if beta != 1:
+            result = call(aten.mul.Tensor, result, 1 / beta)
+        if node.target is aten.mish.default:
+            result = call(aten.mul.Tensor, given, call(aten.tanh.default, result))
+    node.replace_all_uses_with(result)
 
 
 def _rows(graph: fx.GraphModule, value: fx.Node, before: fx.Node) -> fx.Node:

@@ -165,3 +165,13 @@ def test_a_trial_between_two_steps_of_the_driver_is_taken_up(tmp_path: Path, mom
     assert start(tmp_path).wait(timeout=60) == 0
     check_all_done_once(tmp_path)
     assert set(calls(tmp_path).values()) == {1}
+
+
+def test_who_was_paused_before_it_could_lock_its_folder_goes_on(tmp_path: Path) -> None:
+    worker = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    os.kill(worker.pid, signal.SIGSTOP)
+    until(lambda: state(worker.pid) == "T")
+    resume(tmp_path)
+    until(lambda: state(worker.pid) != "T")
+    worker.kill()
+    worker.wait()

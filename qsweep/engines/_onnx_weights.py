@@ -111,21 +111,33 @@ def _real(
 
     integers, group = _group_of(graph, stored)
     name, scale, *offset = _names(graph, stored)
-    real, nodes = node.output[0], []
+    real, nodes, whole = node.output[0], [], group == integers[0].numel()
 
-    def emit(kind: str, given: list[str], what: str, **more: Any) -> str:
-        nodes.append(helper.make_node(kind, given, [f"{real}.{what}"], name=f"{real}.{what}", **more))
-        return f"{real}.{what}"
+    def emit(kind: str, given: list[str], result: str, **more: Any) -> str:
+        nodes.append(helper.make_node(kind, given, [result], name=result, **more))
+        return result
 
-    parts = add(content, f"{real}.parts", np.array([len(integers), -1, group]))
-    ends = add(content, f"{real}.ends", np.array([len(integers), -1, 1]))
-    shape = add(content, f"{real}.shape", np.array(integers.shape))
-    levels = emit("Reshape", [emit("Cast", [name], "integers", to=TensorProto.FLOAT), parts], "levels")
+    def sizes(what: str, *numbers: int) -> str:
+        known = {tensor.name for tensor in content.graph.initializer}
+        return what if what in known else add(content, what, np.array(numbers))
+
+    count = len(integers)
+    ends = (
+        sizes(f"ends{integers.dim()}", -1, *[1] * (integers.dim() - 1))
+        if whole
+        else sizes(f"{real}.ends", count, -1, 1)
+    )
+    levels = emit("Cast", [name], f"{real}.integers", to=TensorProto.FLOAT)
+    if not whole:
+        levels = emit("Reshape", [levels, sizes(f"{real}.parts", count, -1, group)], f"{real}.levels")
     if offset:
-        below = emit("Reshape", [emit("Cast", offset, "offset", to=TensorProto.FLOAT), ends], "offsets")
-        levels = emit("Sub", [levels, below], "steps")
-    values = emit("Mul", [levels, emit("Reshape", [scale, ends], "scales")], "values")
-    return [*nodes, helper.make_node("Reshape", [values, shape], [real], name=real)]
+        below = emit("Cast", offset, f"{real}.offset", to=TensorProto.FLOAT)
+        levels = emit("Sub", [levels, emit("Reshape", [below, ends], f"{real}.offsets")], f"{real}.steps")
+    scales = emit("Reshape", [scale, ends], f"{real}.scales")
+    values = emit("Mul", [levels, scales], real if whole else f"{real}.values")
+    if not whole:
+        emit("Reshape", [values, sizes(f"{real}.shape", *integers.shape)], real)
+    return nodes
 
 
 def pack_weights(content: onnx.ModelProto, weights: dict[str, Tensor]) -> None:

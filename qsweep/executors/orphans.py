@@ -30,13 +30,23 @@ def driven(sweep: Path) -> bool:
 
 
 def resume(sweep: Path) -> None:
-    """Let the workers in this folder go on, unless one of them is alone or they have a driver."""
+    """Let the workers in this folder go on, unless one of them is alone or they have a driver; and those children of
+    this process that were paused before they could lock their folder, whom no driver knows."""
     workers = dict(_workers(sweep))
-    if any(alone.granted(folder) for folder in workers) or driven(sweep):
+    if any(alone.granted(folder) for folder in workers):
         return
-    for pid in workers.values():
+    known = workers.values()
+    for pid in [] if driven(sweep) else known:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGCONT)
+    for pid in set(_children()) - set(known):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _children() -> list[int]:
+    this = os.getpid()
+    return [int(pid) for pid in Path(f"/proc/{this}/task/{this}/children").read_text().split()]
 
 
 def _workers(sweep: Path) -> Iterator[tuple[Path, int]]:

@@ -28,7 +28,6 @@ from qsweep.quantize.lsq import LSQ
 from qsweep.quantize.mixed import Mixed
 from qsweep.quantize.ptq import PTQ
 from qsweep.quantize.qat import QAT
-from qsweep.store import Store
 
 WAVES = torch.randn(24, 1, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 24)[:, None, None]
 """Sounds, the quietest a hundredth as loud as the loudest."""
@@ -119,11 +118,15 @@ def test_all_other_layers_are_quantized(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "engine", [Reference, Inductor, OnnxRuntime, ExecuTorch, "openvino", "cuda"], ids=lambda engine: str(engine)
+    ("engine", "name"),
+    [
+        *((engine, name) for engine in (Reference, OnnxRuntime, "openvino", "cuda") for name in PLACES),
+        *((engine, name) for engine in (Inductor, ExecuTorch) for name in ("one.weight", "head.weight")),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
 )
-@pytest.mark.parametrize("name", PLACES)
 def test_every_engine_runs_it_beside_integers(
-    name: str, engine: type[EngineConfig] | str, tmp_path: Path, device: str
+    engine: type[EngineConfig] | str, name: str, tmp_path: Path, device: str
 ) -> None:
     model = residual(name)
     wanted = simulation(model)(NOISE)
@@ -137,7 +140,7 @@ def test_every_engine_runs_it_beside_integers(
         if (reason := config.available()) is not None:
             pytest.skip(reason)
         (artifact := tmp_path / "artifact").mkdir()
-        config.lower(model, artifact, Store(tmp_path / "store"))
+        config.lower(model, artifact, shared("residual of noise", NOISE).store)
         run = config.load(artifact)
         found = run(NOISE).clone()
         share = config.integer_macs(artifact, run, NOISE) / (len(NOISE) * model.macs)
@@ -163,7 +166,7 @@ def test_trainings_train_them_as_they_are(name: str, config: type[QAT | LSQ], tm
     assert torch.isfinite(IntegerInterpreter(model.graph)(NOISE)).all()
     (artifact := tmp_path / "artifact").mkdir()
     engine = OnnxRuntime(batch_size=len(NOISE))
-    engine.lower(model, artifact, Store(tmp_path / "store"))
+    engine.lower(model, artifact, shared("residual of noise", NOISE).store)
     wanted = simulation(model)(NOISE)
     torch.testing.assert_close(engine.load(artifact)(NOISE), wanted, atol=0.05 * wanted.std().item(), rtol=0)
 

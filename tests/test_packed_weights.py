@@ -36,7 +36,6 @@ from qsweep.quantize.codebook import Codebook
 from qsweep.quantize.ptq import PTQ
 from qsweep.quantize.qat import QAT
 from qsweep.spec import Compression
-from qsweep.store import Store
 
 NOISE = Noise(20).inputs
 TOKENS = torch.randn(20, 7, 96, generator=torch.Generator().manual_seed(0))
@@ -89,7 +88,7 @@ def mixer(**fields: Any) -> QuantizedModel:
 def lowered(model: QuantizedModel, folder: Path, name: str, batch_size: int) -> EngineConfig:
     engine = engine_of(name, batch_size)
     folder.mkdir(exist_ok=True)
-    engine.lower(model, folder, Store(folder.parent / "store"))
+    engine.lower(model, folder, shared("mixer of tokens", TOKENS).store)  # graphs of one structure are exported once
     return engine
 
 

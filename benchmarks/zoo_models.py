@@ -90,7 +90,7 @@ NAMES = [*_listed("zoo.txt"), *(f"transformers {name}" for name in TRANSFORMERS)
 """Library, name and, of images that may have any size, after @ theirs."""
 SIZED = [
     f"transformers {name}@{tokens}"
-    for name, counts in {"MiniLM-L6": (8, 32, 128), "BERT-base": (8, 32, 128), "GPT-2": (1, 32)}.items()
+    for name, counts in {"MiniLM-L6": (8, 32, 128), "BERT-base": (8, 32), "GPT-2": (1,)}.items()
     for tokens in counts
 ]
 """After @ the tokens of a text."""

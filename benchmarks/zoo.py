@@ -409,7 +409,7 @@ def main() -> None:
 
     transformers = [name for name in NAMES if name.startswith("transformers ")]
     names = {"network": NAMES, "token": transformers, "chain": CHAINS, "openvino": NAMES, "alone": NAMES}
-    names |= {"channels": NAMES} | dict.fromkeys(TIMED, LATENCIES) | {"packed": list(SIZED)}
+    names |= {"channels": NAMES} | dict.fromkeys(TIMED, LATENCIES) | {"packed": SIZED}
     for part in sys.argv[1:] or PARTS:
         there = [name for name in names[part] if find_spec(name.split()[0])]
         with ThreadPoolExecutor(1 if part in TIMED else os.cpu_count()) as pool:

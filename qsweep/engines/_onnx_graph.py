@@ -105,9 +105,8 @@ def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:
     integers: dict[str, tuple[str, Any]] = {}
     nodes = []
     for node in content.graph.node:
-        if (
-            node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) == 3
-        ):  # weights have no zero point
+        marked = len(node.input) == 3  # weights have no zero point yet
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and marked:
             mark = round(float(numpy_helper.to_array(constants[node.input[1]])))
             node.input[1], node.input[2] = f"grid{mark}.scale", f"grid{mark}.zero_point"
             if node.op_type == "DequantizeLinear":

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import fx
-from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.engines._torch_graph import with_token_grids
 from qsweep.errors import ExportFailure, why
 from qsweep.hub.kinds import EMBEDDING, NAMESPACES, aten
 from qsweep.hub.nodes import nodes_of, source
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS
+from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 from qsweep.hub.save import load
 from qsweep.hub.simulate import simulation
 
@@ -29,9 +28,7 @@ def write_program(artifact: Path, out: Path) -> None:
     `torch.export` knows no such op, as of ranges that each batch sets.
     """
     model = load(artifact)
-    if nodes_of(model.graph, {QUANTIZE_ROWS}):
-        ShapeProp(model.graph).propagate(model.example)
-        with_token_grids(model.graph)
+    with_token_grids(model)
     ops = [node.target for node in model.graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     known = {op.namespace for op in ops} <= _KNOWN and model.dtype == torch.float32
     graph = by_rows(model.graph) if known else simulation(model)

@@ -28,9 +28,7 @@ from qsweep.hub.weights import real_weight
 
 def for_patterns(model: QuantizedModel) -> fx.GraphModule:
     """The graph of `model` as Inductor's patterns of integer kernels are written, in place."""
-    if nodes_of(model.graph, {QUANTIZE_ROWS}):
-        ShapeProp(model.graph).propagate(model.example)
-        with_token_grids(model.graph)
+    with_token_grids(model)
     return with_image_convolutions(with_own_weights(with_norms_as_steps(unsigned(model.graph))))
 
 
@@ -68,14 +66,19 @@ def with_own_weights(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def with_token_grids(graph: fx.GraphModule) -> None:
+def with_token_grids(model: QuantizedModel) -> None:
     """Rows on grids of their own, and the linears that read them as products of integers, in place. The order is that
-    of the contract: f32(sum) * row scale * weight scale + bias. Takes what ShapeProp knows.
+    of the contract: f32(sum) * row scale * weight scale + bias.
 
     Scales under `LEAST_SCALE` become that, not 1: such rows are nothing but zeros all the same, or next to it.
     """
+    graph = model.graph
+    quantized_rows = nodes_of(graph, {QUANTIZE_ROWS})
+    if not quantized_rows:
+        return
+    ShapeProp(graph).propagate(model.example)
     call = graph.graph.call_function
-    for rows in nodes_of(graph, {QUANTIZE_ROWS}):
+    for rows in quantized_rows:
         values, _, high = rows.args
         with graph.graph.inserting_before(rows):
             largest = _chain(graph, source(rows), (aten.abs.default,), (aten.amax.default, [-1], True))

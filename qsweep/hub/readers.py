@@ -31,7 +31,7 @@ def readers_on_grids(graph: fx.GraphModule, real: Collection[fx.Node] = ()) -> d
     results they alone read.
     """
     shown = reached([source(graph.graph.output_node())], lambda node: node.all_input_nodes if moves(node) else ())
-    floats = {*real, *_beside(graph, real)}
+    floats = _left_real(graph, real)
     given, known = _given_by_convolutions(graph) - shown - floats, _known(graph)
     ends = {norm: end_of(norm) for norm in nodes_of(graph, NORMS) if norm in known and stands_alone(norm)}
     norms = {norm: end for norm, end in ends.items() if end not in shown and norm not in floats}
@@ -66,11 +66,9 @@ def readers_that_are_layers(graph: fx.GraphModule, real: Collection[fx.Node] = (
     }
 
 
-def _beside(graph: fx.GraphModule, real: Collection[fx.Node]) -> set[fx.Node]:
-    """Values that are computed from nothing but what the layers `real` give, and those that nothing else reads."""
-    if not real:
-        return set()
-    behind, before = set(real), set(real)
+def _left_real(graph: fx.GraphModule, layers: Collection[fx.Node]) -> set[fx.Node]:
+    """`layers`, values that are computed from nothing but what they give, and those that nothing else reads."""
+    behind, before = set(layers), set(layers)
     for node in graph.graph.nodes:
         read = [value for value in node.all_input_nodes if not _fixed(value) and is_real(value)]
         if node.op == "call_function" and node.target not in COMPUTE and read and behind.issuperset(read):

@@ -22,7 +22,7 @@ from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, causes, why
-from qsweep.evaluate import check, judged, predict
+from qsweep.evaluate import accuracy, check, judged, predict
 from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
@@ -131,12 +131,12 @@ def _build(job: Job) -> Result:
         stored, labels = (part[: job.measure.parity_samples] for part in samples)
         together = job.config.target.batch_size if model.dynamic else 256
         simulated = predict(simulation(model), task, stored, together)
-        accuracy = judged(task, simulated, labels).mean().item()
+        metrics = {"accuracy_simulated": accuracy(task, simulated, labels)}
     save_file({"outputs": simulated.contiguous()}, job.folder / SIMULATED)
     job.progress("lower")
     with job.clock("lower"):
         lower(model, job.config, job.artifact, job.store)
-    metrics = {"accuracy_simulated": accuracy, **work(model), **file_sizes(job.artifact)}
+    metrics |= work(model) | file_sizes(job.artifact)
     kernels = content_hash([structure(model, widths=True), job.config.target.uid()])
     about = {"kernels": kernels, "layer_bits": model.layer_bits(), "files": digests(job.artifact)}
     return {"metrics": metrics, "seconds": job.clock.seconds} | about
@@ -195,8 +195,8 @@ def _test(job: Job) -> Result:
     labels = task.samples("test").labels
     job.alone("test")
     found = outputs(run, task, "test", engine.batch_size, device=engine.device)
-    accuracy = judged(task, found, labels).mean().item()
-    return {"metrics": {"accuracy_test": accuracy}, "seconds": job.clock.seconds}
+    metrics = {"accuracy_test": accuracy(task, found, labels)}
+    return {"metrics": metrics, "seconds": job.clock.seconds}
 
 
 def _drop(job: Job, accuracy: float) -> float:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsweep.errors import DataError, NotFinite, TaskFailure
-from qsweep.evaluate import check, evaluate, judged
+from qsweep.evaluate import accuracy, check, judged, predict
 from qsweep.tasks import AnyTask, SplitName, Task
 from qsweep.tasks.image_classification import ImageClassification
 from qsweep.tasks.images._task import augment, normalise
@@ -309,7 +309,8 @@ def test_the_cifar_checkpoint_has_its_accuracy_on_real_images(data: Path, tmp_pa
     ).model_dump()
     config["model"]["checkpoint"] = str(data / "checkpoints" / "resnet20_cifar10_jpeg.safetensors")
     task = ImageClassification.model_validate(config).open(tmp_path)
-    assert evaluate(task.model(), task, "validation").mean().item() == pytest.approx(0.878, abs=0.015)
+    inputs, labels = task.samples("validation")
+    assert accuracy(task, predict(task.model(), task, inputs), labels) == pytest.approx(0.878, abs=0.015)
 
 
 USER_TASK = """
@@ -412,8 +413,8 @@ METRIC = """
         chosen, wanted = (nn.functional.one_hot(each, 2).bool() for each in (outputs.argmax(1), labels))
         return torch.cat([chosen & wanted, chosen | wanted], 1).float()
 
-    def metric(self, mean):
-        both, either = mean.chunk(2)
+    def metric(self, scores):
+        both, either = scores.sum(0).chunk(2)
         return (both / either).nanmean()
 """
 
@@ -433,12 +434,43 @@ def test_a_metric_of_all_samples_is_the_accuracy(tmp_path: Path) -> None:
     assert scores.shape == (500,)
     assert scores.mean().item() == pytest.approx(float(sum(unions)) / 2, abs=1e-6)
     drawn = [torch.randint(0, 500, (500,), generator=generator) for _ in range(200)]
-    again = torch.stack([judged(task, outputs[rows], labels[rows]).mean() for rows in drawn])
+    again = torch.tensor([accuracy(task, outputs[rows], labels[rows]) for rows in drawn])
     assert torch.stack([scores[rows].mean() for rows in drawn]).std().item() == pytest.approx(
         again.std().item(), rel=0.05
     )
     none = torch.zeros(4, dtype=torch.long)
     assert judged(task, torch.tensor([[1.0, 0.0]]).expand(4, 2), none).tolist() == [1.0] * 4  # no sample of one class
+
+
+AUC = """
+    def score(self, outputs, labels):
+        return torch.stack([outputs[:, 1] - outputs[:, 0], labels], 1)
+
+    def metric(self, scores):
+        from sklearn.metrics import roc_auc_score
+
+        known = len(scores[:, 1].unique()) > 1
+        return roc_auc_score(scores[:, 1], scores[:, 0]) if known else float("nan")
+"""
+
+
+def test_a_metric_of_ranks_is_one_too_and_groups_of_samples_are_left_out_in_turns(tmp_path: Path) -> None:
+    task = user(tmp_path, USER_TASK[USER_TASK.index("    def score") :], AUC)
+    check(task, task.model())  # whose samples are of one class: not known
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2000) // 1000
+    outputs = torch.randn(2000, 2, generator=generator) + nn.functional.one_hot(labels, 2) / 2
+    scores = judged(task, outputs, labels)
+    above = (outputs[1000:].diff() > outputs[:1000].diff().T).float().mean().item()
+    assert accuracy(task, outputs, labels) == pytest.approx(above, abs=1e-6)
+    assert scores.mean().item() == pytest.approx(above, abs=1e-6)
+    drawn = [torch.randint(0, 2000, (2000,), generator=generator) for _ in range(400)]
+    again = torch.tensor([accuracy(task, outputs[rows], labels[rows]) for rows in drawn])
+    spread = torch.stack([scores[rows].mean() for rows in drawn]).std().item()
+    assert spread == pytest.approx(again.std().item(), rel=0.05)
+    with pytest.raises(TaskFailure, match=r"`metric` must be a number for all 1000 samples \(got NaN\)"):
+        accuracy(task, outputs[:1000], labels[:1000])
+    assert judged(task, outputs[999:1003], labels[999:1003]).isfinite().all()  # one has its class for itself
 
 
 @pytest.mark.parametrize(
@@ -450,8 +482,8 @@ def test_a_metric_of_all_samples_is_the_accuracy(tmp_path: Path) -> None:
             r"`Mine.score` must return a tensor of shape \(4, K\)",
         ),
         (").float()\n\n", ").float() / 0\n\n", "`Mine.score` must return finite numbers"),
-        (".nanmean()", "", "`Mine.metric` must return a scalar tensor"),
-        ("(both / either).nanmean()", "torch.tensor(0.5)", "`Mine.metric` must be computed of the mean"),
+        (".nanmean()", "", "`Mine.metric` must return one number"),
+        ("(both / either).nanmean()", "None", "`Mine.metric` must return one number"),
         (".nanmean()", ".nansum() + 2", "`Mine.metric` must return a value from 0 to 1"),
         ("both, either", "both, either, none", "`Mine.metric` raised ValueError"),
     ],

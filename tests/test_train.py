@@ -13,14 +13,14 @@ from toy_task import Toy
 from qsweep.baseline import baseline, baseline_key, kept
 from qsweep.batches import Losses, parts
 from qsweep.errors import DataError, NotFinite, Refused, SpecError, TaskFailure
-from qsweep.evaluate import check, evaluate, predict
+from qsweep.evaluate import accuracy, check, judged, predict
 from qsweep.prune.magnitude import Magnitude
 from qsweep.ship import compress
 from qsweep.spec import Spec
 from qsweep.stage import Context
 from qsweep.store import Store
 from qsweep.study.plan import check as check_plan
-from qsweep.tasks.base import Samples, SplitName, Training
+from qsweep.tasks.base import Samples, SplitName, Task, Training
 from qsweep.tasks.image_classification import ImageClassification
 from qsweep.train import fine_tune, fit
 from qsweep.weights import masks, weight_names
@@ -50,13 +50,18 @@ def test_another_seed_gives_other_weights() -> None:
     assert not same(trained(Toy()), trained(Toy(), seed=1))
 
 
+def of_validation(model: nn.Module, task: Task) -> float:
+    inputs, labels = task.samples("validation")
+    return accuracy(task, predict(model, task, inputs), labels)
+
+
 @pytest.mark.parametrize("fields", [{}, {"optimizer": "adamw", "learning_rate": 0.01}], ids=["sgd", "adamw"])
 def test_training_raises_the_accuracy(fields: dict[str, Any]) -> None:
     task = Toy(count=256)
     model = task.model()
-    before = evaluate(model, task, "validation").mean().item()
+    before = of_validation(model, task)
     trained(task, model=model, epochs=10, **fields)
-    assert evaluate(model, task, "validation").mean().item() > max(0.85, before)
+    assert of_validation(model, task) > max(0.85, before)
 
 
 def test_a_model_of_images_may_have_weights_of_volumes() -> None:
@@ -213,14 +218,15 @@ def test_prediction_is_in_eval_mode_and_puts_every_mode_back() -> None:
 
 def test_evaluation_scores_every_sample_whatever_the_batch_size() -> None:
     task, model = Toy(), Toy().model()
-    scores = evaluate(model, task, "test", batch_size=10)
+    inputs, labels = task.samples("test")
+    scores = judged(task, predict(model, task, inputs, batch_size=10), labels)
     assert scores.shape == (65,)
-    assert torch.equal(scores, evaluate(model, task, "test", batch_size=1000))
+    assert torch.equal(scores, judged(task, predict(model, task, inputs, batch_size=1000), labels))
 
 
 def test_outputs_that_are_not_finite_raise() -> None:
     with pytest.raises(NotFinite, match="outputs must be finite"):
-        evaluate(lambda inputs: inputs.flatten(1) / 0, Toy(), "test")
+        predict(lambda inputs: inputs.flatten(1) / 0, Toy(), Toy().samples("test").inputs)
 
 
 def test_a_result_is_computed_once_and_a_failure_is_not_kept(tmp_path: Path) -> None:
@@ -252,7 +258,7 @@ def test_the_baseline_is_trained_once_and_the_same_for_all_who_ask(tmp_path: Pat
     models = [baseline(task, config, root=tmp_path, store=store, seed=0, progress=lines.append) for _ in range(2)]
     assert same(*models)
     assert len(lines) == 1 + 8
-    assert evaluate(models[0], task, "validation").mean() >= 0.95
+    assert of_validation(models[0], task) >= 0.95
 
 
 class Windowed(Toy):

@@ -9,15 +9,14 @@ tokens come as float32, too, and the model makes indices of them (`self.embeddin
 1, one a sample, as their mean is shown in per cent. Data that are read from files belong into `depends_on`. Every job
 is a process of its own that opens the task anew: keep what takes long to prepare in a file.
 
-What is no mean over samples is a `metric` of means, from 0 to 1 as well: mean IoU (intersections and unions by class),
-F1 (counts), or R2 of a regression:
+What is no mean over samples is a `metric` of all of them, from 0 to 1 as well: AUC, mean IoU (of intersections and
+unions by class), F1 (of counts), or R2 of a regression:
 
-    def score(self, outputs, labels):  # (N, 3)
-        return torch.stack([(labels - outputs) ** 2, labels, labels**2], 1)
+    def score(self, outputs, labels):  # what the metric needs to know of each sample, (N, K)
+        return torch.stack([outputs[:, 1] - outputs[:, 0], labels], 1)
 
-    def metric(self, mean):  # of these, over the samples: the share of the variance that is explained
-        error, first, second = mean
-        return (1 - error / (second - first**2)).clamp(min=0)
+    def metric(self, scores):  # those of any samples; NaN where they are of one class alone
+        return roc_auc_score(scores[:, 1], scores[:, 0])
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, train
 
 def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifact: Path) -> Metrics:
     """Accuracy of the artifact as deployed, its agreement with the simulation, and its sizes."""
-    from qsweep.evaluate import judged, predict
+    from qsweep.evaluate import accuracy, predict
     from qsweep.hub.simulate import simulation
     from qsweep.measure.deployed import outputs, parity
     from qsweep.measure.sizes import file_sizes, work
@@ -135,6 +135,6 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     together = target.batch_size if quantized.dynamic else 256
     simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples], together)
     found = parity(deployed[: len(simulated)], simulated, settings)
-    found["accuracy"] = judged(task, deployed, labels).mean().item()
-    found["accuracy_simulated"] = judged(task, simulated, labels[: len(simulated)]).mean().item()
+    found["accuracy"] = accuracy(task, deployed, labels)
+    found["accuracy_simulated"] = accuracy(task, simulated, labels[: len(simulated)])
     return Metrics.model_validate(found | work(quantized) | file_sizes(artifact))

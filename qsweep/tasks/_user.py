@@ -114,7 +114,7 @@ class UserTask:
         found = self._ask("score", outputs, labels)
         if self.metric is not None:
             fits = isinstance(found, Tensor) and found.dim() == 2 and len(found) == len(labels)
-            shape = f"({len(labels)}, K), of whose mean (K,) `metric` makes the accuracy"
+            shape = f"({len(labels)}, K), of which `metric` makes the accuracy"
             self._must(fits, "score", f"return a tensor of shape {shape}", _describe(found))
             self._must(bool(found.isfinite().all()), "score", "return finite numbers", "NaN or infinity")
             return found  # type: ignore[no-any-return]
@@ -124,12 +124,14 @@ class UserTask:
         self._must(inside, "score", "return values from 0 to 1", f"{found.min().item()} to {found.max().item()}")
         return found  # type: ignore[no-any-return]
 
-    def _metric(self, mean: Tensor) -> Tensor:
-        found = self._ask("metric", mean)
-        self._must(isinstance(found, Tensor) and found.dim() == 0, "metric", "return a scalar tensor", _describe(found))
-        self._must(found.requires_grad, "metric", "be computed of the mean by ops of PyTorch", "a constant")
-        self._must(0 <= found.item() <= 1, "metric", "return a value from 0 to 1", f"{found.item()}")  # NaN is not
-        return found  # type: ignore[no-any-return]
+    def _metric(self, scores: Tensor) -> float:
+        found = self._ask("metric", scores)
+        try:
+            value = float(found)  # of a tensor or a scalar of NumPy, too
+        except (TypeError, ValueError, RuntimeError):
+            self._must(False, "metric", "return one number", _describe(found))
+        self._must(not (value < 0 or value > 1), "metric", "return a value from 0 to 1", f"{value}")
+        return value
 
     def _ask(self, method: str, *arguments: object) -> Any:
         return _call(self._path, f"{self._name}.{method}", getattr(self._task, method), *arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
@@ -13,6 +14,7 @@ from qsweep.config import Config
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
+Metric = Callable[["Tensor"], float]
 SplitName = Literal["train", "validation", "test"]
 Schedule = Literal["one_cycle", "cosine"]
 Optimizer = Literal["sgd", "adamw"]
@@ -32,9 +34,9 @@ class Task(Protocol):
     All tensors are on the CPU but those of a training on a GPU: `loss` is given tensors of that device then, and so is
     `transform`, with a generator of that device, if the task has an attribute `any_device` that is true.
 
-    What is no mean over samples, such as mean IoU, F1 or R2, is a method `metric(mean)` more: `score` gives numbers
-    (B, K) then (intersections and unions by class, counts, squares), and `metric` makes of their mean over the split,
-    (K,) and float64, the accuracy: a scalar in [0, 1], by ops that have gradients.
+    What is no mean over samples, such as AUC, mean IoU, F1 or R2, is a method `metric(scores)` more: `score` gives
+    (B, K) numbers then (the logit and the label, intersections and unions by class, counts, squares), and `metric`
+    makes of those of any samples, (n, K) for any n, the accuracy: in [0, 1], or NaN where these samples have none.
     """
 
     def model(self) -> nn.Module:
@@ -52,7 +54,7 @@ class Task(Protocol):
         and replays that."""
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """(B,) values in [0, 1], one a sample; their mean is the accuracy."""
+        """(B,) values in [0, 1], one a sample; their mean is the accuracy. (B, K) finite numbers for a `metric`."""
 
 
 class Usual(NamedTuple):

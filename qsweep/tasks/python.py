@@ -12,8 +12,8 @@ from qsweep.tasks.base import Task, TaskConfig
 
 class Python(TaskConfig):
     """A class of the user's own: `model()`, `samples(split)`, `loss(outputs, labels)`, `score(outputs, labels)`, and
-    `transform(inputs, generator=None)` where inputs need more than a cast to float32, `metric(mean)` where the accuracy
-    is no mean of scores.
+    `transform(inputs, generator=None)` where inputs need more than a cast to float32, `metric(scores)` where the
+    accuracy is no mean of scores.
 
     What each takes and returns: `qsweep.tasks.base.Task`.
     """

@@ -170,9 +170,10 @@ class Spec(Config):
         "latency_ms",
     )
     """Metrics that span the Pareto front."""
+    standard_baselines: Listed[tuple[Literal["bf16", "fp16", "int8"], ...]] = ("bf16", "fp16", "int8")
+    """What stands beside the trials on every engine (fp16: on GPUs), with the model as it is, which always does."""
     baselines: Listed[tuple[TrialConfig, ...]] = ()
-    """Configs to measure beside the trials, such as what is in production now. The model as it is, bf16 and plain int8
-    stand there anyway."""
+    """Configs to measure beside these and the trials, such as what is in production now."""
     constraints: Annotated[dict[str, Constraint], _names(BOUNDED, "propertyNames")] = {}
     """Bounds of metrics, used by the sampler, `qsweep best`, `promote` and `export`; members of the front keep them."""
     search: Search = Search()

@@ -44,9 +44,11 @@ def test_an_engine_on_the_cpu_does_not_ask_for_a_gpu() -> None:
 
 
 def test_a_gpu_has_fp16_among_its_baselines() -> None:
-    names = [content.get("compress", {}).get("quantize", {}) for content in Float(device="cuda").baselines()]
+    contents = Float(device="cuda").baselines()
+    assert list(contents) == ["fp32", "bf16", "fp16", "int8"]
+    names = [content.get("compress", {}).get("quantize", {}) for content in contents.values()]
     assert [name.get("dtype") for name in names] == [None, "bf16", "fp16", None]
-    assert len(Float().baselines()) == 3
+    assert list(Float().baselines()) == ["fp32", "bf16", "int8"]
 
 
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
@@ -114,6 +115,31 @@ def test_what_the_engine_refuses_is_not_run_and_told_as_infeasible(tmp_path: Pat
     assert trial.state.name == "COMPLETE"
     assert trial.constraints["ok"] > 0
     assert trial.values == [0.95, 4000.0, 10.0]
+
+
+TWO_ENGINES = {"target": {"engine": {"choice": ["onnxruntime", "executorch"]}}, "search": {"trials": 12}}
+
+
+def test_an_engine_that_refuses_the_model_itself_is_given_no_trial(tmp_path: Path) -> None:
+    spec = small_spec(**TWO_ENGINES)
+    records = sweep(tmp_path, spec, build_0003="Refused", build_0004="Refused")
+    assert [(r.name, r.state) for r in records.values() if r.kind == "baseline" and r.engine == "executorch"] == [
+        ("fp32", "failed"),
+        ("ptq-w8s-a8a", "failed"),
+    ]
+    trials = [record for record in records.values() if record.kind == "trial"]
+    assert Counter((r.engine, r.state) for r in trials) == {
+        ("onnxruntime", "complete"): 6,
+        ("executorch", "refused"): 6,
+    }
+    assert {r.failure.message for r in trials if r.failure} == {"`executorch` has refused the model itself: as told"}
+    assert states(tmp_path) == {"COMPLETE": 12}
+    assert sweep(tmp_path, spec) == records
+
+
+def test_an_engine_that_takes_some_baseline_is_given_trials(tmp_path: Path) -> None:
+    records = sweep(tmp_path, small_spec(**TWO_ENGINES), build_0003="Refused")
+    assert [r.state for r in records.values() if r.kind == "trial"] == ["complete"] * 12
 
 
 @pytest.mark.parametrize("kind", ["NotFinite", "ExportFailure"])
@@ -454,6 +480,13 @@ def test_what_an_engine_refuses_as_a_baseline_runs_on_float() -> None:
     ]  # fmt: skip
     reference = baselines(small_spec(target={"engine": "reference"}))
     assert (reference[0].name, reference[0].target.engine) == ("fp32", "float")
+
+
+def test_standard_baselines_may_be_left_out_but_for_the_model_as_it_is() -> None:
+    assert [config.name for config in baselines(small_spec(standard_baselines=["int8"]))] == ["fp32", "ptq-w8s-a8a"]
+    assert [config.name for config in baselines(small_spec(standard_baselines=[]))] == ["fp32"]
+    with pytest.raises(ValidationError, match="standard_baselines"):
+        small_spec(standard_baselines=["fp32"])
 
 
 def test_configs_of_the_users_own_stand_beside_the_trials() -> None:

@@ -55,14 +55,14 @@ class EngineConfig(Config, ABC):
     def refuses(self, config: Compression) -> str | None:
         """Why this engine cannot run `config`, or None."""
 
-    def baselines(self) -> list[dict[str, Any]]:
-        """What stands beside every trial on this engine, as content of a TrialConfig without its target.
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """What stands beside every trial on this engine by its name, as content of a TrialConfig without its target.
 
         First the model as it is. Each runs on this engine, or on `float` where this engine refuses it.
         """
         types = ("bf16",) if self.device == "cpu" else ("bf16", "fp16")
-        stages = [{"method": "cast", "dtype": dtype} for dtype in types] + [{"method": "ptq"}]
-        return [{}, *({"compress": {"quantize": stage}} for stage in stages)]
+        stages = {dtype: {"method": "cast", "dtype": dtype} for dtype in types} | {"int8": {"method": "ptq"}}
+        return {"fp32": {}} | {name: {"compress": {"quantize": stage}} for name, stage in stages.items()}
 
     def stand_in(self) -> dict[str, Any]:
         """Fields of the `float` engine that runs what this one refuses."""

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from qsweep.engines import EngineConfig
 from qsweep.engines.float import Float
+from qsweep.errors import Refused
+from qsweep.records import Record
 from qsweep.spec import Compression, Spec, TrialConfig
 from qsweep.study.points import working
 
 
 def baselines(spec: Spec) -> list[TrialConfig]:
-    """fp32 on the first engine option, to which all others are compared; then whatever each engine offers, and the
-    spec's own.
+    """fp32 on the first engine option, to which all others are compared; then what each engine offers of
+    `standard_baselines`, and the spec's own.
 
     What an engine refuses, `float` runs in its place with the same batch size and threads, so that bf16 stands beside
     int8 in every table, eagerly where there is no compiler; what that refuses too is left out.
     """
-    offered = [_on(engine, content) for engine in working(spec) for content in engine.baselines()]
+    asked = {"fp32", *spec.standard_baselines}
+    offered = [
+        _on(engine, content)
+        for engine in working(spec)
+        for name, content in engine.baselines().items()
+        if name in asked
+    ]
     configs = [*(config for config in offered if config is not None), *spec.baselines]
     return list({config.uid(): config for config in configs}.values())
 
@@ -29,3 +38,12 @@ def _on(engine: EngineConfig, content: dict[str, Any]) -> TrialConfig | None:
         if target.available() is None and target.refuses(compression) is None:
             return TrialConfig.model_validate({"compress": compression.model_dump(), "target": target.model_dump()})
     return None
+
+
+def refusal(engine: str, baselines: Iterable[Record]) -> str | None:
+    """Why `engine` takes no version of the model, or None: it has refused the model as it is, and each baseline."""
+    own = [record for record in baselines if record.engine == engine]
+    reasons = [record.failure.message for record in own if record.failure and record.failure.kind == Refused.__name__]
+    if len(reasons) < len(own) or not any(record.name == "fp32" for record in own):
+        return None
+    return f"`{engine}` has refused the model itself: {reasons[0]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from qsweep.executors.local import Local
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 from qsweep.study import outcome
-from qsweep.study.baselines import baselines
+from qsweep.study.baselines import baselines, refusal
 from qsweep.study.final import Final
 from qsweep.study.folder import SweepFolder, disk_full_is_said, read_result
 from qsweep.study.interrupt import interruptible
@@ -212,7 +212,9 @@ class Driver:
     def _admit(self, pending: Pending) -> Iterator[Record]:
         """Begin the evaluation of a config that is new and possible; of others the record is known at once."""
         uid = pending.candidate.uid
-        self.asked |= {uid} if pending.trial else set()
+        if pending.trial is not None:
+            self.asked.add(uid)
+            pending.candidate = self._as_known(pending.candidate)
         self.idle += 1
         if uid in self.originals:
             yield self._conclude(pending, outcome.duplicate(self.originals[uid], pending.number))
@@ -223,6 +225,11 @@ class Driver:
         else:
             self.idle = 0
             self._begin(pending)
+
+    def _as_known(self, candidate: Candidate) -> Candidate:
+        """`candidate`, refused where its engine has refused all baselines: it would be trained before it failed."""
+        reason = refusal(candidate.engine, [r for r in self.records.values() if r.kind == "baseline"])
+        return candidate if reason is None or candidate.refusal else replace(candidate, refusal=reason)
 
     def _begin(self, pending: Pending) -> None:
         folder = self.folder.trial(pending.number)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from qsweep.study import run as run_sweep
 from qsweep.track import front, hypervolume, pareto_url, publish, tracking_uri, ui
 from qsweep.track.flat import params
 from qsweep.track.pareto import volume
+from qsweep.track.publish import Publisher
 from qsweep.track.view import DASHBOARDS, view_state
 
 DEAD = "http://127.0.0.1:9"
@@ -270,6 +273,22 @@ def test_a_dead_server_costs_one_warning_and_what_it_missed_is_published_later(
 
     list(publish(drive(tmp_path, []), spec(), tmp_path))  # nothing new; now there is a store that answers
     assert len(runs_of(tmp_path)) == 8
+
+
+def test_a_server_that_never_answers_is_asked_again_after_twenty_times_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        publisher = Publisher(spec(uri=f"http://127.0.0.1:{server.getsockname()[1]}"), tmp_path)
+        began = time.monotonic()
+        publisher.take(records()[0])
+        took = time.monotonic() - began
+        assert took >= 1
+        assert publisher.pause == pytest.approx(20 * took, rel=0.05)
+        publisher.take(records()[1])
+        assert time.monotonic() - began < 1.1 * took
+    assert publisher.owed == {0, 1}
 
 
 def test_a_database_whose_driver_is_not_installed_costs_one_warning(

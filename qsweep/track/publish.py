@@ -19,6 +19,8 @@ from qsweep.track.client import answering, connect, tracking_uri
 from qsweep.track.runs import Runs, Status
 
 log = logging.getLogger("qsweep.track")
+_SHARE = 20
+"""A server that never answers may take one part in so many of a sweep's time."""
 
 
 def publish(records: Generator[Record, None, bool], spec: Spec, root: Path) -> Generator[Record, None, bool]:
@@ -105,6 +107,7 @@ class Publisher:
             self.owed.add(record.number)
 
     def _bring_over(self, then: Callable[[Runs], None]) -> None:
+        began = time.monotonic()
         try:
             with answering(self.uri):
                 self.runs = self.runs or Runs.attach(self.spec, self.uri, self.folder)
@@ -114,7 +117,8 @@ class Publisher:
                 raise refused
             self.pause = 0.0
         except TrackError as error:
-            self.failed_at, self.pause = time.monotonic(), min(60.0, 2 * self.pause + 2)
+            self.failed_at = time.monotonic()
+            self.pause = max(min(60.0, 2 * self.pause + 2), _SHARE * (self.failed_at - began))
             log.log(
                 logging.DEBUG if self.warned else logging.WARNING,
                 "%s; the sweep goes on, its records are kept in `%s` and published when it does",

@@ -30,13 +30,9 @@ class Ledger:
         """What the file holds: `sweep_id`; `stores`, what is known of each URI; `uri`, the last one of them. Nothing
         where it is missing or damaged."""
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return {}
-        if "runs" in found:  # of an earlier version, which knew one URI
-            uri = portable(found.pop("uri"), path.parents[2])
-            return {"sweep_id": found.pop("sweep_id"), "uri": uri, "stores": {uri: found}}
-        return found
 
     @staticmethod
     def _nothing() -> dict[str, Any]:
@@ -60,7 +56,7 @@ class Ledger:
     @property
     def members(self) -> set[int]:
         """Numbers of the records that were on the front when the last one was summarized, or before."""
-        return set(self.content.get("members", []))  # ledgers of earlier versions have none
+        return set(self.content["members"])
 
     def entry(self, number: int) -> dict[str, Any]:
         """What is known of a record's run: `run_id`, `content` (hash of the record), `bundle`; empty if nothing."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from chain_networks import Transformer
 from layout_networks import ConvNeXt, NormedParts, Tokens, Upsampled, Windowed
-from networks import NETWORKS, Noise, assert_close, digits, made, network, shared
+from networks import NETWORKS, Noise, assert_close, context, digits, made, network, shared
 from pydantic import TypeAdapter
 from test_engines import case, onnx_tensors
 from test_gates import KINDS
@@ -169,6 +169,46 @@ def test_bf16_and_float32_are_the_model(tmp_path: Path) -> None:
         assert engine.integer_macs(tmp_path / name, run, inputs) == 0
     sizes = [(tmp_path / name / "weights.safetensors").stat().st_size for name in ("bf16", "fp32")]
     assert sizes[0] < 0.6 * sizes[1]
+
+
+class Words(nn.Module):
+    """Numbers of words beside a mask, (N, 2, T)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(5000, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words, mask = x[:, 0].long(), x[:, 1].long()
+        logits: Tensor = self.head((self.table(words) * mask[..., None]).mean(1))
+        return logits
+
+
+class Between(nn.Module):
+    """A table read between its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(6, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = x.long()
+        part = (x - row)[..., None]
+        logits: Tensor = self.head((self.table(row) * (1 - part) + self.table(row + 1) * part).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("built", [Words, Between])
+def test_what_becomes_integers_alone_stays_whole_in_bf16(built: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = built().eval()
+    words = torch.stack([torch.randint(0, 5000, (COUNT, 6)), torch.randint(0, 2, (COUNT, 6))], 1).float()
+    inputs = words if built is Words else 4 * torch.rand(COUNT, 6)
+    with torch.no_grad():
+        wanted = model(inputs)
+    graph = Cast().apply(model, context(tmp_path, task=Noise(inputs=inputs)))
+    run = lowered(graph, tmp_path / "bf16").load(tmp_path / "bf16")
+    assert_close(run(inputs), wanted, 0.02)
 
 
 class Positions(nn.Module):

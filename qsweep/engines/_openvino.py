@@ -16,7 +16,13 @@ from torch import Tensor
 from qsweep.engines._onnx import DTYPE, complete
 from qsweep.engines._onnx_nodes import attribute
 from qsweep.engines._onnx_weights import PACKED_PRODUCT, rounding
-from qsweep.engines._openvino_graph import computed_constants, core, with_named_axes, without_reduced_maxima
+from qsweep.engines._openvino_graph import (
+    computed_constants,
+    core,
+    takes_integers,
+    with_named_axes,
+    without_reduced_maxima,
+)
 from qsweep.errors import Refused
 
 if TYPE_CHECKING:
@@ -46,12 +52,13 @@ class OpenVINORunner:
         except RuntimeError as error:
             raise Refused(f"OpenVINO cannot compile the model: {_reason(error)}") from error
         self._shape = tuple(model.input().shape)
+        self._dtype = torch.int64 if model.input().get_element_type().is_integral() else torch.float32
         self._request = self._compiled.create_infer_request()
 
     def __call__(self, inputs: Tensor) -> Tensor:
         if inputs.shape != self._shape:
             raise Refused(f"the model takes inputs {list(self._shape)} (got {list(inputs.shape)})")
-        given = inputs.contiguous().numpy()
+        given = inputs.to(self._dtype).contiguous().numpy()
         return torch.from_numpy(self._request.infer(given, share_inputs=True, share_outputs=True)[0])
 
     def integer_macs(self, folder: Path) -> int:
@@ -70,7 +77,8 @@ class OpenVINORunner:
 
 def write_ir(artifact: Path, out: Path) -> None:
     """Write `model.xml` and `model.bin`, which take batches of any size, and `settings.json`, with which OpenVINO
-    computes what was measured: left to itself it takes bf16 where that is quicker, for numbers of words, too."""
+    computes what was measured: left to itself it takes bf16 where that is quicker, for numbers of words, too. In bf16
+    these are integers."""
     content = complete(artifact)
     openvino.save_model(_model(content), out / "model.xml", compress_to_fp16=False)
     (out / "settings.json").write_text(json.dumps({"CPU": _arithmetic(content)}, indent=2))
@@ -78,10 +86,16 @@ def write_ir(artifact: Path, out: Path) -> None:
 
 def _arithmetic(content: onnx.ModelProto) -> dict[str, Any]:
     """Settings by which floats stay what they are and become integers only where they meet packed weights."""
-    types = {each.value for each in content.metadata_props if each.key == DTYPE}
-    precision = "bf16" if types == {"bfloat16"} else "f32"
     blocks = [attribute(node, "block_size") for node in content.graph.node if node.op_type == PACKED_PRODUCT]
-    return {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": min(blocks, default=0)}
+    return {
+        "INFERENCE_PRECISION_HINT": _precision(content),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": min(blocks, default=0),
+    }
+
+
+def _precision(content: onnx.ModelProto) -> str:
+    types = {each.value for each in content.metadata_props if each.key == DTYPE}
+    return "bf16" if types == {"bfloat16"} else "f32"
 
 
 def _model(content: onnx.ModelProto) -> openvino.Model:
@@ -91,6 +105,8 @@ def _model(content: onnx.ModelProto) -> openvino.Model:
     except RuntimeError as error:
         raise Refused(f"OpenVINO cannot read the model: {_reason(error)}") from error
     without_reduced_maxima(model)
+    if _precision(content) == "bf16":
+        takes_integers(model)
     return model
 
 

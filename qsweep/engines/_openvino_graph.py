@@ -44,6 +44,29 @@ def without_reduced_maxima(model: openvino.Model) -> None:
         _replace(node.output(0), value)
 
 
+def takes_integers(model: openvino.Model) -> None:
+    """Inputs of which a model makes integers alone, such as numbers of words, are integers, in place: of floats bf16
+    keeps the first 8 bits."""
+    if _becomes_integers(model.input()):
+        model.get_parameters()[0].set_element_type(openvino.Type.i64)
+        model.validate_nodes_and_infer_types()
+
+
+def _becomes_integers(value: Any) -> bool:
+    """Whether all that reads `value` makes integers of it, or moves it to what does."""
+    readers = [each.get_node() for each in value.get_target_inputs()]
+    return bool(readers) and all(
+        reader.get_output_element_type(0).is_integral()
+        if reader.get_type_name() == "Convert"
+        else reader.get_type_name() in _MOVES and all(map(_becomes_integers, reader.outputs()))
+        for reader in readers
+    )
+
+
+_MOVES = {"Gather", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit"}
+"""Of what they are given first."""
+
+
 def computed_constants(model: openvino.Model) -> None:
     """Quantized values that follow from parameters and the shape of the input alone (tokens repeated for each sample,
     embeddings of places) as constants, in place: sums of them stop the compiler. Weights stay integers."""
@@ -68,7 +91,7 @@ def computed_constants(model: openvino.Model) -> None:
         return
     exactly = {"LP_TRANSFORMS_MODE": False, "INFERENCE_PRECISION_HINT": "f32"}
     compute = core().compile_model(openvino.Model(ends, model.get_parameters()), "CPU", exactly)
-    found = compute(np.zeros(model.input().shape, np.float32))
+    found = compute(np.zeros(model.input().shape, model.input().get_element_type().to_dtype()))
     for output, value in zip(ends, found.values(), strict=True):
         _replace(output, ops.constant(value).output(0))
 

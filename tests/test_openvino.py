@@ -180,7 +180,8 @@ class Words(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         words, mask = x[:, 0].long(), x[:, 1].long()
-        logits: Tensor = self.head((self.table(words) * mask[..., None]).mean(1))
+        first = torch.zeros(x.shape[0], 1, 16)
+        logits: Tensor = self.head(torch.cat([first, self.table(words) * mask[..., None]], 1).mean(1))
         return logits
 
 

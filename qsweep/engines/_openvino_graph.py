@@ -53,12 +53,12 @@ def takes_integers(model: openvino.Model) -> None:
 
 
 def _becomes_integers(value: Any) -> bool:
-    """Whether all that reads `value` makes integers of it, or moves it to what does."""
+    """Whether all that reads `value` makes integers of it, asks for its shape, or moves it to what does."""
     readers = [each.get_node() for each in value.get_target_inputs()]
     return bool(readers) and all(
-        reader.get_output_element_type(0).is_integral()
-        if reader.get_type_name() == "Convert"
-        else reader.get_type_name() in _MOVES and all(map(_becomes_integers, reader.outputs()))
+        all(map(_becomes_integers, reader.outputs()))
+        if reader.get_type_name() in _MOVES
+        else reader.get_type_name() in ("Convert", "ShapeOf") and reader.get_output_element_type(0).is_integral()
         for reader in readers
     )
 

@@ -33,6 +33,7 @@ from qsweep.measure.latency import latency
 from qsweep.measure.memory import PeakMemory
 from qsweep.measure.sizes import digests, file_sizes, work
 from qsweep.spec import Measure, TrialConfig
+from qsweep.splits import doubts
 from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task, TaskConfig
 from qsweep.train import seeded
@@ -117,7 +118,7 @@ def _prepare(job: Job) -> Result:
     with job.clock("export"):
         metrics = work(float_graph(model, context))
     about = job.task_config.about(job.root)
-    return {"metrics": metrics, "seconds": job.clock.seconds, "about": about}
+    return {"metrics": metrics, "seconds": job.clock.seconds, "about": about, "doubts": list(doubts(task))}
 
 
 def _build(job: Job) -> Result:

@@ -23,7 +23,8 @@ def prepare(folder: Path) -> None:
     if _told(job, "prepare") == "fail":
         _write(folder, "prepare", {"failure": {"kind": "TaskFailure", "message": "the task raised"}})
     else:
-        _write(folder, "prepare", {"metrics": {}, "seconds": {"prepare": 0.0}})
+        doubts = ["as told"] if _told(job, "prepare") == "doubt" else []
+        _write(folder, "prepare", {"metrics": {}, "seconds": {"prepare": 0.0}, "doubts": doubts})
 
 
 def build(folder: Path) -> None:

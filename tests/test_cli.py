@@ -53,6 +53,13 @@ def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return said.err
 
 
+@pytest.mark.usefixtures("arithmetic")
+def test_what_is_doubtful_stands_below_the_front(spec: Path) -> None:
+    told(spec.parent, prepare="doubt")
+    for command in ("run", "front"):
+        assert "\nnote: as told\n" in qsweep_(command, spec).output
+
+
 def test_validate_says_what_a_spec_asks_for(spec: Path) -> None:
     said = qsweep_("validate", spec).output
     assert f"{spec}: valid" in said

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from qsweep.errors import DataError, NotFinite, TaskFailure
 from qsweep.evaluate import accuracy, check, judged, predict
-from qsweep.tasks import AnyTask, SplitName, Task
+from qsweep.splits import doubts
+from qsweep.tasks import AnyTask, Samples, SplitName, Task
 from qsweep.tasks.image_classification import ImageClassification
 from qsweep.tasks.images._task import augment, normalise
 from qsweep.tasks.python import Python
@@ -497,6 +498,27 @@ def test_what_a_metric_returns_wrongly_is_told(old: str, new: str, complaint: st
 def test_a_loss_of_outputs_that_are_not_finite_is_no_mistake_of_the_task(tmp_path: Path) -> None:
     loss = user(tmp_path).loss(torch.full((2, 2), torch.nan), torch.zeros(2, dtype=torch.long))
     assert not torch.isfinite(loss)
+
+
+class Splits:
+    """Samples 0 to 999: of `train`, of `validation`, of `test`."""
+
+    def __init__(self, **rows: range) -> None:
+        self.rows = rows
+
+    def samples(self, split: SplitName) -> Samples:
+        rows = torch.tensor(self.rows[split])
+        return Samples(torch.stack([rows, rows + 1], 1).float(), rows)
+
+
+def test_small_splits_and_samples_in_two_of_them_are_told() -> None:
+    apart = Splits(train=range(500), validation=range(500, 800), test=range(800, 1000))
+    assert list(doubts(apart)) == []  # type: ignore[arg-type]
+    close = Splits(train=range(500), validation=range(497, 897), test=range(700, 740))
+    assert list(doubts(close)) == [  # type: ignore[arg-type]
+        "`test` has 40 samples: each is 2.5 percentage points of the accuracy",
+        "40 of the 40 samples of `test` are in `validation`, too",
+    ]
 
 
 @pytest.mark.parametrize("file", ["none.py:Mine", "folder/mine.py:Mine"])

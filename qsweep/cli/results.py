@@ -7,12 +7,13 @@ from qsweep.cli.sweep import By, Maxima, Minima, Sweep
 
 def front(sweep: Sweep) -> None:
     """Print the Pareto front and the baselines."""
-    from qsweep.cli.console import console, grid
+    from qsweep.cli.console import console, grid, say
     from qsweep.cli.sweep import find
     from qsweep.track import front_table
 
     spec, folder = find(sweep)
     console().print(grid(front_table(folder.records(), spec)))
+    say(*(f"note: {doubt}" for doubt in folder.doubts()))
 
 
 def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "accuracy") -> None:

@@ -107,6 +107,7 @@ class Watch:
 
         records = [record for _, record in sorted(self.records.items())]
         console().print(grid(front_table(records, self.spec)))
+        say(*(f"note: {doubt}" for doubt in self.folder.doubts()))
         if sys.stdout.isatty():  # else each has had its line
             say(*(line(record) for record in records if record.state != "complete"))
         if not finished:

@@ -45,10 +45,17 @@ def predict(
     return joined
 
 
-def accuracy(task: Task, outputs: Tensor, labels: Tensor) -> float:
-    """The task's `metric` of all samples where it has one, else the mean of their scores."""
+def accuracy_of_part(task: Task, outputs: Tensor, labels: Tensor) -> float | None:
+    """The task's `metric` of these samples where it has one, None where that has no value for them; else the mean of
+    their scores."""
     scores, metric = task.score(outputs, labels), _metric(task)
-    return scores.float().mean().item() if metric is None else _of_all(metric, scores)
+    value = scores.float().mean().item() if metric is None else metric(scores)
+    return None if math.isnan(value) else value
+
+
+def accuracy(task: Task, outputs: Tensor, labels: Tensor) -> float:
+    """That of a whole split. Raises TaskFailure where the task's `metric` has no value for it."""
+    return _defined(accuracy_of_part(task, outputs, labels), len(labels))
 
 
 def judged(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -61,7 +68,7 @@ def judged(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
     scores, metric = task.score(outputs, labels), _metric(task)
     if metric is None:
         return scores.float()
-    number, whole = len(scores), _of_all(metric, scores)
+    number, whole = len(scores), _defined(metric(scores), len(scores))
     found = torch.zeros(number, dtype=torch.float64)
     groups = torch.randperm(number, generator=torch.Generator().manual_seed(0)).chunk(_GROUPS)
     for left_out in groups if len(groups) > 1 else ():
@@ -74,15 +81,14 @@ def judged(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
     return (whole + found - found.mean()).float()
 
 
+def _defined(value: float | None, count: int) -> float:
+    if value is None or math.isnan(value):
+        raise TaskFailure(f"the task's `metric` must have a value for the {count} samples of a split (got NaN)")
+    return value
+
+
 def _metric(task: Task) -> Metric | None:
     return getattr(task, "metric", None)
-
-
-def _of_all(metric: Metric, scores: Tensor) -> float:
-    found = metric(scores)
-    if math.isnan(found):
-        raise TaskFailure(f"the task's `metric` must be a number for all {len(scores)} samples (got NaN)")
-    return found
 
 
 def check(task: Task, model: nn.Module) -> None:
@@ -121,8 +127,8 @@ def _check_samples(task: Task, model: nn.Module, split: SplitName, inputs: Tenso
     given = task.transform(inputs)
     if not given.is_floating_point():
         raise TaskFailure(
-            "`transform` must give floating point: numbers of tokens as float32, of which the model makes indices "
-            f"(`tokens.long()`) (got {given.dtype})"
+            "`transform`, or without one `samples`, must give floating point: numbers of tokens as float32 "
+            f"(`tokens.float()`), of which the model makes indices (`tokens.long()`) (got {given.dtype})"
         )
     if given.dtype != torch.float32:
         raise TaskFailure(f"`transform` must give float32 (got {given.dtype})")

@@ -22,7 +22,7 @@ from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, causes, why
-from qsweep.evaluate import accuracy, check, judged, predict
+from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
 from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
@@ -132,7 +132,7 @@ def _build(job: Job) -> Result:
         stored, labels = (part[: job.measure.parity_samples] for part in samples)
         together = job.config.target.batch_size if model.dynamic else 256
         simulated = predict(simulation(model), task, stored, together)
-        metrics = {"accuracy_simulated": accuracy(task, simulated, labels)}
+        metrics = {"accuracy_simulated": accuracy_of_part(task, simulated, labels)}
     save_file({"outputs": simulated.contiguous()}, job.folder / SIMULATED)
     job.progress("lower")
     with job.clock("lower"):

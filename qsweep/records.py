@@ -30,7 +30,7 @@ class Metrics(Config):
     accuracy: float | None = _metric("maximize")
     """Of the deployed artifact, reloaded in a fresh process, over the whole validation split; 0 to 1."""
     accuracy_test: float | None = _metric()
-    """The same over the test split; members of the final front only."""
+    """The same over the test split; of members of the final front, and of the fp32 baseline."""
     accuracy_mean: float | None = _metric()
     """Mean of this artifact's accuracy and that of its repetitions; None: it was not repeated."""
     accuracy_spread: float | None = _metric()

@@ -22,6 +22,9 @@ from qsweep.space import Space, Where, complaint_at
 from qsweep.tasks import AnyTask
 from qsweep.yamlfile import line_of, read_mapping
 
+UNCOMPRESSED = "fp32"
+"""The name of the model as it is."""
+
 
 class Compression(Config):
     """What is done to the model, in this order. `null` leaves a stage out."""
@@ -61,7 +64,7 @@ class TrialConfig(Config):
         """A name that decodes, such as `qat-w4s-a8a-prune50-T4`."""
         done = self.compress
         stages = [stage for stage in (done.quantize, done.prune, done.distill) if stage is not None]
-        return "-".join(stage.label() for stage in stages) if stages else "fp32"
+        return "-".join(stage.label() for stage in stages) if stages else UNCOMPRESSED
 
 
 class Constraint(Config):

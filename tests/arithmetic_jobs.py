@@ -77,6 +77,9 @@ def measure(folder: Path) -> None:
 def test(folder: Path) -> None:
     job = _job(folder)
     _count(job, f"test {folder.name}")
+    if _told(job, "test", folder.name) == "fail":
+        _write(folder, "test", {"failure": {"kind": "TaskFailure", "message": "as told"}})
+        return
     _write(folder, "test", {"metrics": {"accuracy_test": float(_scores(job).mean()) - 0.01}, "seconds": {}})
 
 

@@ -60,6 +60,19 @@ def test_what_is_doubtful_stands_below_the_front(spec: Path) -> None:
         assert "\nnote: as told\n" in qsweep_(command, spec).output
 
 
+@pytest.mark.usefixtures("arithmetic")
+def test_what_could_not_be_had_is_told_below_the_front(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(CONTENT.replace("engine: onnxruntime", "engine: {choice: [onnxruntime, executorch]}"))
+    told(tmp_path, test_0000="fail", build_0003="Refused", build_0004="Refused")
+    for command in ("run", "front"):
+        notes = [line for line in qsweep_(command, spec).output.splitlines() if line.startswith("note: ")]
+        assert notes == [
+            "note: `executorch` has refused the model itself: as told",
+            "note: the test split of #0 `fp32` failed: as told",
+        ]
+
+
 def test_validate_says_what_a_spec_asks_for(spec: Path) -> None:
     said = qsweep_("validate", spec).output
     assert f"{spec}: valid" in said
@@ -237,7 +250,10 @@ def test_commands_that_choose_refuse_bounds_that_are_none_or_that_nothing_keeps(
     assert "must be METRIC=NUMBER" in said("--max", "accuracy_drop_pp")
     assert "must name metrics" in said("--max", "beauty=1")
     assert "`--by`: must be one of" in said("--by", "beauty")
-    assert "no trial keeps accuracy ≥ 2; the nearest is #0" in said("--min", "accuracy=2")
+    assert "no trial keeps accuracy ≥ 1; the nearest is #0" in said("--min", "accuracy=1")
+    assert "a share, must be from 0 to 1 (0.9 is 90 %)" in said("--min", "accuracy=90")
+    assert "either `trial` or bounds must say which" in said("--min", "accuracy=0.9", "--trial", "3")
+    assert "trial 77 must be one that was measured (there is none of this number)" in said("--trial", "77")
 
 
 def test_a_record_in_one_line_says_what_matters() -> None:

@@ -43,7 +43,7 @@ def test_classes_are_the_second_dimension_of_dense_outputs() -> None:
     assert torch.allclose(divergence(student, teacher, 2.0), divergence(flat[0], flat[1], 2.0))
 
 
-@pytest.mark.parametrize(("student", "teacher"), [((4,), (4,)), ((4, 3), (4, 2))])
+@pytest.mark.parametrize(("student", "teacher"), [((4,), (4,)), ((4, 3), (4, 2)), ((4, 1), (4, 1))])
 def test_outputs_that_cannot_be_compared_are_refused(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     with pytest.raises(TaskFailure, match="distillation needs logits"):
         divergence(torch.zeros(student), torch.zeros(teacher), 1.0)

@@ -16,11 +16,12 @@ from toy_task import Toy
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TaskFailure, TrackError
 from qsweep.measure.sizes import digests
-from qsweep.records import Record
+from qsweep.records import Metrics, Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
 from qsweep.ship.registry import fetch
 from qsweep.spec import Constraint
 from qsweep.study import SweepFolder
+from qsweep.tasks import Training
 from qsweep.track import publish, tracking_uri
 from qsweep.track.bundle import pickles
 
@@ -277,6 +278,16 @@ def test_the_best_is_chosen_by_its_metric_within_the_bounds() -> None:
     assert best(found, Selector(max={"accuracy_drop_pp": 1}, min={"latency_ms": 0.9}, by="latency_ms")).number == 0
 
 
+def test_a_trial_may_be_named_by_its_number() -> None:
+    found, kept = finished(records()), {"accuracy_drop_pp": Constraint(max=1)}
+    assert best(found, Selector(trial=3), kept).number == 3
+    copy = found[3].model_copy(update={"number": 20, "duplicate_of": 3})
+    assert best([*found, copy], Selector(trial=20)).number == 3
+    failed = next(record for record in found if record.state == "failed")
+    with pytest.raises(SweepError, match=rf"trial {failed.number} must be one that was measured \(it failed\)"):
+        best(found, Selector(trial=failed.number))
+
+
 def test_the_best_keeps_the_constraints_of_the_spec_too() -> None:
     found, kept = finished(records()), {"accuracy_drop_pp": Constraint(max=1)}
     assert best(found, Selector(by="size_bytes"), kept).number == 4
@@ -464,6 +475,7 @@ def test_a_config_is_applied_to_another_checkpoint_which_stays_as_it_was(tmp_pat
     measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
     assert measured["parity_top1"] >= 0.95
     assert measured["accuracy"] == pytest.approx(measured["accuracy_simulated"], abs=0.05)
+    assert made.metrics == Metrics.model_validate(measured)
 
     torch.manual_seed(7)
     other = Toy().model().eval()
@@ -484,6 +496,17 @@ def test_bits_by_layer_are_chosen_again_alike_and_told_in_the_bundle(tmp_path: P
         found.append(json.loads((tmp_path / out / "metrics.json").read_text())["layer_bits"])
     assert found[0] == found[1] == {"0.weight": 6, "5.weight": 3}  # 36 weights and 128: the budget has room for these
     assert verify(tmp_path / "first").trial == verify(tmp_path / "again").trial
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter warns of itself
+def test_fine_tuning_is_that_of_the_bundle(tmp_path: Path) -> None:
+    pruned = PTQ | {"compress": {"prune": {"method": "magnitude", "sparsity": 0.5, "epochs": 1}}}
+    model, settings = trained(), Training(optimizer="adamw", batch_size=8)
+    first = compress(model, pruned, Toy(), tmp_path / "first", training=settings)
+    assert Training.model_validate(first.manifest.task["training"]) == settings
+    again, others = compress(model, tmp_path / "first", Toy()), compress(model, pruned, Toy())
+    assert (again(inputs(9)) == first(inputs(9))).all()
+    assert not (others(inputs(9)) == first(inputs(9))).all()
 
 
 def test_a_folder_that_is_taken_is_said_before_anything_is_done(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def numbers_of(root: Path) -> list[tuple[int, bool]]:
 
 def test_every_record_comes_once_and_members_of_the_front_once_more(tmp_path: Path) -> None:
     came = numbers_of(tmp_path)
-    assert [number for number, front in came if not front] == list(range(BASELINES + 6))
+    assert [number for number, front in came if not front] == [*range(BASELINES + 6), 0]  # fp32, now tested, too
     assert came[-1][1]
     assert len({number for number, front in came if front}) == sum(front for _, front in came)
 
@@ -420,12 +420,12 @@ def test_a_damaged_database_is_set_aside_and_costs_no_trial(tmp_path: Path) -> N
     assert (tmp_path / "sweeps/small/damaged-optuna.db").read_bytes().startswith(b"no database")
 
 
-def test_the_final_front_alone_is_scored_on_the_test_split(tmp_path: Path) -> None:
+def test_the_final_front_and_fp32_alone_are_scored_on_the_test_split(tmp_path: Path) -> None:
     records = sweep(tmp_path, small_spec())
     members = {number for number, record in records.items() if record.front}
-    assert members
-    assert {number for number, record in records.items() if record.metrics.accuracy_test is not None} == members
-    assert sum(count for call, count in calls(tmp_path).items() if call.startswith("test")) == len(members)
+    assert members - {0}
+    assert {number for number, record in records.items() if record.metrics.accuracy_test is not None} == members | {0}
+    assert sum(count for call, count in calls(tmp_path).items() if call.startswith("test")) == len(members | {0})
 
 
 def test_the_driver_does_not_import_torch(tmp_path: Path) -> None:

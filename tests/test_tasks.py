@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from qsweep.errors import DataError, NotFinite, TaskFailure
-from qsweep.evaluate import accuracy, check, judged, predict
+from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
 from qsweep.splits import doubts
 from qsweep.tasks import AnyTask, Samples, SplitName, Task
 from qsweep.tasks.image_classification import ImageClassification
@@ -469,8 +469,9 @@ def test_a_metric_of_ranks_is_one_too_and_groups_of_samples_are_left_out_in_turn
     again = torch.tensor([accuracy(task, outputs[rows], labels[rows]) for rows in drawn])
     spread = torch.stack([scores[rows].mean() for rows in drawn]).std().item()
     assert spread == pytest.approx(again.std().item(), rel=0.05)
-    with pytest.raises(TaskFailure, match=r"`metric` must be a number for all 1000 samples \(got NaN\)"):
+    with pytest.raises(TaskFailure, match=r"`metric` must have a value for the 1000 samples of a split \(got NaN\)"):
         accuracy(task, outputs[:1000], labels[:1000])
+    assert accuracy_of_part(task, outputs[:1000], labels[:1000]) is None
     assert judged(task, outputs[999:1003], labels[999:1003]).isfinite().all()  # one has its class for itself
 
 
@@ -582,7 +583,7 @@ def test_numbers_of_tokens_are_refused_before_anything_is_spent() -> None:
         def transform(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
             return inputs.long()
 
-    with pytest.raises(TaskFailure, match=r"`transform` must give floating point: .* \(got torch\.int64\)"):
+    with pytest.raises(TaskFailure, match=r"`transform`, .*, must give floating point: .* \(got torch\.int64\)"):
         check(Tokens(), Tokens().model())
 
 

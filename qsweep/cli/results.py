@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from qsweep.cli.sweep import By, Maxima, Minima, Sweep
+from qsweep.cli.sweep import By, Maxima, Minima, Sweep, Trial
 
 
 def front(sweep: Sweep) -> None:
     """Print the Pareto front and the baselines."""
     from qsweep.cli.console import console, grid, say
     from qsweep.cli.sweep import find
+    from qsweep.study.notes import notes
     from qsweep.track import front_table
 
     spec, folder = find(sweep)
     console().print(grid(front_table(folder.records(), spec)))
-    say(*(f"note: {doubt}" for doubt in folder.doubts()))
+    say(*(f"note: {note}" for note in notes(folder)))
 
 
-def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "accuracy") -> None:
+def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "accuracy", trial: Trial = None) -> None:
     """Print the trial to ship: the best by one metric among those that keep all bounds, with its config."""
     import yaml
 
@@ -25,7 +26,7 @@ def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "a
     from qsweep.records import Metrics
     from qsweep.track.table import engine_text, mixed_bits
 
-    record, folder = choose(sweep, maxima, minima, by)
+    record, folder = choose(sweep, maxima, minima, by, trial)
     say(f"#{record.number} {record.name} on {engine_text(record)}")
     for name in Metrics.model_fields:
         value = getattr(record.metrics, name)

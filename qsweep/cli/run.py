@@ -103,11 +103,12 @@ class Watch:
     def conclude(self, finished: bool) -> None:
         """The front, what failed, and where to look next."""
         from qsweep.cli.console import console, grid, say
+        from qsweep.study.notes import notes
         from qsweep.track import front_table
 
         records = [record for _, record in sorted(self.records.items())]
         console().print(grid(front_table(records, self.spec)))
-        say(*(f"note: {doubt}" for doubt in self.folder.doubts()))
+        say(*(f"note: {note}" for note in notes(self.folder)))
         if sys.stdout.isatty():  # else each has had its line
             say(*(line(record) for record in records if record.state != "complete"))
         if not finished:
@@ -144,12 +145,14 @@ class Watch:
         """The commands that ship a trial, or why they would find none."""
         from qsweep.errors import SweepError
         from qsweep.ship import Selector, best
+        from qsweep.spec import UNCOMPRESSED
 
         bound = self.spec.constraints.get("accuracy_drop_pp")
         loss = 1.0 if bound is None or bound.max is None else bound.max
-        most, by = f"accuracy_drop_pp={loss:g}", "latency_ms"
+        most, by, records = f"accuracy_drop_pp={loss:g}", "latency_ms", list(self.records.values())
         try:
-            best(list(self.records.values()), Selector.parse(max=[most], by=by), self.spec.constraints)
+            if best(records, Selector.parse(max=[most], by=by), self.spec.constraints).name == UNCOMPRESSED:
+                by = "size_bytes"
         except SweepError as error:
             return [f"  {error}"]
         options = f"{sweep} --max {most} --by {by}"

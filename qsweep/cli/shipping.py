@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qsweep.cli.sweep import By, Maxima, Minima, Sweep
+from qsweep.cli.sweep import By, Maxima, Minima, Sweep, Trial
 
 Name = Annotated[str, typer.Option("--name", help="The registered model of MLflow; made where there is none.")]
 Alias = Annotated[
@@ -22,6 +22,7 @@ def promote(
     maxima: Maxima = None,
     minima: Minima = None,
     by: By = "accuracy",
+    trial: Trial = None,
     alias: Alias = "champion",
 ) -> None:
     """Register the chosen trial's bundle with MLflow, as a new version of a model."""
@@ -29,22 +30,35 @@ def promote(
     from qsweep.cli.sweep import find
     from qsweep.ship import Selector
     from qsweep.ship import promote as register
+    from qsweep.spec import UNCOMPRESSED
 
-    selector = Selector.parse(maxima or (), minima or (), by)
+    selector = Selector.parse(maxima or (), minima or (), by, trial)
     _, folder = find(sweep)
     made = register(folder.path, selector, name, alias)
     say(f"{made.record.name} is version {made.version} of `{made.name}`, alias `{made.alias}`")
+    if made.record.name == UNCOMPRESSED:
+        say("note: this is the model as it is, which is the best by what was asked; `--by size_bytes` asks otherwise")
     say(f"  qsweep.load({made.uri!r}, uri={made.tracking_uri!r})")
 
 
-def export(sweep: Sweep, out: Out, maxima: Maxima = None, minima: Minima = None, by: By = "accuracy") -> None:
+def export(
+    sweep: Sweep,
+    out: Out,
+    maxima: Maxima = None,
+    minima: Minima = None,
+    by: By = "accuracy",
+    trial: Trial = None,
+) -> None:
     """Write the chosen trial's artifact as its runtime takes it alone, without qsweep."""
     from qsweep.cli.console import say
     from qsweep.cli.sweep import choose
     from qsweep.ship import export as write
+    from qsweep.spec import TrialConfig
     from qsweep.track.table import engine_text
 
-    record, folder = choose(sweep, maxima, minima, by)
+    record, folder = choose(sweep, maxima, minima, by, trial)
     made = write(record, folder.path, out)
     files = sorted(path for path in made.rglob("*") if path.is_file())
     say(f"{record.name} on {engine_text(record)}:", *(f"  {path}" for path in files))
+    if note := TrialConfig.model_validate(record.config).target.export_note:
+        say(f"note: {note}")

@@ -21,6 +21,8 @@ Minima = Annotated[
 ]
 By = Annotated[str, typer.Option("--by", metavar="METRIC", help="The metric that decides, best first.")]
 
+Trial = Annotated[int | None, typer.Option("--trial", metavar="NUMBER", help="This trial, whatever bounds it breaks.")]
+
 
 def find(path: Path) -> tuple[Spec, SweepFolder]:
     """The spec that the sweep at `path` was run with, and its folder. Raises SweepError where there is none."""
@@ -37,10 +39,12 @@ def find(path: Path) -> tuple[Spec, SweepFolder]:
     return folder.spec(), folder
 
 
-def choose(path: Path, maxima: list[str] | None, minima: list[str] | None, by: str) -> tuple[Record, SweepFolder]:
+def choose(
+    path: Path, maxima: list[str] | None, minima: list[str] | None, by: str, trial: int | None
+) -> tuple[Record, SweepFolder]:
     """The trial of the sweep at `path` that the options select. Raises SpecError, SweepError."""
     from qsweep.ship import Selector, best
 
-    selector = Selector.parse(maxima or (), minima or (), by)
+    selector = Selector.parse(maxima or (), minima or (), by, trial)
     spec, folder = find(path)
     return best(folder.records(), selector, spec.constraints), folder

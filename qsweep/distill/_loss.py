@@ -31,12 +31,12 @@ def with_teacher(
 def divergence(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """KL(softmax(targets / T) || softmax(outputs / T)) of logits (B, classes, ...), mean over all but the classes.
 
-    Raises TaskFailure for outputs that cannot be logits, or whose shapes differ.
+    Raises TaskFailure for outputs that cannot be logits of several classes, or whose shapes differ.
     """
-    if outputs.dim() < 2 or outputs.shape != targets.shape:
+    if outputs.dim() < 2 or outputs.shape[1] < 2 or outputs.shape != targets.shape:
         shapes = f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
         raise TaskFailure(
-            f"distillation needs logits (batch, classes, ...) alike from student and teacher (got {shapes}); "
+            f"distillation needs logits (batch, 2 classes or more, ...) alike from student and teacher (got {shapes}); "
             "`method: outputs` takes outputs of any kind"
         )
     wanted, found = F.log_softmax(targets / temperature, 1), F.log_softmax(outputs / temperature, 1)

@@ -33,6 +33,8 @@ class EngineConfig(Config, ABC):
     """Modules that make the first use quick; imported once, before workers are forked."""
     packages: ClassVar[tuple[str, ...]] = ()
     """What its artifacts need beside qsweep's own requirements, by the names of a package index."""
+    export_note: ClassVar[str] = ""
+    """What a person has to know who runs what `export` writes."""
     engine: str
     device: Literal["cpu", "cuda"] = "cpu"
     batch_size: Annotated[int, Field(ge=1)] = 1

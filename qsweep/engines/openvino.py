@@ -21,6 +21,9 @@ class OpenVINO(OnOnnx):
     """
 
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
+    export_note: ClassVar[str] = (
+        "compile model.xml with the settings in settings.json: left to itself OpenVINO may compute in bf16"
+    )
     engine: Literal["openvino"] = "openvino"
 
     def refuses(self, config: Compression) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +42,8 @@ def compress(
     `config` is a TrialConfig, the same as plain data, a `config.yaml`, a bundle, or a registered one such as
     `models:/NAME@champion` (at `uri`, as for `load`). `task` gives the data; its own model is not looked at, and
     `model` is not changed. What a config leaves to the model, such as the bits by layer of `mixed`, is chosen for
-    `model` anew. `training` holds the settings of fine-tuning that a spec's task has. Raises SpecError for a config
+    `model` anew. `training` holds the settings of fine-tuning that a spec's task has, by default those of the bundle.
+    What came of it is in `metrics` of the model. Raises SpecError for a config
     that is none, BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the
     artifact disagrees with its simulation.
     """
@@ -49,8 +51,8 @@ def compress(
 
     from qsweep.tasks._user import guarded
 
-    asked = trial_config(config, uri)
-    settings, task = training or Training(), guarded(task)
+    asked, kept = asked_for(config, uri)
+    settings, task = training or kept, guarded(task)
     if not isinstance(model, nn.Module):
         raise Refused(f"`model`: must be a torch.nn.Module (got {type(model).__name__})")
     reason = settings.unavailable() or asked.target.available() or asked.target.refuses(asked.compress)
@@ -66,22 +68,24 @@ def compress(
         return temporary(lambda folder: bundle(record, sweep, folder / "bundle"))
 
 
-def trial_config(source: TrialConfig | Mapping[str, Any] | str | Path, uri: str | None = None) -> TrialConfig:
-    """The config that `source` is or names; `uri` is MLflow's. Raises SpecError."""
+def asked_for(source: TrialConfig | Mapping[str, Any] | str | Path, uri: str | None) -> tuple[TrialConfig, Training]:
+    """The config that `source` is or names, and the settings of training that its bundle was made with; `uri` is
+    MLflow's. Raises SpecError."""
     if isinstance(source, TrialConfig):
-        return source
+        return source, Training()
     if str(source).startswith("models:/"):
         with TemporaryDirectory() as place:
-            return trial_config(fetch(str(source), Path(place), uri))
+            return asked_for(fetch(str(source), Path(place), uri), None)
     content: Any = source
+    training: Any = {}
     if not isinstance(source, Mapping):
         path = Path(source)
         if path.is_dir():
-            verify(path)
+            training = verify(path).task.get("training", {})
             path = path / "config.yaml"
         content = read_mapping(path)
     try:
-        return TrialConfig.model_validate(content)
+        return TrialConfig.model_validate(content), Training.model_validate(training)
     except ValidationError as error:
         raise SpecError(complaint(error, content=content)) from None
 
@@ -106,6 +110,9 @@ def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, train
     )
     quantized = build.compress(config.compress, copy.deepcopy(original), context, clock)
     artifact = sweep / "trials" / "0000" / "artifact"
+    artifact.parent.mkdir(parents=True)
+    kept = {"task": {"training": training.model_dump(mode="json")}}
+    (sweep / "spec.json").write_text(json.dumps(kept), encoding="utf-8")  # for the manifest
     build.lower(quantized, config, artifact, store)
     return Record(
         number=0,
@@ -123,7 +130,7 @@ def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, train
 
 def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifact: Path) -> Metrics:
     """Accuracy of the artifact as deployed, its agreement with the simulation, and its sizes."""
-    from qsweep.evaluate import accuracy, predict
+    from qsweep.evaluate import accuracy, accuracy_of_part, predict
     from qsweep.hub.simulate import simulation
     from qsweep.measure.deployed import outputs, parity
     from qsweep.measure.sizes import file_sizes, work
@@ -136,5 +143,6 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples], together)
     found = parity(deployed[: len(simulated)], simulated, settings)
     found["accuracy"] = accuracy(task, deployed, labels)
-    found["accuracy_simulated"] = accuracy(task, simulated, labels[: len(simulated)])
-    return Metrics.model_validate(found | work(quantized) | file_sizes(artifact))
+    part = accuracy_of_part(task, simulated, labels[: len(simulated)])
+    metrics = found | {"accuracy_simulated": part} | work(quantized) | file_sizes(artifact)
+    return Metrics.model_validate(metrics)

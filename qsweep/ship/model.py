@@ -13,8 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from qsweep.engines import Engine, EngineConfig, Runner
 from qsweep.errors import BundleError, DataError
+from qsweep.records import Metrics
 from qsweep.space import complaint
-from qsweep.track.bundle import Manifest, verify
+from qsweep.track.bundle import Manifest, read_json, verify
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -34,6 +35,8 @@ class LoadedModel:
     def __init__(self, folder: Path) -> None:
         """Load the bundle in `folder`, which must stay: runtimes may map its files."""
         self.manifest = verify(folder)
+        self.metrics = Metrics.model_validate(read_json(folder / "metrics.json").get("metrics", {}))
+        """Those of its trial; a model of `compress` has accuracy, agreement with the simulation and sizes."""
         engine = engine_of(self.manifest, folder)
         self._runner: Runner = engine.load(folder / "artifact")
         self._batch_size, self._device = engine.batch_size, engine.device

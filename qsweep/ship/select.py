@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from pydantic import ValidationError, field_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from qsweep.config import Config
 from qsweep.errors import SpecError, SweepError
-from qsweep.records import Metrics, Record
+from qsweep.records import SHARES, Metrics, Record
 from qsweep.space import complaint
 from qsweep.spec import Constraint
 from qsweep.study.front import feasible, losses
 
+_ENDS = {"failed": "failed", "refused": "was refused"}
 _TIES = ("accuracy", "size_bytes", "latency_ms")
 
 
 class Selector(Config):
-    """The best trial by one metric among those that keep all bounds."""
+    """The best trial by one metric among those that keep all bounds, or one by its number."""
 
+    trial: int | None = None
+    """The number of the trial to take, whatever bounds it breaks."""
     max: dict[str, float] = {}
     """Upper bounds of metrics, such as `accuracy_drop_pp: 1`."""
     min: dict[str, float] = {}
@@ -33,6 +36,9 @@ class Selector(Config):
         unknown = [name for name in bounds if name not in Metrics.model_fields]
         if unknown:
             raise ValueError(f"must name metrics out of {sorted(Metrics.model_fields)}")
+        for name in sorted(SHARES & set(bounds)):
+            if not 0 <= bounds[name] <= 1:
+                raise ValueError(f"a bound of `{name}`, a share, must be from 0 to 1 (0.9 is 90 %)")
         return bounds
 
     @field_validator("by")
@@ -42,11 +48,19 @@ class Selector(Config):
             raise ValueError(f"must be one of {sorted(Metrics.directions())}")
         return name
 
+    @model_validator(mode="after")
+    def _either(self) -> Selector:
+        if self.trial is not None and (self.max or self.min):
+            raise ValueError("either `trial` or bounds must say which (got both)")
+        return self
+
     @classmethod
-    def parse(cls, max: Iterable[str] = (), min: Iterable[str] = (), by: str = "accuracy") -> Selector:
+    def parse(
+        cls, max: Iterable[str] = (), min: Iterable[str] = (), by: str = "accuracy", trial: int | None = None
+    ) -> Selector:
         """From words such as `accuracy_drop_pp=1`. Raises SpecError."""
         try:
-            return cls(max=_bounds("max", max), min=_bounds("min", min), by=by)
+            return cls(max=_bounds("max", max), min=_bounds("min", min), by=by, trial=trial)
         except ValidationError as error:
             raise SpecError(f"`--{complaint(error).removeprefix('`')}") from None
 
@@ -74,8 +88,10 @@ class Selector(Config):
 def best(records: Sequence[Record], selector: Selector, constraints: Mapping[str, Constraint] | None = None) -> Record:
     """The record to ship, baselines included, out of those that keep the bounds and `constraints`, a spec's.
 
-    Raises SweepError, with the nearest miss, where none does.
+    Raises SweepError, with the nearest miss, where none does, and where there is no such trial.
     """
+    if selector.trial is not None:
+        return _numbered(records, selector.trial)
     constraints = constraints or {}
     selector = selector.within(constraints)
     done = [r for r in records if r.state == "complete" and r.duplicate_of is None and _measured(r, selector.by)]
@@ -92,6 +108,17 @@ def best(records: Sequence[Record], selector: Selector, constraints: Mapping[str
     compared = [selector.by, *(name for name in _TIES if all(_measured(record, name) for record in able))]
     order = sorted(zip(losses(able, compared).tolist(), able, strict=True), key=lambda pair: (pair[0], pair[1].number))
     return order[0][1]
+
+
+def _numbered(records: Sequence[Record], number: int) -> Record:
+    known = {record.number: record for record in records}
+    record = known.get(number)
+    if record is not None and record.duplicate_of is not None:
+        record = known[record.duplicate_of]
+    if record is None or record.state != "complete":
+        got = "there is none of this number" if record is None else f"it {_ENDS[record.state]}"
+        raise SweepError(f"trial {number} must be one that was measured ({got})")
+    return record
 
 
 def _text(value: float | None) -> str:

@@ -9,7 +9,7 @@ from qsweep.engines import EngineConfig
 from qsweep.engines.float import Float
 from qsweep.errors import Refused
 from qsweep.records import Record
-from qsweep.spec import Compression, Spec, TrialConfig
+from qsweep.spec import UNCOMPRESSED, Compression, Spec, TrialConfig
 from qsweep.study.points import working
 
 
@@ -20,7 +20,7 @@ def baselines(spec: Spec) -> list[TrialConfig]:
     What an engine refuses, `float` runs in its place with the same batch size and threads, so that bf16 stands beside
     int8 in every table, eagerly where there is no compiler; what that refuses too is left out.
     """
-    asked = {"fp32", *spec.standard_baselines}
+    asked = {UNCOMPRESSED, *spec.standard_baselines}
     offered = [
         _on(engine, content)
         for engine in working(spec)
@@ -44,6 +44,6 @@ def refusal(engine: str, baselines: Iterable[Record]) -> str | None:
     """Why `engine` takes no version of the model, or None: it has refused the model as it is, and each baseline."""
     own = [record for record in baselines if record.engine == engine]
     reasons = [record.failure.message for record in own if record.failure and record.failure.kind == Refused.__name__]
-    if len(reasons) < len(own) or not any(record.name == "fp32" for record in own):
+    if len(reasons) < len(own) or not any(record.name == UNCOMPRESSED for record in own):
         return None
     return f"`{engine}` has refused the model itself: {reasons[0]}"

@@ -72,7 +72,8 @@ class Final:
         spec = self.spec
         members = membership(records, spec.objectives, spec.constraints, self._scores(records), spec.search.seed)
         numbers = {record.number: record for record in records}
-        tested = self._tested([numbers[n] for n in members if numbers[n].metrics.accuracy_test is None])
+        known = {number for number, record in numbers.items() if record.metrics.accuracy_test is not None}
+        tested = self._tested([numbers[n] for n in sorted({0, *members} - known)])
         for record in records:
             metrics = record.metrics.model_copy(update=tested.get(record.number, {}))
             after = record.model_copy(update={"front": members.get(record.number), "metrics": metrics})
@@ -87,7 +88,8 @@ class Final:
             for record in records:
                 folder = self.folder.trial(record.number)
                 outcome.forget_failure(folder, "test")
-                yield Evaluation(folder, self.job(record.config, self.folder.trial(0)), jobs=("test",))
+                baseline = self.folder.trial(0) if record.number else None
+                yield Evaluation(folder, self.job(record.config, baseline), jobs=("test",))
 
         return {int(e.folder.name): e.merged("metrics") for e in self._evaluated(evaluations())}
 

@@ -103,10 +103,6 @@ class SweepFolder:
         training depend on them."""
         return int(json.loads((self.path / "spec.json").read_text())["threads"])
 
-    def doubts(self) -> list[str]:
-        """What makes the figures of the sweep doubtful, as `prepare` found."""
-        return list(read_result(self.path / "prepare" / "prepare.json").get("doubts", []))
-
     def _changed(self, old: str, new: str) -> str | None:
         if old == new:
             return None

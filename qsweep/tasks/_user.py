@@ -119,7 +119,8 @@ class UserTask:
             self._must(bool(found.isfinite().all()), "score", "return finite numbers", "NaN or infinity")
             return found  # type: ignore[no-any-return]
         fits = isinstance(found, Tensor) and found.shape == (len(labels),)
-        self._must(fits, "score", f"return a tensor of shape ({len(labels)},)", _describe(found))
+        shape = f"({len(labels)},), or ({len(labels)}, K) beside a method `metric`"
+        self._must(fits, "score", f"return a tensor of shape {shape}", _describe(found))
         inside = bool(((found >= 0) & (found <= 1)).all())  # NaN is not
         self._must(inside, "score", "return values from 0 to 1", f"{found.min().item()} to {found.max().item()}")
         return found  # type: ignore[no-any-return]

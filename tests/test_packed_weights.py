@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import NETWORKS, Noise, made, network, shared
 from onnx import helper, numpy_helper
+from safetensors.torch import load_file
 from test_recurrent import INPUTS as SOUNDS
 from test_recurrent import Gated, Simple, Spoken
 from test_words import Classifier, Tied, texts
@@ -146,6 +147,17 @@ def test_packed_weights_are_those_of_the_artifact(
     real = ((levels - zeros[..., None]) * scales[..., None]).flatten(1)[:, :depth]
     wanted = (integers.float() - offset.repeat_interleave(group, 1)) * scale.repeat_interleave(group, 1)
     assert torch.equal(real, wanted)
+
+
+def test_scales_of_groups_take_two_bytes_and_runtimes_read_them_as_float32(tmp_path: Path) -> None:
+    model = mixer(weight_bits=4, group_size=32)
+    lowered(model, tmp_path, "onnxruntime", len(TOKENS))
+    stored = load_file(tmp_path / "weights.safetensors")
+    constants = {tensor.name: tensor for tensor in complete(tmp_path).graph.initializer}
+    for name in ("wide.weight", "same.weight", "odd.weight"):
+        assert stored[f"{name}_scale"].dtype == torch.float16
+        scales = torch.from_numpy(numpy_helper.to_array(constants[f"{name}.block_scales"]).copy())
+        assert torch.equal(scales, stored[f"{name}_scale"].float())
 
 
 @pytest.mark.parametrize("engine", ENGINES)

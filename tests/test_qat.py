@@ -19,7 +19,7 @@ from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import Place
 from qsweep.hub.kinds import aten
 from qsweep.hub.nodes import constant, nodes_of
-from qsweep.hub.ops import DEQUANTIZE_WEIGHT
+from qsweep.hub.ops import DEQUANTIZE_GROUPS, DEQUANTIZE_WEIGHT
 from qsweep.hub.simulate import simulation
 from qsweep.hub.weights import real_weight
 from qsweep.quantize import _calibrate as calibrate
@@ -189,7 +189,11 @@ def test_the_training_graph_gives_the_same_bits_before_and_after_its_norms_are_s
         assert torch.equal(live.graph(INPUTS), before)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_granularity": "tensor"}], ids=["channel", "tensor"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_granularity": "tensor"}, {"group_size": 3}, {"group_size": 3, "weight_scheme": "asymmetric"}],
+    ids=["channel", "tensor", "groups", "asymmetric"],
+)
 def test_integers_that_were_trained_are_the_integers_that_are_shipped(
     method: type[Trained], options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -204,14 +208,24 @@ def test_integers_that_were_trained_are_the_integers_that_are_shipped(
             assert weight is not None
             seen[str(node.args[0].target)] = module(weight).detach()
     found = convert(training.finished(live))
-    nodes = nodes_of(found.graph, {DEQUANTIZE_WEIGHT})
+    nodes = nodes_of(found.graph, {DEQUANTIZE_GROUPS if "group_size" in options else DEQUANTIZE_WEIGHT})
     assert len(nodes) == len(seen)
     for node in nodes:
-        integers, scale = (constant(found.graph, argument) for argument in node.args[:2])
-        assert integers is not None
-        assert scale is not None
-        name = str(node.all_input_nodes[0].target)
-        assert torch.equal(integers * scale.reshape(-1, *[1] * (integers.dim() - 1)), seen[name])
+        assert torch.equal(real_weight(found.graph, node), seen[str(node.all_input_nodes[0].target)])
+
+
+def test_learned_steps_of_groups_are_16_bit_floats_in_training_too() -> None:
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    quantizer = LSQ(weight_bits=3, group_size=4).weight(Place(("w",), edge=False))
+    quantizer.start(weight, 3)
+    quantizer.get_parameter("steps").data *= 1.0009
+    outputs = quantizer(weight)
+    integers, levels = quantizer.integers(weight)
+    assert torch.equal(levels.scale.half().float(), levels.scale)
+    assert not torch.equal(levels.scale.flatten(), quantizer.get_parameter("steps"))
+    assert torch.equal(outputs, levels.real(integers))
+    outputs.sum().backward()
+    assert (got(quantizer.get_parameter("steps")) != 0).any()
 
 
 class Watched(Noise):

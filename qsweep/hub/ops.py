@@ -16,9 +16,10 @@ LEAST_SCALE = torch.finfo(torch.float32).tiny * 2**24
 
 @torch.library.custom_op("qsweep::dequantize_groups", mutates_args=())
 def dequantize_groups(integers: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """(q - zero_point) * scale; each channel of `integers` (C, ...) in G equal parts, `scale`, `zero_point` (C, G)."""
+    """(q - zero_point) * scale, float32; each channel of `integers` (C, ...) in G equal parts, `scale` and `zero_point`
+    (C, G)."""
     parts = integers.reshape(*scale.shape, -1).float()
-    return ((parts - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).reshape(integers.shape)
+    return ((parts - zero_point.unsqueeze(-1)) * scale.float().unsqueeze(-1)).reshape(integers.shape)
 
 
 @torch.library.custom_op("qsweep::look_up", mutates_args=())

@@ -42,7 +42,10 @@ class Channels:
 
 @dataclass(frozen=True)
 class Groups:
-    """Integers (int8 or int16) with scales and zero points (C, G) for G equal parts of each output channel."""
+    """Integers (int8 or int16) with scales and zero points (C, G) for G equal parts of each output channel.
+
+    Scales are stored as float16 where that holds all of them as they are, else as float32.
+    """
 
     integers: Tensor
     scale: Tensor
@@ -51,8 +54,9 @@ class Groups:
     high: int
 
     def write(self, graph: fx.GraphModule, name: str, before: fx.Node) -> fx.Node:
-        offsets = self.zero_point.to(self.integers.dtype)
-        values = {"": self.integers, "_scale": self.scale, "_offset": offsets}
+        offsets, half = self.zero_point.to(self.integers.dtype), self.scale.half()
+        scale = half if torch.equal(half.float(), self.scale) else self.scale
+        values = {"": self.integers, "_scale": scale, "_offset": offsets}
         return _write(graph, name, values, before, DEQUANTIZE_GROUPS, (self.low, self.high))
 
 

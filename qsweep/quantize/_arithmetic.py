@@ -37,12 +37,19 @@ def activation_grid(low: float, high: float, bits: int, scheme: Scheme, *, nonne
 
 @dataclass(frozen=True)
 class WeightLevels:
-    """The levels of weights (C, ...): `scale` and `zero_point` (C, G), one for each of G equal parts of a channel."""
+    """The levels of weights (C, ...): `scale` and `zero_point` (C, G), one for each of G equal parts of a channel.
+
+    Scales of several groups are those of `in_half`: what is fitted, simulated and stored are the same numbers.
+    """
 
     scale: Tensor
     zero_point: Tensor
     low: int
     high: int
+
+    def __post_init__(self) -> None:
+        if self.scale.shape[1] > 1:
+            object.__setattr__(self, "scale", torch.ops.qsweep.in_half(self.scale, self.high - self.low))
 
     @property
     def symmetric_channels(self) -> bool:
@@ -60,6 +67,20 @@ class WeightLevels:
     def real(self, integers: Tensor) -> Tensor:
         parts = integers.reshape(*self.scale.shape, -1) - self.zero_point.unsqueeze(-1)
         return (parts * self.scale.unsqueeze(-1)).reshape(integers.shape)
+
+
+torch.library.define("qsweep::in_half", "(Tensor scale, int steps) -> Tensor")
+
+
+@torch.library.impl("qsweep::in_half", "CompositeExplicitAutograd")
+def in_half(scale: Tensor, steps: int) -> Tensor:
+    """float32: every `scale` rounded to a 16-bit float where that makes a range of so many `steps` no more than half a
+    step longer or shorter, else as it is. (An op, as Inductor leaves out a conversion to fewer bits and back.)
+
+    So rounded are, up to 8 bits, all from 2^-16 to 65504; with fewer bits smaller ones, too: from 2^-20 at 4.
+    """
+    half = scale.half().float()
+    return torch.where((half - scale).abs() * steps <= scale / 2, half, scale)
 
 
 def weight_levels(
@@ -92,7 +113,8 @@ def _fitted(parts: Tensor, bits: int, scheme: Scheme, share: float) -> WeightLev
     """Levels of `parts` (C, G, n) for `share` of their range.
 
     A part of zeros has no scale of its own: it gets 2^-12 of the largest one, so that its bias keeps its precision. So
-    do numbers next to the least ones that float32 has.
+    do numbers next to the least ones that float32 has. Groups, behind which no bias is rounded, get the largest one,
+    which 16 bits hold sooner.
     """
     top = (1 << (bits - 1)) - 1
     if scheme == "symmetric":
@@ -101,12 +123,13 @@ def _fitted(parts: Tensor, bits: int, scheme: Scheme, share: float) -> WeightLev
         low, ends = -top - 1, (parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0))
         scale = share * (ends[1] - ends[0]) / (top - low)
     largest = scale.max()
-    floor = torch.where(largest > LEAST_SCALE, largest * 2.0**-12, torch.full_like(largest, 2.0**-7))
+    empty = largest if parts.shape[1] > 1 else largest * 2.0**-12
+    floor = torch.where(largest > LEAST_SCALE, empty, torch.full_like(largest, 2.0**-7))
     scale = torch.where(scale > LEAST_SCALE, scale, floor)
-    zero_point = torch.zeros_like(scale)
-    if scheme == "asymmetric":
-        zero_point = (low - (share * ends[0] / scale).round()).clamp(low, top)
-    return WeightLevels(scale, zero_point, low, top)
+    levels = WeightLevels(scale, torch.zeros_like(scale), low, top)
+    if scheme == "symmetric":
+        return levels
+    return replace(levels, zero_point=(low - (share * ends[0] / levels.scale).round()).clamp(low, top))
 
 
 def _least_error(parts: Tensor, bits: int, scheme: Scheme, best: WeightLevels) -> WeightLevels:

@@ -62,16 +62,23 @@ class LearnedStepWeight(FakeWeight):
 
     def rounded(self, weight: Tensor, factor: Tensor | None = None) -> Tensor:
         weight = times(weight, factor)
-        levels = WeightLevels(self.steps, self.zero_point, self.low, self.high)
-        parts = weight.reshape(1, 1, -1) if self.per_tensor else weight.reshape(*self.shape, -1)
-        scale = self.steps.reshape(*parts.shape[:2], 1)
-        grid = _grid(replace(levels, zero_point=self.zero_point[:1] if self.per_tensor else self.zero_point))
-        return learned_step(parts, scale, *grid, step_factor(parts.shape[2], self.high)).reshape(weight.shape)
+        levels = self._levels()
+        steps = self.steps.reshape(levels.scale.shape)
+        scale = steps + (levels.scale - steps).detach()  # what is shipped; the gradient is that of the steps
+        parts = weight.reshape(*steps.shape, -1)
+        share = step_factor(parts.shape[2], self.high)
+        return learned_step(parts, scale.unsqueeze(-1), *_grid(levels), share).reshape(weight.shape)
 
     def integers(self, weight: Tensor, factor: Tensor | None = None) -> tuple[Tensor, WeightLevels]:
-        scale = self.steps.detach().reshape(-1, self.shape[1] if not self.per_tensor else 1).expand(self.shape)
-        levels = WeightLevels(scale.contiguous(), self.zero_point, self.low, self.high)
+        levels = self._levels()
+        scale, zero_point = (value.expand(self.shape).contiguous() for value in (levels.scale, levels.zero_point))
+        levels = replace(levels, scale=scale, zero_point=zero_point)
         return levels.integers(times(weight, factor)), levels
+
+    def _levels(self) -> WeightLevels:
+        """Those of the steps, with one row where the tensor shares a step."""
+        zero_point = self.zero_point[:1] if self.per_tensor else self.zero_point
+        return WeightLevels(self.steps.detach().reshape(zero_point.shape), zero_point, self.low, self.high)
 
     @torch.no_grad()
     def settle(self) -> None:

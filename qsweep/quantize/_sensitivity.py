@@ -41,7 +41,7 @@ def sensitivity(config: Mixed, model: QuantizedModel, context: Context) -> Score
     levels = (config.weight_scheme, config.weight_granularity, config.group_size, config.weight_range)
     samples = (config.sensitivity_samples, seed, config.smooth and config.calibration_samples)
     parents = (context.key, torch.__version__, *preparation(config), *samples, *levels)
-    key = context.store.key("sensitivity", 5, config.sensitivity, sorted(config.candidates), *parents)
+    key = context.store.key("sensitivity", 6, config.sensitivity, sorted(config.candidates), *parents)
     stored = json.loads((context.store.folder(key, compute) / "scores.json").read_text())
     return {name: {int(bits): score for bits, score in found.items()} for name, found in stored.items()}
 

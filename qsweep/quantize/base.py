@@ -103,8 +103,9 @@ class LowBit(Quantization):
 class Grids(LowBit):
     """Equally spaced levels: q = clamp(round(x / scale) + zero_point, low, high), half to even.
 
-    Integer kernels take symmetric weights, per channel or tensor, of 8 bits at most. Scales are float32; zero points
-    are integers on the grid, so that 0 is exact (Jacob et al. 2018, section 2.1).
+    Integer kernels take symmetric weights, per channel or tensor, of 8 bits at most. Scales are float32, those of
+    groups 16-bit floats where these hold them; zero points are integers on the grid, so that 0 is exact (Jacob et al.
+    2018, section 2.1).
     """
 
     modes: ClassVar[tuple[str, ...]] = ("static",)
@@ -115,7 +116,8 @@ class Grids(LowBit):
     """What shares a scale: an output channel or the whole tensor."""
     group_size: Annotated[int, Field(ge=2)] | None = None
     """Scales for groups of so many weights of an output channel, in storage order; it must divide their number in some
-    layer. A layer it does not divide keeps one scale a channel."""
+    layer. A layer it does not divide keeps one scale a channel. Scales of groups take 16 bits each; where a weight has
+    some that float16 cannot hold, and with weights of 16 bits, they take 32."""
     weight_range: Literal["minmax", "mse"] = "minmax"
     """What the scale is fitted to: the largest weight, or the least squared error of the rounding (Nagel et al. 2021,
     section 3.1)."""

@@ -61,6 +61,15 @@ def test_what_is_doubtful_stands_below_the_front(spec: Path) -> None:
 
 
 @pytest.mark.usefixtures("arithmetic")
+def test_where_fp32_is_the_quickest_the_smallest_is_proposed_to_ship(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(CONTENT)
+    told(tmp_path, measure="heavy")
+    said = qsweep_("run", tmp_path / "spec.yaml").output
+    assert "--by size_bytes" in said
+    assert "--by latency_ms" not in said
+
+
+@pytest.mark.usefixtures("arithmetic")
 def test_what_could_not_be_had_is_told_below_the_front(tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(CONTENT.replace("engine: onnxruntime", "engine: {choice: [onnxruntime, executorch]}"))

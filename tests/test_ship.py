@@ -12,7 +12,9 @@ import pytest
 from realistic import finished, record, records, spec
 from small_sweep import small_spec
 from toy_task import Toy
+from typer.testing import CliRunner
 
+from qsweep.cli.main import app
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TaskFailure, TrackError
 from qsweep.measure.sizes import digests
@@ -44,7 +46,7 @@ def inputs(count: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
-    """A finished sweep whose trials 2 to 4 hold a real artifact of ONNX Runtime at batch size 4."""
+    """A finished sweep whose trials 0 and 2 to 4 hold a real artifact of ONNX Runtime at batch size 4."""
     from qsweep.engines.onnxruntime import OnnxRuntime
     from qsweep.hub.export import export as trace
     from qsweep.hub.norm import fold_batch_norm
@@ -62,7 +64,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
     traced = type(traced)(fold_batch_norm(traced.graph), traced.example)
     for one in finished(records()):
         folder.write(one)
-        if one.number in (2, 3, 4):
+        if one.number in (0, 2, 3, 4):
             artifact = folder.trial(one.number) / "artifact"
             artifact.mkdir()
             with warnings.catch_warnings():
@@ -413,6 +415,14 @@ def test_a_registry_that_is_not_there_is_said_and_not_made(tmp_path: Path, monke
     with pytest.raises(TrackError, match=r"there is no registry `.*mlflow\.db`; give its `uri`"):
         load("models:/digits@champion")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_model_as_it_is_may_be_promoted_and_is_said_to_be_that(published: SweepFolder) -> None:
+    said = CliRunner().invoke(app, ["promote", str(published.path), "--name", "as-it-is", "--trial", "2"])
+    assert "note:" not in said.output
+    said = CliRunner().invoke(app, ["promote", str(published.path), "--name", "as-it-is", "--trial", "0"])
+    assert "fp32 is version 2 of `as-it-is`" in said.output
+    assert "note: this is the model as it is" in said.output
 
 
 def test_a_trial_that_was_never_published_cannot_be_promoted(swept: SweepFolder, tmp_path: Path) -> None:

@@ -138,6 +138,12 @@ def test_a_second_sweep_run_finds_its_runs_again(swept: Path) -> None:
     assert [run.info.run_name for run in after[8:]] == ["ptq-w5s-a8a"]
 
 
+def test_runs_of_several_engines_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    asked = small_spec(target={"engine": {"choice": ["onnxruntime", "executorch"]}})
+    list(publish(drive(tmp_path, records()[:2]), asked, tmp_path))
+    assert [run.info.run_name for run in runs_of(tmp_path)][1:] == [f"{r.name} on {r.engine}" for r in records()[:2]]
+
+
 def test_a_driver_killed_between_run_and_ledger_leaves_no_run_twice_and_none_running(tmp_path: Path) -> None:
     stream = publish(drive(tmp_path, records()), spec(), tmp_path)
     for _ in range(4):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 from qsweep.records import Record
@@ -82,12 +83,14 @@ def _rings(records: Sequence[Record], members: set[int], x: str, y: str) -> list
 
 def _baselines(records: Sequence[Record], x: str, y: str) -> dict[str, Any]:
     group = sorted((r for r in records if r.kind == "baseline"), key=lambda record: getattr(record.metrics, x))
-    places = ("top center", "bottom center")  # in turns, for neighbours' names run into each other
+    first = {record.name: record.number for record in sorted(group, key=lambda record: -record.number)}
+    named = [record.number for record in group if first[record.name] == record.number]
+    places = dict(zip(named, cycle(("top center", "bottom center"))))  # in turns: neighbours' names run into each other
     return _points(group, x, y) | {
         "mode": "markers+text",
         "name": "baseline",
-        "text": [f"<b>{record.name}</b>" for record in group],
-        "textposition": [places[i % 2] for i in range(len(group))],
+        "text": [f"<b>{record.name}</b>" if record.number in places else "" for record in group],
+        "textposition": [places.get(record.number, "top center") for record in group],
         "textfont": {"size": 11, "color": _INK},
         "marker": {"size": 13, "symbol": "star", "color": _INK},
     }

@@ -56,7 +56,7 @@ def pareto_html(records: Sequence[Record], spec: Spec) -> str:
 def _lead(records: Sequence[Record], spec: Spec) -> str:
     """One sentence: what was searched, for what, how far it got."""
     trials = sum(r.kind == "trial" and r.state == "complete" and r.duplicate_of is None for r in records)
-    engines = sorted({engine_text(r) for r in records if r.kind == "trial"})
+    engines = sorted({engine_text(r) for r in records if r.kind == "trial" and r.state == "complete"})
     bounds = [
         f"{name} {sign} {value:g}"
         for name, bound in spec.constraints.items()

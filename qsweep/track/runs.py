@@ -20,7 +20,7 @@ from qsweep.track.environment import environment
 from qsweep.track.ledger import Ledger
 from qsweep.track.pareto import front, hypervolume
 from qsweep.track.report import pareto_html
-from qsweep.track.table import front_table, full_table, mixed_bits
+from qsweep.track.table import engine_text, front_table, full_table, mixed_bits
 from qsweep.track.view import set_view
 
 if TYPE_CHECKING:
@@ -115,9 +115,14 @@ class Runs:
             "qsweep.sweep_id": self.ledger.sweep_id,
             "mlflow.parentRunId": self.parent,
         }  # fmt: skip
-        run = self.client.create_run(self.experiment_id, begin, tags, record.name)
+        run = self.client.create_run(self.experiment_id, begin, tags, self._name(record))
         self.orphans[record.number] = str(run.info.run_id)  # used again, should what follows fail
         self._fill(str(run.info.run_id), record, end)
+
+    def _name(self, record: Record) -> str:
+        """Its name, with the engine where there are several: the same config on two of them is two runs."""
+        several = len({target.engine for target in self.spec.target.configs()}) > 1
+        return f"{record.name} on {engine_text(record)}" if several else record.name
 
     def _update(self, run_id: str, record: Record) -> None:
         """Log what differs; a metric logged twice would be drawn as a curve."""

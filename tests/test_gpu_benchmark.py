@@ -45,20 +45,25 @@ def run(out: Path, *options: str) -> tuple[str, dict[str, dict[str, Any]]]:
     return done.stdout, {row["row"]: row for row in json.loads((out / "gpu.json").read_text())}
 
 
-def asked() -> list[str]:
-    code = "import gpu_asked; print(*(row.row for row in gpu_asked.rows()), sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all rows."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_asked
+
+    return [row.row for row in gpu_asked.rows()]
 
 
-def test_all_parts_run_in_a_bare_installation_and_integers_equal_the_reference(tmp_path: Path) -> None:
+def test_all_parts_run_in_a_bare_installation_and_integers_equal_the_reference(
+    tmp_path: Path, asked: list[str]
+) -> None:
     printed, rows = run(tmp_path, "--device", "cpu", "--tiny")
-    assert list(rows) == asked()
+    assert list(rows) == asked
     assert not [row for row in rows.values() if re.search("failed|WRONG|out of time", row["measured"])], printed
     equal = [row for name, row in rows.items() if name.startswith("equality")]
     assert len(equal) == 5
     assert all(row["met"] is True for row in equal)
-    assert rows[asked()[0]]["measured"] == "11 of 11"
+    assert rows[asked[0]]["measured"] == "11 of 11"
     left_out = {name for name, row in rows.items() if row["measured"] == "not measured"}
     assert all(re.search(r"batch (1|8|32|256|512)$", name) for name in left_out)
     assert not left_out & {"ResNet-50, batch 1", "ViT-S, batch 128"}
@@ -80,19 +85,21 @@ def test_all_parts_run_in_a_bare_installation_and_integers_equal_the_reference(t
     assert again[network]["met"] is True
 
 
-def test_without_time_every_row_says_so(tmp_path: Path) -> None:
+def test_without_time_every_row_says_so(tmp_path: Path, asked: list[str]) -> None:
     _, rows = run(tmp_path, "--device", "cpu", "--tiny", "--budget", "0")
     measured = {row["measured"] for name, row in rows.items() if "sweep" not in name and "memory" not in name}
     assert measured == {"not measured (out of time)", "not measured"}
-    assert rows[asked()[0]]["measured"] == "not measured (out of time)"
+    assert rows[asked[0]]["measured"] == "not measured (out of time)"
 
 
-def test_without_a_gpu_every_row_says_that_it_is_not_measured_and_known_figures_stay(tmp_path: Path) -> None:
+def test_without_a_gpu_every_row_says_that_it_is_not_measured_and_known_figures_stay(
+    tmp_path: Path, asked: list[str]
+) -> None:
     printed, rows = run(tmp_path)
     assert printed.startswith("nothing is measured here: ")
-    assert list(rows) == asked()
+    assert list(rows) == asked
     assert all(row["measured"] == "not measured" and row["met"] is None for row in rows.values())
-    first = asked()[0]
+    first = asked[0]
     known = [rows[first] | {"measured": "11 of 11", "met": True}]
     (tmp_path / "gpu.json").write_text(json.dumps(known))
     assert list(run(tmp_path)[1].values()) == known
@@ -180,7 +187,7 @@ def test_figures_of_another_machine_are_kept_and_marked(tmp_path: Path, monkeypa
     assert changed.rows["first"].measured == "not measured"
 
 
-def test_the_committed_rows_are_those_that_are_asked_now() -> None:
+def test_the_committed_rows_are_those_that_are_asked_now(asked: list[str]) -> None:
     committed = json.loads((BENCHMARKS / "gpu.json").read_text())
-    assert [row["row"] for row in committed] == asked()
+    assert [row["row"] for row in committed] == asked
     assert all(set(row) == {"row", "asked", "measured", "met"} for row in committed)

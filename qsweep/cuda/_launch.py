@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,12 @@ from torch import Tensor
 
 from qsweep.cuda.arithmetic import Output, Requantize, Residual, Tile
 from qsweep.errors import Refused
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    # it would compute whether integers overflow, in a third of its time, and tell nobody unless it debugs
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """Launch option of every kernel: fused multiply-adds would round once where the contract rounds twice."""

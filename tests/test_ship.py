@@ -417,12 +417,14 @@ def test_a_registry_that_is_not_there_is_said_and_not_made(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_as_it_is_may_be_promoted_and_is_said_to_be_that(published: SweepFolder) -> None:
-    said = CliRunner().invoke(app, ["promote", str(published.path), "--name", "as-it-is", "--trial", "2"])
-    assert "note:" not in said.output
-    said = CliRunner().invoke(app, ["promote", str(published.path), "--name", "as-it-is", "--trial", "0"])
-    assert "fp32 is version 2 of `as-it-is`" in said.output
-    assert "note: this is the model as it is" in said.output
+def test_the_model_as_it_is_may_be_promoted_and_is_said_to_be_that_where_it_was_not_named(
+    published: SweepFolder,
+) -> None:
+    chosen = (["--trial", "0"], ["--by", "latency_ms", "--min", "latency_ms=0.9", "--max", "accuracy_drop_pp=1"])
+    for version, (options, noted) in enumerate(zip(chosen, (False, True), strict=True), start=1):
+        said = CliRunner().invoke(app, ["promote", str(published.path), "--name", "as-it-is", *options]).output
+        assert f"fp32 is version {version} of `as-it-is`" in said
+        assert ("note: this is the model as it is" in said) == noted
 
 
 def test_a_trial_that_was_never_published_cannot_be_promoted(swept: SweepFolder, tmp_path: Path) -> None:
@@ -509,12 +511,19 @@ def test_bits_by_layer_are_chosen_again_alike_and_told_in_the_bundle(tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter warns of itself
-def test_fine_tuning_is_that_of_the_bundle(tmp_path: Path) -> None:
+def test_fine_tuning_is_that_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = PTQ | {"compress": {"prune": {"method": "magnitude", "sparsity": 0.5, "epochs": 1}}}
     model, settings = trained(), Training(optimizer="adamw", batch_size=8)
     first = compress(model, pruned, Toy(), tmp_path / "first", training=settings)
     assert Training.model_validate(first.manifest.task["training"]) == settings
     again, others = compress(model, tmp_path / "first", Toy()), compress(model, pruned, Toy())
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "unavailable", lambda self: "no GPU" if self.device == "cuda" else None)
+        compress(model, PTQ, Toy(), tmp_path / "of a GPU", training=settings)
+        manifest = json.loads((tmp_path / "of a GPU" / "manifest.json").read_text())
+        manifest["task"]["training"]["device"] = "cuda"
+        (tmp_path / "of a GPU" / "manifest.json").write_text(json.dumps(manifest))
+        assert compress(model, tmp_path / "of a GPU", Toy()).manifest.task["training"]["device"] == "cpu"
     assert (again(inputs(9)) == first(inputs(9))).all()
     assert not (others(inputs(9)) == first(inputs(9))).all()
 

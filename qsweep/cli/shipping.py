@@ -36,8 +36,8 @@ def promote(
     _, folder = find(sweep)
     made = register(folder.path, selector, name, alias)
     say(f"{made.record.name} is version {made.version} of `{made.name}`, alias `{made.alias}`")
-    if made.record.name == UNCOMPRESSED:
-        say("note: this is the model as it is, which is the best by what was asked; `--by size_bytes` asks otherwise")
+    if made.record.name == UNCOMPRESSED and trial is None:
+        say("note: this is the model as it is, which nothing compressed is better than by what was asked")
     say(f"  qsweep.load({made.uri!r}, uri={made.tracking_uri!r})")
 
 

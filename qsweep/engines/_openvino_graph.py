@@ -58,11 +58,12 @@ def _becomes_integers(value: Any) -> bool:
     return bool(readers) and all(
         all(map(_becomes_integers, reader.outputs()))
         if reader.get_type_name() in _MOVES
-        else reader.get_type_name() in ("Convert", "ShapeOf") and reader.get_output_element_type(0).is_integral()
+        else reader.get_type_name() in ("Convert", "ShapeOf") and reader.get_output_element_type(0) in _INTEGERS
         for reader in readers
     )
 
 
+_INTEGERS = {openvino.Type.i32, openvino.Type.i64}
 _MOVES = {"Gather", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit"}
 """Of what they are given first."""
 

@@ -42,16 +42,18 @@ def compress(
     `config` is a TrialConfig, the same as plain data, a `config.yaml`, a bundle, or a registered one such as
     `models:/NAME@champion` (at `uri`, as for `load`). `task` gives the data; its own model is not looked at, and
     `model` is not changed. What a config leaves to the model, such as the bits by layer of `mixed`, is chosen for
-    `model` anew. `training` holds the settings of fine-tuning that a spec's task has, by default those of the bundle.
-    What came of it is in `metrics` of the model. Raises SpecError for a config
-    that is none, BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the
-    artifact disagrees with its simulation.
+    `model` anew. `training` holds the settings of fine-tuning that a spec's task has, by default those of the bundle,
+    on the CPU where there is no GPU. What came of it is in `metrics` of the model. Raises SpecError for a config that
+    is none, BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the artifact
+    disagrees with its simulation.
     """
     from torch import nn
 
     from qsweep.tasks._user import guarded
 
     asked, kept = asked_for(config, uri)
+    if kept.unavailable() is not None:
+        kept = kept.model_copy(update={"device": "cpu"})
     settings, task = training or kept, guarded(task)
     if not isinstance(model, nn.Module):
         raise Refused(f"`model`: must be a torch.nn.Module (got {type(model).__name__})")

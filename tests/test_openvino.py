@@ -34,6 +34,7 @@ from qsweep.hub.export import float_graph
 from qsweep.hub.fixed import with_computed_layers
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.integer import IntegerInterpreter
+from qsweep.hub.simulate import simulation
 from qsweep.quantize import Quantization
 from qsweep.quantize.cast import Cast
 from qsweep.quantize.codebook import Codebook
@@ -210,6 +211,28 @@ def test_what_becomes_integers_alone_stays_whole_in_bf16(built: type[nn.Module],
     graph = Cast().apply(model, context(tmp_path, task=Noise(inputs=inputs)))
     run = lowered(graph, tmp_path / "bf16").load(tmp_path / "bf16")
     assert_close(run(inputs), wanted, 0.02)
+
+
+class Places(nn.Module):
+    """A convolution of what is the same for each sample, reshaped and added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Buffer(torch.randn(1, 6, 4, 4))
+        self.stem, self.project, self.head = nn.Conv2d(1, 8, 2, 2), nn.Conv2d(6, 8, 1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.project(self.places.expand(x.shape[0], -1, -1, -1).sin())
+        tokens = self.stem(x).flatten(2).transpose(1, 2) + places.flatten(2).transpose(1, 2)
+        logits: Tensor = self.head(tokens.relu().mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("fields", [{}, {"activation_bits": None, "weight_bits": 4}], ids=["int8", "weights alone"])
+def test_convolutions_of_constants_compile(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = PTQ.model_validate({"calibration_samples": COUNT} | fields).apply(made(Places), context(tmp_path))
+    run = lowered(model, tmp_path / "artifact").load(tmp_path / "artifact")
+    assert_close(run(NOISE), simulation(model)(NOISE), within=0.03)
 
 
 class Positions(nn.Module):

@@ -70,7 +70,8 @@ _MOVES = {"Gather", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Tra
 
 def computed_constants(model: openvino.Model) -> None:
     """Quantized values that follow from parameters and the shape of the input alone (tokens repeated for each sample,
-    embeddings of places) as constants, in place: sums of them stop the compiler. Weights stay integers."""
+    embeddings of places) as constants, in place: sums of them stop the compiler, and so do reshapes behind convolutions
+    of such values, quantized or not. Weights stay integers."""
     fixed: set[str] = set()
     quantized: set[str] = set()
     nodes = model.get_ordered_ops()
@@ -87,6 +88,11 @@ def computed_constants(model: openvino.Model) -> None:
         if node.get_name() in quantized
         for output in node.outputs()
         if any(each.get_node().get_name() not in fixed for each in output.get_target_inputs())
+    ]
+    ends += [
+        node.output(0)
+        for node in nodes
+        if node.get_type_name() in ("Convolution", "GroupConvolution") and node.get_name() in fixed - quantized
     ]
     if not ends:
         return

@@ -13,8 +13,9 @@ def front(sweep: Sweep) -> None:
     from qsweep.track import front_table
 
     spec, folder = find(sweep)
-    console().print(grid(front_table(folder.records(), spec)))
-    say(*(f"note: {note}" for note in notes(folder)))
+    records = folder.records()
+    console().print(grid(front_table(records, spec)))
+    say(*(f"note: {note}" for note in notes(folder, records)))
 
 
 def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "accuracy", trial: Trial = None) -> None:

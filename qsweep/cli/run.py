@@ -108,7 +108,7 @@ class Watch:
 
         records = [record for _, record in sorted(self.records.items())]
         console().print(grid(front_table(records, self.spec)))
-        say(*(f"note: {note}" for note in notes(self.folder)))
+        say(*(f"note: {note}" for note in notes(self.folder, records)))
         if sys.stdout.isatty():  # else each has had its line
             say(*(line(record) for record in records if record.state != "complete"))
         if not finished:

@@ -20,7 +20,6 @@ Minima = Annotated[
     list[str] | None, typer.Option("--min", metavar="METRIC=VALUE", help="Lower bound of a metric; repeat for more.")
 ]
 By = Annotated[str, typer.Option("--by", metavar="METRIC", help="The metric that decides, best first.")]
-
 Trial = Annotated[int | None, typer.Option("--trial", metavar="NUMBER", help="This trial, whatever bounds it breaks.")]
 
 

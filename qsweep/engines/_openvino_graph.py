@@ -74,6 +74,7 @@ def computed_constants(model: openvino.Model) -> None:
     of such values, quantized or not. Weights stay integers."""
     fixed: set[str] = set()
     quantized: set[str] = set()
+    ends = []
     nodes = model.get_ordered_ops()
     for node in nodes:
         kind, name = node.get_type_name(), node.get_name()
@@ -82,17 +83,14 @@ def computed_constants(model: openvino.Model) -> None:
             fixed.add(name)
             if kind == "FakeQuantize" or given & quantized:
                 quantized.add(name)
-    ends = [
+            elif kind in ("Convolution", "GroupConvolution"):
+                ends.append(node.output(0))
+    ends += [
         output
         for node in nodes
         if node.get_name() in quantized
         for output in node.outputs()
         if any(each.get_node().get_name() not in fixed for each in output.get_target_inputs())
-    ]
-    ends += [
-        node.output(0)
-        for node in nodes
-        if node.get_type_name() in ("Convolution", "GroupConvolution") and node.get_name() in fixed - quantized
     ]
     if not ends:
         return

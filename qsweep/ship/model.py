@@ -35,11 +35,15 @@ class LoadedModel:
     def __init__(self, folder: Path) -> None:
         """Load the bundle in `folder`, which must stay: runtimes may map its files."""
         self.manifest = verify(folder)
-        self.metrics = Metrics.model_validate(read_json(folder / "metrics.json").get("metrics", {}))
-        """Those of its trial; a model of `compress` has accuracy, agreement with the simulation and sizes."""
+        self._folder = folder
         engine = engine_of(self.manifest, folder)
         self._runner: Runner = engine.load(folder / "artifact")
         self._batch_size, self._device = engine.batch_size, engine.device
+
+    @property
+    def metrics(self) -> Metrics:
+        """Those of its trial; a model of `compress` has accuracy, agreement with the simulation and sizes."""
+        return Metrics.model_validate(read_json(self._folder / "metrics.json").get("metrics", {}))
 
     def __call__(self, inputs: Batch) -> Batch:
         """The model's outputs, of the kind that came in. Raises DataError where shape or type do not fit, and for NaN:

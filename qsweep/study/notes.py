@@ -10,8 +10,8 @@ from qsweep.study.folder import SweepFolder, read_result
 
 
 def notes(folder: SweepFolder, records: Sequence[Record]) -> Iterator[str]:
-    """Of a sweep and its records, one sentence each: what is doubtful about the data, engines that take no version of the
-    model, and accuracies of the test split that could not be had."""
+    """Of a sweep and its records, one sentence each: what is doubtful about the data, engines that take no version of
+    the model, and accuracies of the test split that could not be had."""
     yield from read_result(folder.path / "prepare" / "prepare.json").get("doubts", [])
     baselines = [record for record in records if record.kind == "baseline"]
     for engine in dict.fromkeys(record.engine for record in baselines):

@@ -118,7 +118,12 @@ def _prepare(job: Job) -> Result:
     with job.clock("export"):
         metrics = work(float_graph(model, context))
     about = job.task_config.about(job.root)
-    return {"metrics": metrics, "seconds": job.clock.seconds, "about": about, "doubts": list(doubts(task))}
+    return {
+        "metrics": metrics,
+        "seconds": job.clock.seconds,
+        "about": about,
+        "doubts": list(doubts(task, job.task_config.judged_by)),
+    }
 
 
 def _build(job: Job) -> Result:
@@ -204,7 +209,7 @@ def _drop(job: Job, accuracy: float) -> float:
     if job.baseline is None or job.baseline == job.folder:
         return 0.0
     content = json.loads((job.baseline / "measure.json").read_text())
-    return 100 * (float(content["metrics"]["accuracy"]) - accuracy)
+    return job.task_config.judged_by.points * (float(content["metrics"]["accuracy"]) - accuracy)
 
 
 def _baseline_runner(job: Job) -> Callable[[torch.Tensor], torch.Tensor] | None:

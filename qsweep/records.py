@@ -22,13 +22,16 @@ SHARES = frozenset({
     "int8_mac_fraction",
 })  # fmt: skip
 """Metrics from 0 to 1, which are shown in per cent."""
+OF_THE_TASK = frozenset(name for name in SHARES if name.startswith("accuracy"))
+"""Those of them that may have another unit: the task's `metric` says which."""
 
 
 class Metrics(Config):
     """Everything measured on one artifact. None: not measured (yet)."""
 
     accuracy: float | None = _metric("maximize")
-    """Of the deployed artifact, reloaded in a fresh process, over the whole validation split; 0 to 1."""
+    """Of the deployed artifact, reloaded in a fresh process, over the whole validation split; 0 to 1, or in the unit of
+    the task's `metric`."""
     accuracy_test: float | None = _metric()
     """The same over the test split; of members of the final front, and of the fp32 baseline."""
     accuracy_mean: float | None = _metric()
@@ -38,7 +41,7 @@ class Metrics(Config):
     accuracy_simulated: float | None = _metric()
     """Of the simulation (quantize-dequantize in float) on the parity samples."""
     accuracy_drop_pp: float | None = _metric("minimize")
-    """Accuracy of the fp32 baseline less this one, in percentage points."""
+    """Accuracy of the fp32 baseline less this one, in percentage points, or in the unit of the task's `metric`."""
     size_bytes: float | None = _metric("minimize")
     """Bytes of the files that the engine needs, as shipped; weights under 8 bits are packed."""
     size_zstd_bytes: float | None = _metric("minimize")

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from qsweep.config import Config, Listed
 from qsweep.distill import Distill
@@ -17,9 +25,9 @@ from qsweep.errors import SpecError
 from qsweep.prune import Prune
 from qsweep.quantize import Quantize
 from qsweep.quantize.trained import Trained
-from qsweep.records import SHARES, Metrics
+from qsweep.records import OF_THE_TASK, SHARES, Metrics
 from qsweep.space import Space, Where, complaint_at
-from qsweep.tasks import AnyTask
+from qsweep.tasks import AnyTask, TaskConfig
 from qsweep.yamlfile import line_of, read_mapping
 
 UNCOMPRESSED = "fp32"
@@ -154,6 +162,11 @@ BOUNDED = set(Metrics.model_fields) - {"accuracy_test", "accuracy_mean", "accura
 """Metrics that constraints may name: the others are there only when the search is over."""
 
 
+def shares(task: TaskConfig | None) -> frozenset[str]:
+    """The metrics from 0 to 1 of a sweep with this task."""
+    return SHARES if task is None or task.judged_by.share else SHARES - OF_THE_TASK
+
+
 def _names(known: Iterable[str], where: str) -> Any:
     """Tell editors the names there are; what is refused, and how it is said, is the validators' affair."""
     names: dict[str, JsonValue] = {"type": "string", "enum": list[JsonValue](sorted(known))}
@@ -214,8 +227,8 @@ class Spec(Config):
 
     @field_validator("constraints")
     @classmethod
-    def _bounds_of_shares(cls, bounds: dict[str, Constraint]) -> dict[str, Constraint]:
-        for name in sorted(SHARES & set(bounds)):
+    def _bounds_of_shares(cls, bounds: dict[str, Constraint], info: ValidationInfo) -> dict[str, Constraint]:
+        for name in sorted(shares(info.data.get("task")) & set(bounds)):
             if any(value is not None and not 0 <= value <= 1 for _, value in bounds[name]):
                 raise ValueError(f"bounds of `{name}`, a share, must be from 0 to 1 (0.9 is 90 %)")
         return bounds

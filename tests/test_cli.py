@@ -267,16 +267,18 @@ def test_commands_that_choose_refuse_bounds_that_are_none_or_that_nothing_keeps(
 
 def test_a_record_in_one_line_says_what_matters() -> None:
     from qsweep.cli.run import line
+    from qsweep.tasks import ACCURACY, TaskMetric
 
     record = Record(number=7, uid="u", name="ptq-w4s-a8a", state="complete", config={}, engine="inductor", folder="f")
     metrics = Metrics(accuracy=0.9712, size_bytes=12345, latency_ms=0.5, latency_ratio=0.25)
     done = record.model_copy(update={"metrics": metrics, "seconds": {"build": 1.0, "measure": 0.5}})
-    assert line(done) == "#7   ptq-w4s-a8a on inductor: 97.12%, 12,345 bytes, 0.5 ms, 0.25 of fp32, 1.5 s"
+    assert line(done, ACCURACY) == "#7   ptq-w4s-a8a on inductor: 97.12 %, 12,345 bytes, 0.5 ms, 0.25 of fp32, 1.5 s"
+    assert "inductor: 0.9712 dB, 12" in line(done, TaskMetric(name="PSNR", unit="dB"))
     failed = record.model_copy(
         update={"state": "failed", "failure": Failure(kind="NotFinite", message="NaN in a loss")}
     )
-    assert line(failed) == "#7   ptq-w4s-a8a on inductor: failed, NotFinite: NaN in a loss"
-    assert line(record.model_copy(update={"duplicate_of": 3})) == "#7   ptq-w4s-a8a on inductor: as #3"
+    assert line(failed, ACCURACY) == "#7   ptq-w4s-a8a on inductor: failed, NotFinite: NaN in a loss"
+    assert line(record.model_copy(update={"duplicate_of": 3}), ACCURACY) == "#7   ptq-w4s-a8a on inductor: as #3"
 
 
 def test_an_error_is_one_line_and_exit_code_1(

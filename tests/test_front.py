@@ -83,6 +83,17 @@ def test_a_constraint_that_is_kept_by_a_hair_makes_membership_probable() -> None
     assert membership(records, OBJECTIVES, {"accuracy": Constraint(min=0.8)}, scores) == {0: "certain"}
 
 
+@pytest.mark.parametrize(
+    ("drop", "points", "place"), [(0.5, 100, "probable"), (0.5, 1, "certain"), (0.01, 1, "probable")]
+)
+def test_a_drop_is_drawn_in_points_of_the_metric(drop: float, points: float, place: str) -> None:
+    """Accuracies are equal, and differ by 0.03 or so from draw to draw."""
+    scores = {0: np.tile([0.0, 1.0], 200), 1: np.tile([1.0, 0.0], 200)}
+    records = [record(i, accuracy=0.5, accuracy_drop_pp=0.0, size_bytes=10 - i) for i in (0, 1)]
+    bounds = {"accuracy_drop_pp": Constraint(max=drop)}
+    assert membership(records, ("size_bytes",), bounds, scores, points=points) == {1: place}
+
+
 @given(grid)
 def test_membership_is_of_the_observed_front_and_exact_figures_are_certain(pairs: list[tuple[int, int]]) -> None:
     records = points(*pairs)

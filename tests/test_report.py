@@ -7,8 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 from realistic import finished, record, records, spec
+from small_sweep import small_spec
 
 from qsweep.records import SHARES, Metrics
+from qsweep.tasks import ACCURACY
 from qsweep.track import front_table, full_table, pareto_html
 from qsweep.track.charts import hover as hover_text
 from qsweep.track.runs import note
@@ -63,13 +65,13 @@ def test_the_quickest_is_held_against_the_quickest_float_of_its_device_and_batch
 
 def test_text_from_a_sweep_is_escaped(html: str) -> None:
     assert "<on w2>" not in html
-    assert "&lt;i&gt;" in hover_text(record(0, "<i>", 0.9, 1.0, 1.0))
+    assert "&lt;i&gt;" in hover_text(record(0, "<i>", 0.9, 1.0, 1.0), ACCURACY)
 
 
 def test_bits_that_differ_by_layer_are_told_at_the_points_and_in_the_table(html: str) -> None:
     mixed, alike = records()[3], record(3, "p", 0.9, 1.0, 1.0, layer_bits={"conv1.weight": 4, "linear.weight": 4})
-    assert "layers: 1 of 8 bits, 2 of 2 bits" in hover_text(mixed)
-    assert "layers" not in hover_text(alike)
+    assert "layers: 1 of 8 bits, 2 of 2 bits" in hover_text(mixed, ACCURACY)
+    assert "layers" not in hover_text(alike, ACCURACY)
     assert mixed_bits(alike) == ""
     assert "8 bits: conv1.weight; 2 bits: conv2.weight, linear.weight" in html
 
@@ -78,7 +80,7 @@ def test_a_config_that_was_repeated_stands_with_mean_and_spread_and_what_failed(
     told = "96.60 ± 0.28 of 2, NotFinite once"
     assert told in Page(html).text
     assert told in front_table(finished(records()), spec()).markdown()
-    assert f"mean of draws {told} %" in hover_text(finished(records())[2])
+    assert f"mean of draws {told} %" in hover_text(finished(records())[2], ACCURACY)
     assert "mean of draws" not in front_table(records(), spec()).markdown() + pareto_html(records(), spec())
 
 
@@ -164,9 +166,29 @@ def test_units_are_in_the_titles_and_values_are_rounded() -> None:
         assert column.title.endswith("%") == (column.key in SHARES)
 
 
+def test_another_metric_gives_its_name_and_unit_to_all_that_is_shown() -> None:
+    metric = {"name": "negative RMSE", "unit": "m"}
+    asked = small_spec(task={"method": "python", "file": "task.py:Task", "metric": metric})
+    found = [
+        r.model_copy(update={"metrics": r.metrics.model_copy(update={"accuracy": r.metrics.accuracy - 50.0})})
+        for r in records() if r.metrics.accuracy is not None
+    ]  # fmt: skip
+    table = front_table(finished(found), asked)
+    titles = [column.title for column in table.columns]
+    assert {"negative RMSE m", "test m", "drop m", "mean of draws m"} <= set(titles)
+    assert not {"accuracy %", "test %", "drop pp", "mean of draws %"} & set(titles)
+    assert table.texts()[0][titles.index("negative RMSE m")] == "-49.03"
+    page = pareto_html(finished(found), asked)
+    text = Page(page).text
+    assert re.search(r"fp32 baseline\s*-49.03 m\s*39.1 KiB, 1.000 ms", text)
+    assert "front: best negative RMSE" in text
+    assert "negative RMSE \\u00d7 size" in page
+    assert "accuracy %" not in text
+
+
 def test_a_drop_that_rounds_to_nothing_has_no_sign() -> None:
-    assert Column("accuracy_drop_pp", "").text(-0.001) == "0.00"
-    assert Column("accuracy_drop_pp", "").text(-0.01) == "-0.01"
+    assert Column("accuracy_drop_pp").text(-0.001) == "0.00"
+    assert Column("accuracy_drop_pp").text(-0.01) == "-0.01"
 
 
 def test_a_note_longer_than_mlflow_takes_is_cut_between_rows() -> None:

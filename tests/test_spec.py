@@ -223,6 +223,16 @@ def test_a_wrong_spec_is_refused_with_the_path_what_must_hold_and_what_came(
     assert refusal(written(tmp_path, **changes)) == message
 
 
+def test_bounds_of_another_metric_are_in_its_unit(tmp_path: Path) -> None:
+    metric = {"name": "PSNR", "unit": "dB"}
+    content = SPEC | {"task": {"method": "python", "file": "task.py:Task", "metric": metric}}
+    content |= {"constraints": {"accuracy": {"min": 30}, "accuracy_drop_pp": {"max": 0.2}}}
+    assert Spec.model_validate(content).constraints["accuracy"].min == 30
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(content | {"constraints": {"parity_top1": {"min": 30}}}), encoding="utf-8")
+    assert "bounds of `parity_top1`, a share" in refusal(path)
+
+
 @pytest.mark.parametrize("missing", ["name", "task", "compress", "target"])
 def test_what_a_spec_cannot_do_without_is_asked_for(tmp_path: Path, missing: str) -> None:
     path = tmp_path / "spec.yaml"

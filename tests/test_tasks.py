@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qsweep.errors import DataError, NotFinite, TaskFailure
 from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
 from qsweep.splits import doubts
-from qsweep.tasks import AnyTask, Samples, SplitName, Task
+from qsweep.tasks import AnyTask, Samples, SplitName, Task, TaskMetric
 from qsweep.tasks.image_classification import ImageClassification
 from qsweep.tasks.images._task import augment, normalise
 from qsweep.tasks.python import Python
@@ -496,6 +496,32 @@ def test_what_a_metric_returns_wrongly_is_told(old: str, new: str, complaint: st
         use(measured(tmp_path, old, new))
 
 
+def test_another_metric_may_have_any_finite_value(tmp_path: Path) -> None:
+    task = user(tmp_path, "== labels).float()", "== labels).float() - 40", metric=TaskMetric(name="PSNR", unit="dB"))
+    use(task)
+    outputs, labels = torch.eye(2).repeat(3, 1), torch.tensor([0, 1, 0, 1, 0, 0])
+    assert accuracy(task, outputs, labels) == pytest.approx(-40 + 5 / 6)
+    with pytest.raises(TaskFailure, match=r"`Mine.score` must return values short of infinity \(got nan to nan\)"):
+        user(tmp_path, "== labels).float()", "== labels) * torch.nan", metric=TaskMetric(unit=None)).score(
+            outputs, labels
+        )
+
+
+@pytest.mark.parametrize(
+    ("unit", "value", "text"),
+    [("%", 0.97123, "97.12"), ("dB", 31.4159, "31.42"), (None, -12345.6, "-12,346"), ("m", 0.00123456, "0.001235"),
+     (None, 0, "0.000"), ("m", -1e-17, "0.000"), ("dB", -0.25, "-0.2500")],
+)  # fmt: skip
+def test_values_of_a_metric_are_shown_with_four_digits(unit: str | None, value: float, text: str) -> None:
+    assert TaskMetric(unit=unit).text(value) == text
+
+
+@pytest.mark.parametrize("metric", [{"name": ""}, {"name": "<b>"}, {"unit": " m"}, {"name": "a|b"}, {"lower": True}])
+def test_names_and_units_that_no_table_could_show_are_refused(metric: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Python.model_validate({"file": "a.py:B", "metric": metric})
+
+
 def test_a_loss_of_outputs_that_are_not_finite_is_no_mistake_of_the_task(tmp_path: Path) -> None:
     loss = user(tmp_path).loss(torch.full((2, 2), torch.nan), torch.zeros(2, dtype=torch.long))
     assert not torch.isfinite(loss)
@@ -520,6 +546,8 @@ def test_small_splits_and_samples_in_two_of_them_are_told() -> None:
         "`test` has 40 samples: each is 2.5 percentage points of the accuracy",
         "40 of the 40 samples of `test` are in `validation`, too",
     ]
+    decibels = TaskMetric(name="PSNR", unit="dB")
+    assert next(doubts(close, decibels)) == "`test` has 40 samples"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("file", ["none.py:Mine", "folder/mine.py:Mine"])

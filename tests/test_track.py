@@ -443,6 +443,14 @@ def test_the_hypervolume_needs_a_baseline_and_counts_only_what_beats_it() -> Non
     assert hypervolume([records()[0], half], spec()) == pytest.approx(0.25)
 
 
+def test_the_hypervolume_of_another_metric_counts_from_a_tenth_below_the_baseline() -> None:
+    asked = small_spec(task={"method": "python", "file": "a.py:B", "metric": {"name": "negative RMSE", "unit": "m"}})
+    base = record(0, "fp32", -50.0, 2.0, 2.0, kind="baseline")
+    alike, worse = record(9, "alike", -50.0, 1.0, 1.0), record(9, "worse", -52.5, 1.0, 1.0)
+    assert hypervolume([base, alike], asked) == pytest.approx(0.25)
+    assert hypervolume([base, worse], asked) == pytest.approx(0.125)
+
+
 def corners(dimensions: int) -> st.SearchStrategy[list[tuple[int, ...]]]:
     return st.lists(st.tuples(*[st.integers(1, 4)] * dimensions), min_size=1, max_size=6)
 

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from qsweep.records import Record
     from qsweep.spec import Spec
     from qsweep.study.folder import SweepFolder
+    from qsweep.tasks import TaskMetric
 
 SHOWN = {
-    "accuracy": "{:.2%}",
     "size_bytes": "{:,.0f} bytes",
     "latency_ms": "{:.3g} ms",
     "latency_ratio": "{:.2f} of fp32",
 }
-"""What the line of a finished trial tells."""
+"""What the line of a finished trial tells beside its accuracy."""
 
 
 def run(spec: SpecPath) -> None:
@@ -75,9 +75,9 @@ class Watch:
             return
         known = self.records.get(record.number)
         if known is None:
-            say(line(record))
+            say(line(record, self.spec.task.judged_by))
         elif record.repetitions != known.repetitions:
-            say(again(record))
+            say(again(record, self.spec.task.judged_by))
 
     def _live(self) -> AbstractContextManager[Live | None]:
         if not sys.stdout.isatty():
@@ -110,7 +110,7 @@ class Watch:
         console().print(grid(front_table(records, self.spec)))
         say(*(f"note: {note}" for note in notes(self.folder, records)))
         if sys.stdout.isatty():  # else each has had its line
-            say(*(line(record) for record in records if record.state != "complete"))
+            say(*(line(record, self.spec.task.judged_by) for record in records if record.state != "complete"))
         if not finished:
             say(f"stopped; `qsweep run {shlex.quote(str(self.path))}` goes on")
             return
@@ -148,8 +148,9 @@ class Watch:
         from qsweep.spec import UNCOMPRESSED
 
         bound = self.spec.constraints.get("accuracy_drop_pp")
-        loss = 1.0 if bound is None or bound.max is None else bound.max
-        most, by, records = f"accuracy_drop_pp={loss:g}", "latency_ms", list(self.records.values())
+        records, by = list(self.records.values()), "latency_ms"
+        loss = self._little(records) if bound is None or bound.max is None else bound.max
+        most = f"accuracy_drop_pp={loss:g}"
         try:
             if best(records, Selector.parse(max=[most], by=by), self.spec.constraints).name == UNCOMPRESSED:
                 by = "size_bytes"
@@ -158,23 +159,31 @@ class Watch:
         options = f"{sweep} --max {most} --by {by}"
         return [f"  qsweep best {options}", f"  qsweep promote {options} --name {self.spec.name}"]
 
+    def _little(self, records: list[Record]) -> float:
+        """A hundredth of what the accuracy may be, in points: what a person may give up for speed who has not said."""
+        from qsweep.track.pareto import baseline
+
+        fp32, judged_by = baseline(records), self.spec.task.judged_by
+        whole = judged_by.range((fp32.metrics.accuracy if fp32 else None) or 0.0)
+        return float(f"{0.01 * judged_by.points * whole:.2g}")
+
 
 def _place(number: int | None) -> str:
     return "" if number is None else f"#{number} "
 
 
-def again(record: Record) -> str:
+def again(record: Record, judged_by: TaskMetric) -> str:
     """What came of the last repetition of a record, in one line: why it failed, or mean and spread with it."""
     from qsweep.track.table import draws_text, engine_text
 
     failed = record.repetitions[-1].failure
-    told = f"failed, {failed.kind}: {failed.message}" if failed else f"{draws_text(record)} draws"
+    told = f"failed, {failed.kind}: {failed.message}" if failed else f"{draws_text(record, judged_by)} draws"
     return f"#{record.number:<3} {record.name} on {engine_text(record)} again: {told}"
 
 
-def line(record: Record) -> str:
+def line(record: Record, judged_by: TaskMetric) -> str:
     """A record in one line."""
-    from qsweep.track.table import engine_text
+    from qsweep.track.table import Column, engine_text
 
     metrics, head = record.metrics, f"#{record.number:<3} {record.name} on {engine_text(record)}"
     if record.failure:
@@ -182,5 +191,6 @@ def line(record: Record) -> str:
         return f"{head}: {record.state}{kind}: {record.failure.message}"
     if record.duplicate_of is not None:
         return f"{head}: as #{record.duplicate_of}"
-    texts = [form.format(value) for name, form in SHOWN.items() if (value := getattr(metrics, name)) is not None]
+    texts = [] if metrics.accuracy is None else [Column("accuracy", judged_by).full(metrics.accuracy)]
+    texts += [form.format(value) for name, form in SHOWN.items() if (value := getattr(metrics, name)) is not None]
     return f"{head}: {', '.join([*texts, f'{sum(record.seconds.values()):.1f} s'])}"

@@ -32,8 +32,8 @@ def promote(
     from qsweep.ship import promote as register
     from qsweep.spec import UNCOMPRESSED
 
-    selector = Selector.parse(maxima or (), minima or (), by, trial)
-    _, folder = find(sweep)
+    spec, folder = find(sweep)
+    selector = Selector.parse(maxima or (), minima or (), by, trial, spec.task)
     made = register(folder.path, selector, name, alias)
     say(f"{made.record.name} is version {made.version} of `{made.name}`, alias `{made.alias}`")
     if made.record.name == UNCOMPRESSED and trial is None:

@@ -44,6 +44,6 @@ def choose(
     """The trial of the sweep at `path` that the options select. Raises SpecError, SweepError."""
     from qsweep.ship import Selector, best
 
-    selector = Selector.parse(maxima or (), minima or (), by, trial)
     spec, folder = find(path)
+    selector = Selector.parse(maxima or (), minima or (), by, trial, spec.task)
     return best(folder.records(), selector, spec.constraints), folder

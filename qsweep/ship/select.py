@@ -8,10 +8,11 @@ from pydantic import ValidationError, field_validator, model_validator
 
 from qsweep.config import Config
 from qsweep.errors import SpecError, SweepError
-from qsweep.records import SHARES, Metrics, Record
+from qsweep.records import Metrics, Record
 from qsweep.space import complaint
-from qsweep.spec import Constraint
+from qsweep.spec import Constraint, shares
 from qsweep.study.front import feasible, losses
+from qsweep.tasks import TaskConfig
 
 _ENDS = {"failed": "failed", "refused": "was refused"}
 _TIES = ("accuracy", "size_bytes", "latency_ms")
@@ -36,9 +37,6 @@ class Selector(Config):
         unknown = [name for name in bounds if name not in Metrics.model_fields]
         if unknown:
             raise ValueError(f"must name metrics out of {sorted(Metrics.model_fields)}")
-        for name in sorted(SHARES & set(bounds)):
-            if not 0 <= bounds[name] <= 1:
-                raise ValueError(f"a bound of `{name}`, a share, must be from 0 to 1 (0.9 is 90 %)")
         return bounds
 
     @field_validator("by")
@@ -56,11 +54,16 @@ class Selector(Config):
 
     @classmethod
     def parse(
-        cls, max: Iterable[str] = (), min: Iterable[str] = (), by: str = "accuracy", trial: int | None = None
+        cls,
+        max: Iterable[str] = (),
+        min: Iterable[str] = (),
+        by: str = "accuracy",
+        trial: int | None = None,
+        task: TaskConfig | None = None,
     ) -> Selector:
-        """From words such as `accuracy_drop_pp=1`. Raises SpecError."""
+        """From words such as `accuracy_drop_pp=1`, for a sweep with this task. Raises SpecError."""
         try:
-            return cls(max=_bounds("max", max), min=_bounds("min", min), by=by, trial=trial)
+            return cls(max=_bounds("max", max, task), min=_bounds("min", min, task), by=by, trial=trial)
         except ValidationError as error:
             raise SpecError(f"`--{complaint(error).removeprefix('`')}") from None
 
@@ -125,7 +128,7 @@ def _text(value: float | None) -> str:
     return "not measured" if value is None else f"{value:,.6g}"
 
 
-def _bounds(option: str, words: Iterable[str]) -> dict[str, float]:
+def _bounds(option: str, words: Iterable[str], task: TaskConfig | None) -> dict[str, float]:
     bounds = {}
     for word in words:
         name, _, number = word.partition("=")
@@ -133,6 +136,9 @@ def _bounds(option: str, words: Iterable[str]) -> dict[str, float]:
             bounds[name.strip()] = float(number)
         except ValueError:
             raise SpecError(f"`--{option}`: must be METRIC=NUMBER, like `accuracy_drop_pp=1` (got `{word}`)") from None
+    for name in sorted(shares(task) & set(bounds)):
+        if not 0 <= bounds[name] <= 1:
+            raise SpecError(f"`--{option}`: a bound of `{name}`, a share, must be from 0 to 1 (0.9 is 90 %)")
     return bounds
 
 

@@ -38,6 +38,7 @@ def membership(
     scores: Scores | None = None,
     seed: int = 0,
     resamples: int = 1000,
+    points: float = 100.0,
 ) -> dict[int, Member]:
     """The members of the front by number, each `certain` or `probable`.
 
@@ -45,7 +46,7 @@ def membership(
     (`shares`), and no repetition of it failed; else probable.
     """
     front = pareto(records, objectives, constraints)
-    share = shares(records, objectives, constraints, scores, seed, resamples) if front else {}
+    share = shares(records, objectives, constraints, scores, seed, resamples, points) if front else {}
 
     def certain(record: Record) -> bool:
         return share[record.number] >= CERTAIN and all(again.failure is None for again in record.repetitions)
@@ -61,11 +62,12 @@ def contested(
     scores: Scores | None = None,
     seed: int = 0,
     resamples: int = 1000,
+    points: float = 100.0,
 ) -> list[Record]:
     """The records whose place is open, the most open first: members that are not certain, and who is not on the front
     but in more than 5 % of the draws."""
     front = {record.number for record in pareto(records, objectives, constraints)}
-    share = shares(records, objectives, constraints, scores, seed, resamples)
+    share = shares(records, objectives, constraints, scores, seed, resamples, points)
     known = {record.number: record for record in records}
     found = [n for n, part in share.items() if part < CERTAIN and (n in front or part > 1 - CERTAIN)]
     return [known[number] for number in sorted(found, key=lambda number: (abs(share[number] - 0.5), number))]
@@ -78,12 +80,13 @@ def shares(
     scores: Scores | None = None,
     seed: int = 0,
     resamples: int = 1000,
+    points: float = 100.0,
 ) -> dict[int, float]:
     """Of every record that could be on the front: the share of `resamples` draws in which it is.
 
     Drawn are accuracies, from validation samples with replacement, the same ones for every record (`scores`), and from
     the repetitions of a config with replacement; latencies, from the normal distribution whose 95 % interval was
-    measured; sizes and counts are exact.
+    measured; sizes and counts are exact. `points`: of `accuracy_drop_pp` in one of accuracy (`TaskMetric.points`).
     """
     import numpy as np
 
@@ -92,7 +95,7 @@ def shares(
     if not candidates:
         return {}
     runs, random = measurements(candidates), np.random.default_rng(seed)
-    drawn = _draws(candidates, runs, (*objectives, *bounds), scores or {}, random, resamples)
+    drawn = _draws(candidates, runs, (*objectives, *bounds), scores or {}, random, resamples, points)
     values = np.stack([judged(runs, name, drawn[name]) for name in objectives], axis=-1) * signs(objectives)
     possible = np.ones(values.shape[:-1], dtype=bool)
     for name, bound in bounds.items():
@@ -111,6 +114,7 @@ def _draws(
     scores: Scores,
     random: Generator,
     resamples: int,
+    points: float,
 ) -> dict[str, ndarray]:
     """(resamples, m) values of each metric."""
     import numpy as np
@@ -127,7 +131,7 @@ def _draws(
         if name == "accuracy":
             value = np.take_along_axis(value + shifts, chosen, axis=1)
         elif name == "accuracy_drop_pp":
-            value = np.take_along_axis(value + 100 * (drift - shifts), chosen, axis=1)
+            value = np.take_along_axis(value + points * (drift - shifts), chosen, axis=1)
         elif name.startswith("latency_"):
             value = value * (1 + noise)
         drawn[name] = value

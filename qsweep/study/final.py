@@ -70,7 +70,14 @@ class Final:
 
     def _front(self, records: list[Record]) -> Iterator[Record]:
         spec = self.spec
-        members = membership(records, spec.objectives, spec.constraints, self._scores(records), spec.search.seed)
+        members = membership(
+            records,
+            spec.objectives,
+            spec.constraints,
+            self._scores(records),
+            spec.search.seed,
+            points=spec.task.judged_by.points,
+        )
         numbers = {record.number: record for record in records}
         known = {number for number, record in numbers.items() if record.metrics.accuracy_test is not None}
         tested = self._tested([numbers[n] for n in sorted({0, *members} - known)])

@@ -43,7 +43,7 @@ def record(
         known["seconds"] = evaluation.merged("seconds")
         if evaluation.failure:
             return Record(state="failed", failure=evaluation.failure, **known)
-        metrics = _metrics(evaluation, baseline)
+        metrics = _metrics(spec, evaluation, baseline)
     except ValidationError as error:
         return Record(state="failed", failure=_failed(NotFinite(complaint(error))), **known | {"seconds": {}})
     if lacking := _lacking(spec, metrics):
@@ -51,13 +51,13 @@ def record(
     return Record(state="complete", metrics=metrics, **known)
 
 
-def _metrics(evaluation: Evaluation, baseline: Record | None) -> Metrics:
+def _metrics(spec: Spec, evaluation: Evaluation, baseline: Record | None) -> Metrics:
     """Raises ValidationError for NaN, infinity or a name that is no metric."""
     metrics = Metrics.model_validate(evaluation.merged("metrics"))
     if metrics.accuracy is None or metrics.accuracy_drop_pp is not None:
         return metrics
     reference = metrics.accuracy if baseline is None else baseline.metrics.accuracy
-    drop = None if reference is None else 100 * (reference - metrics.accuracy)
+    drop = None if reference is None else spec.task.judged_by.points * (reference - metrics.accuracy)
     return metrics.model_copy(update={"accuracy_drop_pp": drop})
 
 
@@ -68,7 +68,7 @@ def repetition(spec: Spec, folder: str, round: int, seed: int, evaluation: Evalu
     if evaluation.failure:
         return Repetition(failure=evaluation.failure, **known)
     try:
-        metrics = _metrics(evaluation, baseline)
+        metrics = _metrics(spec, evaluation, baseline)
     except ValidationError as error:
         return Repetition(failure=_failed(NotFinite(complaint(error))), **known)
     lacking = _lacking(spec, metrics)

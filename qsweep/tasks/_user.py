@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from qsweep.errors import QsweepError, TaskFailure
-from qsweep.tasks.base import Samples, SplitName, Task
+from qsweep.tasks.base import Samples, SplitName, Task, TaskMetric
 
 METHODS = ("model", "samples", "loss", "score")
 
@@ -42,7 +43,8 @@ def load_class(path: Path, name: str) -> type:
 
 
 def guarded(task: Any) -> Any:
-    """`task` as it is if it is qsweep's own, else guarded like those of specs. Raises TaskFailure where it is none."""
+    """`task` as it is if it is qsweep's own, else guarded like those of specs, whatever it is judged by. Raises
+    TaskFailure where it is none."""
     if type(task).__module__.startswith("qsweep."):
         return task
     if isinstance(task, type):
@@ -52,24 +54,24 @@ def guarded(task: Any) -> Any:
         lacks = f"`{type(task).__name__}` lacks {', '.join(missing)}"
         raise TaskFailure(f"`task`: must have the methods {', '.join(METHODS)} ({lacks})")
     file = getattr(sys.modules.get(type(task).__module__), "__file__", None)
-    return UserTask(task, Path(file or type(task).__module__))
+    return UserTask(task, Path(file or type(task).__module__), TaskMetric(unit=None))
 
 
 class UserTask:
     """A `Task` of an object of the user's class; every call is guarded and its result checked."""
 
-    def __init__(self, task: Any, path: Path) -> None:
+    def __init__(self, task: Any, path: Path, judged_by: TaskMetric) -> None:
         """`path`: of the file that the class is in."""
-        self._path, self._name = path, type(task).__name__
+        self._path, self._name, self._judged_by = path, type(task).__name__, judged_by
         self._loaded: dict[SplitName, Samples] = {}
         self.any_device = bool(getattr(task, "any_device", False))
         self._task = task
         self.metric = self._metric if callable(getattr(task, "metric", None)) else None
 
     @classmethod
-    def of(cls, kind: type, arguments: dict[str, Any], path: Path) -> UserTask:
+    def of(cls, kind: type, arguments: dict[str, Any], path: Path, judged_by: TaskMetric) -> UserTask:
         """That of `kind(**arguments)`."""
-        return cls(_call(path, f"{kind.__name__}(...)", kind, **arguments), path)
+        return cls(_call(path, f"{kind.__name__}(...)", kind, **arguments), path, judged_by)
 
     def model(self) -> nn.Module:
         model = self._ask("model")
@@ -121,8 +123,8 @@ class UserTask:
         fits = isinstance(found, Tensor) and found.shape == (len(labels),)
         shape = f"({len(labels)},), or ({len(labels)}, K) beside a method `metric`"
         self._must(fits, "score", f"return a tensor of shape {shape}", _describe(found))
-        inside = bool(((found >= 0) & (found <= 1)).all())  # NaN is not
-        self._must(inside, "score", "return values from 0 to 1", f"{found.min().item()} to {found.max().item()}")
+        least, most = found.min().item(), found.max().item()
+        self._must(self._may_be(least, most), "score", f"return values {self._range}", f"{least} to {most}")
         return found  # type: ignore[no-any-return]
 
     def _metric(self, scores: Tensor) -> float:
@@ -131,8 +133,15 @@ class UserTask:
             value = float(found)  # of a tensor or a scalar of NumPy, too
         except (TypeError, ValueError, RuntimeError):
             self._must(False, "metric", "return one number", _describe(found))
-        self._must(not (value < 0 or value > 1), "metric", "return a value from 0 to 1", f"{value}")
+        self._must(math.isnan(value) or self._may_be(value), "metric", f"return a value {self._range}", f"{value}")
         return value
+
+    def _may_be(self, *values: float) -> bool:
+        return all(0 <= value <= 1 if self._judged_by.share else math.isfinite(value) for value in values)
+
+    @property
+    def _range(self) -> str:
+        return "from 0 to 1" if self._judged_by.share else "short of infinity"
 
     def _ask(self, method: str, *arguments: object) -> Any:
         return _call(self._path, f"{self._name}.{method}", getattr(self._task, method), *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,9 @@ class Task(Protocol):
     What is no mean over samples, such as AUC, mean IoU, F1 or R2, is a method `metric(scores)` more: `score` gives
     (B, K) numbers then (the logit and the label, intersections and unions by class, counts, squares), and `metric`
     makes of those of any samples, (n, K) for any n, the accuracy: in [0, 1], or NaN where these samples have none.
+
+    "Accuracy" is what a task judges by, whatever it is: higher is better. What is in no per cent, such as decibels or
+    an error in metres (as its negative), has a `TaskMetric` in the spec, and then any finite values.
     """
 
     def model(self) -> nn.Module:
@@ -55,6 +59,40 @@ class Task(Protocol):
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """(B,) values in [0, 1], one a sample; their mean is the accuracy. (B, K) finite numbers for a `metric`."""
+
+
+class TaskMetric(Config):
+    """What the accuracy of a task is called and counted in. Higher is better: of an error its negative."""
+
+    name: Annotated[str, Field(pattern=r"^[^<>|\s][^<>|\n]{0,23}$")] = "accuracy"
+    unit: Annotated[str, Field(pattern=r"^[^<>|\s][^<>|\n]{0,11}$")] | None = "%"
+    """%: values are from 0 to 1 and shown in per cent, and a drop of one is 100 percentage points. Any other, or null
+    for numbers without: finite values of any size, shown as they are; drops are in the same unit."""
+
+    @property
+    def share(self) -> bool:
+        """Whether values are from 0 to 1."""
+        return self.unit == "%"
+
+    @property
+    def points(self) -> float:
+        """How many points of `accuracy_drop_pp` one of accuracy is."""
+        return 100.0 if self.share else 1.0
+
+    def range(self, baseline: float) -> float:
+        """By how much values differ that have nothing in common: 1 of shares, else the size of the baseline's."""
+        return 1.0 if self.share else abs(baseline) or 1.0
+
+    def text(self, value: float) -> str:
+        """A value, or a difference of two, as a person reads it, without its unit."""
+        if self.share:
+            return f"{100 * value:.2f}"
+        value = round(value, 9) + 0.0  # no -0.00
+        digits = 3 - math.floor(math.log10(abs(value))) if value else 3
+        return f"{value:,.{min(max(digits, 0), 9)}f}"
+
+
+ACCURACY = TaskMetric()
 
 
 class Usual(NamedTuple):
@@ -138,6 +176,11 @@ class TaskConfig(Config, ABC):
         """What a person who deploys the model must know of inputs and outputs, as plain data: it stands in the manifest
         of every bundle."""
         return {}
+
+    @property
+    def judged_by(self) -> TaskMetric:
+        """What its accuracy is."""
+        return ACCURACY
 
     @property
     @abstractmethod

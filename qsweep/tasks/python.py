@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue
 
 from qsweep.config import Listed, content_hash
 from qsweep.tasks._files import file_hash, locate, store_of
-from qsweep.tasks.base import Task, TaskConfig
+from qsweep.tasks.base import ACCURACY, Task, TaskConfig, TaskMetric
 
 
 class Python(TaskConfig):
@@ -21,6 +21,9 @@ class Python(TaskConfig):
     method: Literal["python"] = "python"
     file: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")]
     """`path/to/task.py:MyTask`, relative to the spec's folder. Modules beside the file can be imported."""
+    metric: TaskMetric = ACCURACY
+    """What `score` or `metric(scores)` gives, where that is no accuracy in per cent: `{name: PSNR, unit: dB}`,
+    `{name: negative perplexity, unit: null}`."""
     arguments: dict[str, JsonValue] = {}
     """Keyword arguments of the class: what JSON has, which dates and infinities are not."""
     trained: bool = False
@@ -32,7 +35,11 @@ class Python(TaskConfig):
         from qsweep.tasks._user import UserTask, load_class
 
         path, *_ = (locate(file, root) for file in self.files)
-        return UserTask.of(load_class(path, self._name), self.arguments, path)
+        return UserTask.of(load_class(path, self._name), self.arguments, path, self.metric)
+
+    @property
+    def judged_by(self) -> TaskMetric:
+        return self.metric
 
     @property
     def files(self) -> list[str]:

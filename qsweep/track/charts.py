@@ -8,8 +8,9 @@ from itertools import cycle
 from typing import Any
 
 from qsweep.records import Record
+from qsweep.tasks import TaskMetric
 from qsweep.track.flat import leaves
-from qsweep.track.table import TITLES, draws_text, engine_text
+from qsweep.track.table import Column, draws_text, engine_text
 
 COLOURS = {"none": "#8a94a0", "cast": "#8250df", "ptq": "#1f6feb", "qat": "#d9580d"}
 _MORE = ("#1a7f37", "#bf3989", "#0a7ea4", "#9a6700", "#6e40c9", "#57606a")
@@ -20,15 +21,14 @@ _EXTRAS = {
     (False, True): " + distill",
     (True, True): " + prune + distill",
 }
-_SCALES = {"accuracy": 100.0, "size_bytes": 1 / 1024}
 _INK, _GRID = "#1c2530", "#e7eaee"
 
 
-def scatter(records: Sequence[Record], members: set[int], x: str, y: str, low: float | None) -> str:
-    """One chart as an HTML fragment: metric `x` against `y`; `low` is the lower end of the view, in units of `y`."""
+def scatter(records: Sequence[Record], members: set[int], x: Column, y: Column, low: float | None) -> str:
+    """One chart as an HTML fragment: metric `x` against `y`; `low` is the lower end of the view, a value of `y`."""
     import plotly.graph_objects as go
 
-    shown = [r for r in records if getattr(r.metrics, x) is not None and getattr(r.metrics, y) is not None]
+    shown = [r for r in records if getattr(r.metrics, x.key) is not None and getattr(r.metrics, y.key) is not None]
     figure = go.Figure(layout=_layout(x, y))
     figure.add_traces([go.Scatter(**trace) for trace in [*_trials(shown, x, y), *_rings(shown, members, x, y)]])
     figure.add_trace(go.Scatter(**_baselines(shown, x, y)))
@@ -38,13 +38,13 @@ def scatter(records: Sequence[Record], members: set[int], x: str, y: str, low: f
         ticks = [mantissa * 10**power for power in range(-6, 12) for mantissa in mantissas]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     if low is not None and shown:
-        bottom, top = _SCALES.get(y, 1.0) * low, max(_values(shown, y))
+        bottom, top = y.scale * low, max(_values(shown, y))
         figure.update_yaxes(range=[bottom - 0.05 * (top - bottom), top + 0.08 * (top - bottom)])
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"{x}-{y}", config=config))
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"{x.key}-{y.key}", config=config))
 
 
-def _trials(records: Sequence[Record], x: str, y: str) -> list[dict[str, Any]]:
+def _trials(records: Sequence[Record], x: Column, y: Column) -> list[dict[str, Any]]:
     """A trace for every combination of methods: colour says how it is quantized, shape what else was done."""
     groups: dict[tuple[str, tuple[bool, bool]], list[Record]] = {}
     for record in records:
@@ -65,7 +65,7 @@ def _trials(records: Sequence[Record], x: str, y: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _rings(records: Sequence[Record], members: set[int], x: str, y: str) -> list[dict[str, Any]]:
+def _rings(records: Sequence[Record], members: set[int], x: Column, y: Column) -> list[dict[str, Any]]:
     sure = [r for r in records if r.number in members and r.front != "probable"]
     maybe = [r for r in records if r.number in members and r.front == "probable"]
     rings = [
@@ -81,8 +81,8 @@ def _rings(records: Sequence[Record], members: set[int], x: str, y: str) -> list
     ]  # fmt: skip
 
 
-def _baselines(records: Sequence[Record], x: str, y: str) -> dict[str, Any]:
-    group = sorted((r for r in records if r.kind == "baseline"), key=lambda record: getattr(record.metrics, x))
+def _baselines(records: Sequence[Record], x: Column, y: Column) -> dict[str, Any]:
+    group = sorted((r for r in records if r.kind == "baseline"), key=lambda record: getattr(record.metrics, x.key))
     first = {record.name: record.number for record in sorted(group, key=lambda record: -record.number)}
     named = [record.number for record in group if first[record.name] == record.number]
     places = dict(zip(named, cycle(("top center", "bottom center"))))  # in turns: neighbours' names run into each other
@@ -96,11 +96,14 @@ def _baselines(records: Sequence[Record], x: str, y: str) -> dict[str, Any]:
     }
 
 
-def _points(group: Sequence[Record], x: str, y: str) -> dict[str, Any]:
+def _points(group: Sequence[Record], x: Column, y: Column) -> dict[str, Any]:
     points: dict[str, Any] = {"x": _values(group, x), "y": _values(group, y)}
-    points |= {"customdata": [hover(record) for record in group], "hovertemplate": "%{customdata}<extra></extra>"}
+    points |= {
+        "customdata": [hover(record, y.judged_by) for record in group],
+        "hovertemplate": "%{customdata}<extra></extra>",
+    }
     low, high = ([getattr(r.metrics, f"latency_{end}_ms") for r in group] for end in ("low", "high"))
-    if x == "latency_ms" and group and all(v is not None for v in (*low, *high)):
+    if x.key == "latency_ms" and group and all(v is not None for v in (*low, *high)):
         points["error_x"] = {
             "type": "data", "symmetric": False, "thickness": 1, "width": 0, "color": "rgba(92,107,122,.45)",
             "array": [top - value for top, value in zip(high, points["x"], strict=True)],
@@ -109,7 +112,7 @@ def _points(group: Sequence[Record], x: str, y: str) -> dict[str, Any]:
     return points
 
 
-def hover(record: Record) -> str:
+def hover(record: Record, judged_by: TaskMetric) -> str:
     """Name, number and config of a record, for its point."""
     from html import escape
 
@@ -120,10 +123,10 @@ def hover(record: Record) -> str:
     counts = sorted(Counter(record.layer_bits.values()).items(), reverse=True)
     if len(counts) > 1:
         lines.append("layers: " + ", ".join(f"{count} of {bits} bits" for bits, count in counts))
-    metrics = record.metrics
-    lines += [f"accuracy {100 * metrics.accuracy:.2f} %"] if metrics.accuracy is not None else []
-    lines += [f"mean of draws {draws} %"] if (draws := draws_text(record)) else []
-    lines += [f"{metrics.size_bytes / 1024:,.1f} KiB"] if metrics.size_bytes is not None else []
+    metrics, accuracy = record.metrics, Column("accuracy", judged_by)
+    lines += [f"{judged_by.name} {accuracy.full(metrics.accuracy)}"] if metrics.accuracy is not None else []
+    lines += [f"mean of draws {draws} {accuracy.unit}"] if (draws := draws_text(record, judged_by)) else []
+    lines += [Column("size_bytes").full(metrics.size_bytes)] if metrics.size_bytes is not None else []
     lines += [f"{metrics.latency_ms:.3g} ms"] if metrics.latency_ms is not None else []
     return "<br>".join(lines)
 
@@ -134,21 +137,21 @@ def _methods(record: Record) -> tuple[str, tuple[bool, bool]]:
     return (compress.get("quantize") or {}).get("method", "none"), extras
 
 
-def _values(group: Sequence[Record], metric: str) -> list[float]:
-    return [_SCALES.get(metric, 1.0) * getattr(record.metrics, metric) for record in group]
+def _values(group: Sequence[Record], column: Column) -> list[float]:
+    return [column.scale * getattr(record.metrics, column.key) for record in group]
 
 
-def _layout(x: str, y: str) -> dict[str, Any]:
+def _layout(x: Column, y: Column) -> dict[str, Any]:
     axis = {"gridcolor": _GRID, "linecolor": "#c5ccd4", "zeroline": False, "ticks": "outside", "tickcolor": "#c5ccd4"}
     return {
-        "title": {"text": f"{y.partition('_')[0]} × {x.partition('_')[0]}", "font": {"size": 15}, "x": 0.02},
+        "title": {"text": f"{y.words} × {x.words}", "font": {"size": 15}, "x": 0.02},
         "height": 470,
         "margin": {"l": 60, "r": 20, "t": 48, "b": 50},
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "font": {"family": "system-ui, Segoe UI, Helvetica, Arial, sans-serif", "color": _INK, "size": 12},
         "legend": {"orientation": "h", "y": -0.2, "font": {"size": 11}},
-        "xaxis": axis | {"title": {"text": TITLES.get(x, x)}},
-        "yaxis": axis | {"title": {"text": TITLES.get(y, y)}},
+        "xaxis": axis | {"title": {"text": x.title}},
+        "yaxis": axis | {"title": {"text": y.title}},
         "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"size": 12}},
     }

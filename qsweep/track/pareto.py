@@ -42,14 +42,15 @@ def front(records: Sequence[Record], spec: Spec) -> list[Record]:
 def hypervolume(records: Sequence[Record], spec: Spec) -> float | None:
     """Volume dominated by the records, 0 (nothing beats fp32) to about 1, None without an fp32 baseline.
 
-    Each objective is a gain over a reference: 10 percentage points below the accuracy of fp32 is 0 and its accuracy
-    is 1; fp32's own size and latency are 0 and none at all is 1. What is worse than the reference adds nothing.
+    Each objective is a gain over a reference: 10 percentage points below the accuracy of fp32 (where it is in another
+    unit: a tenth of it) is 0 and its accuracy is 1; fp32's own size and latency are 0 and none at all is 1. What is
+    worse than the reference adds nothing.
     """
     base = baseline(records)
     if base is None:
         return None
     able = (record for record in records if feasible(record, spec.objectives, spec.constraints))
-    points = {_scaled(record.metrics, base.metrics, spec.objectives) for record in able}
+    points = {_scaled(record.metrics, base.metrics, spec) for record in able}
     return volume(point for point in points if point is not None and min(point) > 0)
 
 
@@ -71,16 +72,17 @@ def _undominated(points: Iterable[Point]) -> list[Point]:
     return kept
 
 
-def _scaled(metrics: Metrics, base: Metrics, objectives: Sequence[str]) -> Point | None:
-    point = []
-    for name in objectives:
+def _scaled(metrics: Metrics, base: Metrics, spec: Spec) -> Point | None:
+    point, judged_by = [], spec.task.judged_by
+    tenth = 0.1 * judged_by.range(base.accuracy or 0.0)
+    for name in spec.objectives:
         value, reference = getattr(metrics, name), getattr(base, name)
         if value is None or reference is None:
             return None
         if name == "accuracy":
-            point.append((value - reference + 0.1) / 0.1)
+            point.append((value - reference + tenth) / tenth)
         elif name == "accuracy_drop_pp":
-            point.append((10 - value) / 10)
+            point.append(1 - value / (judged_by.points * tenth))
         elif Metrics.directions()[name] == "maximize":
             point.append(value)
         else:

@@ -7,14 +7,14 @@ from typing import Any
 
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
+from qsweep.tasks import TaskMetric
 from qsweep.track.charts import scatter
 from qsweep.track.pareto import baseline, front, quickest_float
 from qsweep.track.table import (
-    TITLES,
     Column,
     batch_size,
     batch_sizes_differ,
-    draws_text,
+    by_accuracy,
     engine_text,
     mixed_bits,
     value_of,
@@ -25,8 +25,8 @@ _COLUMNS = (
     "number", "name", "engine", "batch_size", "front", "accuracy", "draws", "accuracy_test", "accuracy_drop_pp",
     "size_bytes", "size_zstd_bytes", "latency_ms", "latency_ratio", "int8_mac_fraction", "sparsity", "parity_top1",
 )  # fmt: skip
-_VIEW_PP = 12.0
-_UNITS = ("%", "pp", "KiB", "ms", "mJ")
+_VIEW = 0.12
+"""How far below the best accuracy trials are in view, of its whole range."""
 
 
 def pareto_html(records: Sequence[Record], spec: Spec) -> str:
@@ -36,20 +36,23 @@ def pareto_html(records: Sequence[Record], spec: Spec) -> str:
 
     members = {record.number for record in front(records, spec)}
     done = [record for record in records if record.state == "complete" and record.duplicate_of is None]
-    low, below = _view(done, members)
+    low, below = _view(done, members, spec.task.judged_by)
     template = jinja2.Environment(autoescape=True).from_string((DASHBOARDS / "report.html").read_text(encoding="utf-8"))
     return template.render(
         name=spec.name,
         lead=_lead(records, spec),
         tiles=_tiles(records, spec),
         plotly=get_plotlyjs(),
-        charts=[scatter(done, members, x, "accuracy", low) for x in ("size_bytes", "latency_ms")],
+        charts=[
+            scatter(done, members, Column(x), Column("accuracy", spec.task.judged_by), low)
+            for x in ("size_bytes", "latency_ms")
+        ],
         below=below,
         failures=[
             {"number": r.number, "name": r.name, "engine": engine_text(r)} | r.failure.model_dump()
             for r in records if r.failure
         ],
-        **_trials(done, members, [name for name in (*spec.objectives, *spec.constraints) if name not in _COLUMNS]),
+        **_trials(done, members, spec),
     )  # fmt: skip
 
 
@@ -75,18 +78,18 @@ def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
     members, base = front(records, spec), baseline(records)
     tiles = []
     if base is not None and base.metrics.accuracy is not None:
-        size = Column("size_bytes", "").text(base.metrics.size_bytes)
-        about = f"{size} KiB, {Column('latency_ms', '').text(base.metrics.latency_ms)} ms"
-        tiles.append({"what": "fp32 baseline", "value": f"{100 * base.metrics.accuracy:.2f} %", "which": about})
+        accuracy, *others = (
+            Column(name, spec.task.judged_by).full(getattr(base.metrics, name))
+            for name in ("accuracy", "size_bytes", "latency_ms")
+        )
+        tiles.append({"what": "fp32 baseline", "value": accuracy, "which": ", ".join(others)})
     for name in spec.objectives if members else ():
         better = max if Metrics.directions()[name] == "maximize" else min
         best = better(members, key=lambda record: getattr(record.metrics, name) or 0.0)
-        title = TITLES.get(name, name.replace("_", " "))
-        what, _, unit = title.rpartition(" ")
-        what, unit = (what, unit) if unit in _UNITS else (title, "")
-        value = f"{Column(name, title).text(getattr(best.metrics, name))} {unit}".strip()
+        column = Column(name, spec.task.judged_by)
+        value = column.full(getattr(best.metrics, name))
         which = f"{best.name}{_quickly(records, best) if name.startswith('latency') else ''}"
-        tiles.append({"what": f"front: best {what}", "value": value, "which": which})
+        tiles.append({"what": f"front: best {column.words}", "value": value, "which": which})
     measured = sum(r.state == "complete" and r.duplicate_of is None for r in records)
     return [*tiles, {"what": "on the front", "value": str(len(members)), "which": f"of {measured} measured"}]
 
@@ -102,35 +105,35 @@ def _quickly(records: Sequence[Record], best: Record) -> str:
     return f"{batch}, {other.metrics.latency_ratio / ratio:.2f} times as fast as {other.name}, the quickest float"
 
 
-def _view(done: Sequence[Record], members: set[int]) -> tuple[float | None, str]:
+def _view(done: Sequence[Record], members: set[int], judged_by: TaskMetric) -> tuple[float | None, str]:
     """Lower end of the accuracy axis where some trials lie so low that the rest would shrink to a line."""
     accuracies = [r.metrics.accuracy for r in done if r.metrics.accuracy is not None]
     if not accuracies:
         return None, ""
     on_front = [r.metrics.accuracy for r in done if r.metrics.accuracy is not None and r.number in members]
-    floor = min([max(accuracies) - _VIEW_PP / 100, *on_front])
+    floor = min([max(accuracies) - _VIEW * judged_by.range(max(accuracies)), *on_front])
     hidden = sum(accuracy < floor for accuracy in accuracies)
     if not hidden:
         return None, ""
     return min(a for a in accuracies if a >= floor), f"{hidden} trial{'s lie' if hidden > 1 else ' lies'}"
 
 
-def _trials(done: Sequence[Record], members: set[int], extra: Sequence[str]) -> dict[str, Any]:
-    """The table; `extra`: metrics of the spec that it would not show."""
-    filled = {"draws": any(draws_text(record) for record in done), "batch_size": batch_sizes_differ(done)}
+def _trials(done: Sequence[Record], members: set[int], spec: Spec) -> dict[str, Any]:
+    """The table, with metrics of the spec that it would not show."""
+    filled = {"draws": any(record.repetitions for record in done), "batch_size": batch_sizes_differ(done)}
     filled |= {name: any(getattr(record.metrics, name) is not None for record in done) for name in Metrics.model_fields}
     after = _COLUMNS.index("size_bytes")  # further to the right a narrow window would cut them off
+    extra = [name for name in (*spec.objectives, *spec.constraints) if name not in _COLUMNS]
     asked = dict.fromkeys([*_COLUMNS[:after], *extra, *_COLUMNS[after:]])
-    shown = [column for column in asked if filled.get(column, True)]
-    columns = [Column(key, TITLES.get(key, key.replace("_", " "))) for key in shown]
-    rows = sorted(done, key=lambda r: (r.number not in members, r.kind != "baseline", -(r.metrics.accuracy or 0)))
+    columns = [Column(key, spec.task.judged_by) for key in asked if filled.get(key, True)]
+    rows = sorted(done, key=lambda r: (r.number not in members, r.kind != "baseline", *by_accuracy(r)))
     return {"columns": columns, "rows": [_row(record, columns, members) for record in rows]}
 
 
 def _row(record: Record, columns: Sequence[Column], members: set[int]) -> dict[str, Any]:
     cells = []
     for column in columns:
-        raw = value_of(record, column.key, members)
+        raw = value_of(record, column, members)
         text, plain = column.text(raw), "" if raw is None else raw
         cells.append({"text": text, "raw": plain, "numeric": column.numeric, "badge": column.key == "front"})
     about = (str(record.config.get("compress", "")), mixed_bits(record))

@@ -7,8 +7,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qsweep.records import SHARES, Metrics, Record
+from qsweep.records import OF_THE_TASK, SHARES, Metrics, Record
 from qsweep.spec import Spec
+from qsweep.tasks import ACCURACY, TaskMetric
 from qsweep.track.pareto import front
 
 Value = str | float | int | None
@@ -16,10 +17,35 @@ Value = str | float | int | None
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the metric (or field of the record) it shows, and its title, which holds the unit."""
+    """A column: the metric (or field of the record) it shows, and what the task is judged by."""
 
     key: str
-    title: str
+    judged_by: TaskMetric = ACCURACY
+
+    @property
+    def words(self) -> str:
+        """What it is called."""
+        if self.key == "accuracy":
+            return self.judged_by.name
+        return _TITLES[self.key][0] if self.key in _TITLES else self.key.replace("_", " ")
+
+    @property
+    def unit(self) -> str:
+        """That of its values; empty where they have none."""
+        if self._judged:
+            return self.judged_by.unit or ""
+        return _TITLES[self.key][1] if self.key in _TITLES else ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.words} {self.unit}".strip()
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by to be in the unit."""
+        if self._judged:
+            return self.judged_by.points
+        return 100.0 if self.key in SHARES else 1 / 1024 if self.key.endswith("_bytes") else 1.0
 
     def text(self, value: Value) -> str:
         """A value as a person reads it, without its unit."""
@@ -27,13 +53,24 @@ class Column:
             return "–"
         if isinstance(value, str) or self.key in _COUNTS:
             return str(value)
+        if self._judged:
+            return self.judged_by.text(value)
         if self.key in SHARES:
-            return f"{100 * value:.{_DECIMALS.get(self.key, 2)}f}"
+            return f"{self.scale * value:.{_DECIMALS.get(self.key, 2)}f}"
         if self.key.endswith("_bytes"):
-            return f"{value / 1024:,.1f}"
+            return f"{self.scale * value:,.1f}"
         if self.key in ("accuracy_drop_pp", "latency_ratio"):
             return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.{3 if abs(value) < 10 else 1}f}"
+
+    def full(self, value: Value) -> str:
+        """The same with its unit."""
+        return f"{self.text(value)} {self.unit}".strip()
+
+    @property
+    def _judged(self) -> bool:
+        """Whether its values are in the unit of the task's metric; percentage points are no per cent."""
+        return self.key in _JUDGED or (self.key == "accuracy_drop_pp" and not self.judged_by.share)
 
     @property
     def numeric(self) -> bool:
@@ -42,32 +79,33 @@ class Column:
 
 
 _COUNTS = ("number", "batch_size")
+_JUDGED = OF_THE_TASK | {"draws"}
 _DECIMALS = {"sparsity": 1, "int8_mac_fraction": 1}
 """Of shares in per cent that have no two."""
-TITLES = {
-    "number": "#",
-    "batch_size": "batch",
-    "draws": "mean of draws %",
-    "accuracy": "accuracy %",
-    "accuracy_test": "test %",
-    "accuracy_mean": "mean %",
-    "accuracy_spread": "spread %",
-    "accuracy_simulated": "simulated %",
-    "accuracy_drop_pp": "drop pp",
-    "size_bytes": "size KiB",
-    "size_zstd_bytes": "zstd KiB",
-    "size_theoretical_bytes": "theoretical KiB",
-    "latency_ms": "latency ms",
-    "latency_p95_ms": "p95 ms",
-    "latency_ratio": "× fp32",
-    "int8_mac_fraction": "int8 MACs %",
-    "parity_top1": "parity %",
-    "sparsity": "sparsity %",
-    "peak_memory_bytes": "memory KiB",
-    "peak_device_memory_bytes": "device memory KiB",
-    "energy_mj": "energy mJ",
-    "bit_operations": "bit operations",
+_TITLES = {
+    "number": ("#", ""),
+    "batch_size": ("batch", ""),
+    "draws": ("mean of draws", ""),
+    "accuracy_test": ("test", ""),
+    "accuracy_mean": ("mean", ""),
+    "accuracy_spread": ("spread", ""),
+    "accuracy_simulated": ("simulated", ""),
+    "accuracy_drop_pp": ("drop", "pp"),
+    "size_bytes": ("size", "KiB"),
+    "size_zstd_bytes": ("zstd", "KiB"),
+    "size_theoretical_bytes": ("theoretical", "KiB"),
+    "latency_ms": ("latency", "ms"),
+    "latency_p95_ms": ("p95", "ms"),
+    "latency_ratio": ("× fp32", ""),
+    "int8_mac_fraction": ("int8 MACs", "%"),
+    "parity_top1": ("parity", "%"),
+    "sparsity": ("sparsity", "%"),
+    "peak_memory_bytes": ("memory", "KiB"),
+    "peak_device_memory_bytes": ("device memory", "KiB"),
+    "energy_mj": ("energy", "mJ"),
+    "bit_operations": ("bit operations", ""),
 }
+"""What columns are called and count in; of those of the task's metric it says that."""
 _SHOWN = (
     "accuracy",
     "accuracy_test",
@@ -117,24 +155,30 @@ def front_table(records: Sequence[Record], spec: Spec) -> Table:
     batches = ["batch_size"] if batch_sizes_differ(list(chosen.values())) else []
     draws = ["draws"] if any(r.repetitions for r in chosen.values()) else []
     fields = ["number", "name", "engine", *batches, "front", *draws]
-    return _table(list(chosen.values()), fields, keys, {r.number for r in members})
+    return _table(list(chosen.values()), [*fields, *keys], members, spec)
 
 
 def full_table(records: Sequence[Record], spec: Spec) -> Table:
     """Every record with every metric, and why it failed."""
     fields = ("number", "name", "kind", "engine", "batch_size", "state", "front", "uid", "failure")
-    return _table(records, fields, list(Metrics.model_fields), {r.number for r in front(records, spec)})
+    return _table(records, [*fields, *Metrics.model_fields], front(records, spec), spec)
 
 
-def _table(records: Sequence[Record], fields: Sequence[str], metrics: Sequence[str], members: set[int]) -> Table:
-    columns = [Column(key, TITLES.get(key, key)) for key in fields]
-    columns += [Column(key, TITLES.get(key, key.replace("_", " "))) for key in metrics]
-    rows = sorted(records, key=lambda r: (r.metrics.accuracy is None, -(r.metrics.accuracy or 0), r.number))
-    return Table(tuple(columns), tuple(tuple(value_of(r, column.key, members) for column in columns) for r in rows))
+def _table(records: Sequence[Record], keys: Sequence[str], front: Sequence[Record], spec: Spec) -> Table:
+    columns, members = [Column(key, spec.task.judged_by) for key in keys], {record.number for record in front}
+    rows = sorted(records, key=by_accuracy)
+    return Table(tuple(columns), tuple(tuple(value_of(r, column, members) for column in columns) for r in rows))
 
 
-def value_of(record: Record, key: str, members: set[int]) -> Value:
+def by_accuracy(record: Record) -> tuple[bool, float, int]:
+    """What puts the best accuracy first when records are sorted by it, and what has none last."""
+    accuracy = record.metrics.accuracy
+    return accuracy is None, -(accuracy or 0.0), record.number
+
+
+def value_of(record: Record, column: Column, members: set[int]) -> Value:
     """What a column shows of a record; `members` are the numbers of the front."""
+    key = column.key
     if key == "front":
         return membership(record, members)
     if key == "engine":
@@ -142,22 +186,22 @@ def value_of(record: Record, key: str, members: set[int]) -> Value:
     if key == "batch_size":
         return batch_size(record)
     if key == "draws":
-        return draws_text(record)
+        return draws_text(record, column.judged_by)
     if key == "failure":
         return f"{record.failure.kind}: {record.failure.message}" if record.failure else None
     value: Value = getattr(record.metrics, key) if key in Metrics.model_fields else getattr(record, key)
     return value
 
 
-def draws_text(record: Record) -> str:
-    """Mean and spread, in per cent, of the accuracy of a config that was repeated, such as `92.41 ± 0.12 of 3`; the
-    repetitions that failed. Empty where there is none."""
+def draws_text(record: Record, judged_by: TaskMetric) -> str:
+    """Mean and spread of the accuracy of a config that was repeated, without their unit, such as `92.41 ± 0.12 of 3`;
+    the repetitions that failed. Empty where there is none."""
     failed = [again.failure.kind for again in record.repetitions if again.failure is not None]
     mean, spread = record.metrics.accuracy_mean, record.metrics.accuracy_spread
     parts = [f"{kind} once" for kind in failed]
     if mean is not None and spread is not None:
         count = 1 + len(record.repetitions) - len(failed)
-        parts.insert(0, f"{100 * mean:.2f} ± {100 * spread:.2f} of {count}")
+        parts.insert(0, f"{judged_by.text(mean)} ± {judged_by.text(spread)} of {count}")
     return ", ".join(parts)
 
 

@@ -45,8 +45,9 @@ class Config(BaseModel):
         """Pydantic refuses other keys too, but does not say which ones there are."""
         for key in content if isinstance(content, Mapping) else ():
             if key not in cls.model_fields:
-                known = ", ".join(f"`{name}`" for name in cls.model_fields)
-                raise PydanticCustomError("unknown_key", "there is no such key", {"key": key, "known": known})
+                raise PydanticCustomError(
+                    "unknown_key", "there is no such key", {"key": key, "known": list(cls.model_fields)}
+                )
         return content
 
     @model_serializer(mode="wrap")

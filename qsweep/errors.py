@@ -20,7 +20,8 @@ QsweepError                  exit code 1, printed without a traceback
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 
 
 class QsweepError(Exception):
@@ -112,6 +113,15 @@ def why(error: BaseException) -> str:
     *_, first = causes(error)
     text = str(first).strip()
     return f"{type(first).__name__}: {text.splitlines()[0][:300]}" if text else type(first).__name__
+
+
+def did_you_mean(message: str, name: object, known: Iterable[str]) -> str:
+    """`message`, which refuses `name`; before it stands the one of the `known` names that is nearest, if one is near:
+    begins with it, or differs by few letters (`edge_bits` is not near to `weight_bits`, which some methods have)."""
+    word, names = str(name).lower(), list(known)
+    begun = [each for each in names if each.startswith(word)]
+    near = get_close_matches(word, begun, 1, 0.3) or get_close_matches(word, names, 1, 0.75)
+    return f"did you mean `{near[0]}`? {message[0].upper()}{message[1:]}" if near else message
 
 
 def failure(kind: str, message: str) -> QsweepError:

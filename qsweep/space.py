@@ -31,6 +31,7 @@ from qsweep.domains import (
     resolve,
     swap,
 )
+from qsweep.errors import did_you_mean
 
 __all__ = ["Choice", "Domain", "Range", "Space", "Suggest", "assignments", "complaint", "corners", "parse", "resolve"]
 
@@ -165,9 +166,12 @@ def complaint_at(error: ValidationError, path: Where, raw: Any, value: Any) -> t
     if first["type"] == "unknown_key":
         key, known = first["ctx"]["key"], first["ctx"]["known"]
         where = ".".join(map(str, (*place, key)))
-        return (*place, key), f"`{where}`: there is no such key; there are {known} (got {_short(first['input'][key])})"
+        there = f"there is no such key; there are {', '.join(f'`{name}`' for name in known)}"
+        return (*place, key), f"`{where}`: {did_you_mean(there, key, known)} (got {_short(first['input'][key])})"
     if first["type"] == "union_tag_invalid":
-        return place, f"`{where}`: must be one of {first['ctx']['expected_tags']} (got {_short(first['ctx']['tag'])})"
+        tag, tags = first["ctx"]["tag"], first["ctx"]["expected_tags"]
+        said = did_you_mean(f"must be one of {tags}", tag, re.findall(r"'(.+?)'", tags))
+        return place, f"`{where}`: {said} (got {_short(tag)})"
     if not where:  # the whole: what came is all of it
         return place, _must(first["msg"])
     if first["type"] == "model_attributes_type":  # a family: its members are told apart by one key

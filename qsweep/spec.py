@@ -21,7 +21,7 @@ from qsweep.config import Config, Listed
 from qsweep.distill import Distill
 from qsweep.engines import Engine
 from qsweep.engines.float import Float
-from qsweep.errors import SpecError
+from qsweep.errors import SpecError, did_you_mean
 from qsweep.prune import Prune
 from qsweep.quantize import Quantize
 from qsweep.quantize.trained import Trained
@@ -210,7 +210,8 @@ class Spec(Config):
         known = Metrics.directions()
         unknown = [name for name in names if name not in known]
         if unknown or not names or len(set(names)) < len(names):
-            raise ValueError(f"must be different metrics out of {sorted(known)}")
+            message = f"must be different metrics out of {sorted(known)}"
+            raise ValueError(did_you_mean(message, unknown[0], known) if unknown else message)
         return names
 
     @field_validator("constraints", mode="before")
@@ -218,8 +219,9 @@ class Spec(Config):
     def _bounds_of_known_metrics(cls, bounds: Any) -> Any:
         """Names first: a metric that there is not has no bounds that could be right."""
         if isinstance(bounds, dict):
-            if set(bounds) - BOUNDED:
-                raise ValueError(f"must name metrics out of {sorted(BOUNDED)}")
+            for name in bounds:
+                if name not in BOUNDED:
+                    raise ValueError(did_you_mean(f"must name metrics out of {sorted(BOUNDED)}", name, sorted(BOUNDED)))
             for name, bound in bounds.items():
                 if not isinstance(bound, dict | Constraint):
                     raise ValueError(f"`{name}` must have bounds, such as {{max: 1}}")

@@ -73,7 +73,8 @@ PTQ = {"method": "ptq"}
     [
         (
             {"run": {"worker": 2}},
-            "`run.worker`: there is no such key; there are `workers`, `trial_timeout`, `attempts` (got 2)",
+            "`run.worker`: did you mean `workers`? There is no such key; there are `workers`, `trial_timeout`, "
+            "`attempts` (got 2)",
         ),
         ({"search": {"trials": "4"}}, "`search.trials`: must be an integer (got '4')"),
         (
@@ -98,7 +99,8 @@ PTQ = {"method": "ptq"}
         ),
         (
             {"constraints": {"accuracy_test": {"min": 0.9}}},
-            f"`constraints`: must name metrics out of {sorted(BOUNDED)} (got {{'accuracy_test': {{'min': 0.9}}}})",
+            f"`constraints`: did you mean `accuracy`? Must name metrics out of {sorted(BOUNDED)} "
+            "(got {'accuracy_test': {'min': 0.9}})",
         ),
         (
             {"track": {"uri": "ftp://x"}},

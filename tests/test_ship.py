@@ -326,8 +326,9 @@ def test_a_metric_that_was_not_measured_keeps_no_bound() -> None:
         ({"max": ["accuracy_drop_pp"]}, r"`--max`: must be METRIC=NUMBER.*\(got `accuracy_drop_pp`\)"),
         ({"min": ["accuracy=high"]}, r"`--min`: must be METRIC=NUMBER"),
         ({"max": ["speed=1"]}, r"`--max`: must name metrics out of"),
+        ({"max": ["latency=1"]}, r"`--max`: did you mean `latency_ms`\? Must name metrics out of"),
         ({"max": ["size_bytes=nan"]}, r"finite"),
-        ({"by": "parity_top1"}, r"`--by`: must be one of"),
+        ({"by": "energy"}, r"`--by`: did you mean `energy_mj`\? Must be one of"),
     ],
 )
 def test_selectors_are_checked(words: dict[str, list[str]], said: str) -> None:
@@ -534,7 +535,7 @@ def test_a_folder_that_is_taken_is_said_before_anything_is_done(tmp_path: Path) 
 
 
 def test_a_config_that_is_none_or_that_the_engine_refuses_is_said_before_anything_is_done(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"`compress.quantise`: there is no such key"):
+    with pytest.raises(SpecError, match=r"`compress.quantise`: did you mean `quantize`\? There is no such key"):
         compress(trained(), {"compress": {"quantise": None}, "target": {"engine": "onnxruntime"}}, Toy())
     with pytest.raises(SpecError, match="there is no such file"):
         compress(trained(), tmp_path / "none.yaml", Toy())

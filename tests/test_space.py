@@ -260,7 +260,10 @@ def test_a_range_of_real_numbers_has_no_list_of_points() -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"heet": 1}, "`recipe.heet`: there is no such key; there are `step`, `heat`, `order` (got 1)"),
+        (
+            {"heet": 1},
+            "`recipe.heet`: did you mean `heat`? There is no such key; there are `step`, `heat`, `order` (got 1)",
+        ),
         ({"heat": "hot"}, "`recipe.heat`: must be a number (got 'hot')"),
         ({"heat": 101}, "`recipe.heat`: must be less than or equal to 100 (got 101)"),
         ({"heat": {"range": [1, 200]}}, "`recipe.heat`: must be less than or equal to 100 (got 200.0)"),

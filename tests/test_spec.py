@@ -101,7 +101,8 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nmae": "x"}, f"`nmae`: there is no such key; there are {KEYS} (got 'x')"),
+        ({"nmae": "x"}, f"`nmae`: did you mean `name`? There is no such key; there are {KEYS} (got 'x')"),
+        ({"speed": "x"}, f"`speed`: there is no such key; there are {KEYS} (got 'x')"),
         ({"name": "a/b"}, "`name`: must match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$' (got 'a/b')"),
         ({"name": "store"}, "`name`: must not be `store`, the folder of results that sweeps share (got 'store')"),
         ({"name": 7}, "`name`: must be text (got 7)"),
@@ -111,7 +112,8 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
         ),
         (
             {"compress": {"quantise": None}},
-            "`compress.quantise`: there is no such key; there are `prune`, `distill`, `quantize` (got None)",
+            "`compress.quantise`: did you mean `quantize`? There is no such key; there are `prune`, `distill`, "
+            "`quantize` (got None)",
         ),
         (
             {"compress": {"quantize": {"method": "ptq", "weight_bits": 9}}},
@@ -134,6 +136,11 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
             "`target.engine`: must be one of 'cuda', 'executorch', 'float', 'inductor', 'onnxruntime', 'openvino', "
             "'reference' (got 'abacus')",
         ),
+        (
+            {"target": {"engine": "ONNX"}},
+            "`target.engine`: did you mean `onnxruntime`? Must be one of 'cuda', 'executorch', 'float', 'inductor', "
+            "'onnxruntime', 'openvino', 'reference' (got 'ONNX')",
+        ),
         ({"target": "float"}, "`target`: must be a mapping such as {engine: …} (got 'float')"),
         ({"task": "digits"}, "`task`: must be a mapping such as {method: …} (got 'digits')"),
         ({"target": {"batch_size": 1}}, "`target.engine`: is required and was not given"),
@@ -146,6 +153,11 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
         (
             {"objectives": ["beauty"]},
             f"`objectives`: must be different metrics out of {sorted(Metrics.directions())} (got ['beauty'])",
+        ),
+        (
+            {"objectives": ["accuracy", "latency"]},
+            f"`objectives`: did you mean `latency_ms`? Must be different metrics out of {sorted(Metrics.directions())} "
+            "(got ['accuracy', 'latency'])",
         ),
         ({"constraints": {"accuracy": {}}}, "`constraints.accuracy`: must have `max`, `min` or both (got {})"),
         (
@@ -168,6 +180,11 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
         (
             {"constraints": {"beauty": {"max": 1}}},
             f"`constraints`: must name metrics out of {sorted(BOUNDED)} (got {{'beauty': {{'max': 1}}}})",
+        ),
+        (
+            {"constraints": {"size": {"max": 1}}},
+            f"`constraints`: did you mean `size_bytes`? Must name metrics out of {sorted(BOUNDED)} "
+            "(got {'size': {'max': 1}})",
         ),
         (
             {"constraints": {"accuracy": {"min": 90}}},

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import ValidationError, field_validator, model_validator
 
 from qsweep.config import Config
-from qsweep.errors import SpecError, SweepError
+from qsweep.errors import SpecError, SweepError, did_you_mean
 from qsweep.records import Metrics, Record
 from qsweep.space import complaint
 from qsweep.spec import Constraint, shares
@@ -36,14 +36,16 @@ class Selector(Config):
     def _metrics(cls, bounds: dict[str, float]) -> dict[str, float]:
         unknown = [name for name in bounds if name not in Metrics.model_fields]
         if unknown:
-            raise ValueError(f"must name metrics out of {sorted(Metrics.model_fields)}")
+            known = sorted(Metrics.model_fields)
+            raise ValueError(did_you_mean(f"must name metrics out of {known}", unknown[0], known))
         return bounds
 
     @field_validator("by")
     @classmethod
     def _directed(cls, name: str) -> str:
         if name not in Metrics.directions():
-            raise ValueError(f"must be one of {sorted(Metrics.directions())}")
+            known = sorted(Metrics.directions())
+            raise ValueError(did_you_mean(f"must be one of {known}", name, known))
         return name
 
     @model_validator(mode="after")

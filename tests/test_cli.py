@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import qsweep.sweep
 from qsweep.cli.console import grid
 from qsweep.cli.main import app, main
+from qsweep.machine import cores
 from qsweep.records import Failure, Metrics, Record
 from qsweep.schema import json_schema
 from qsweep.study.driver import run as drive
@@ -89,18 +90,53 @@ def test_validate_says_what_a_spec_asks_for(spec: Path) -> None:
     assert "every point" in said
 
 
-def test_validate_says_which_files_are_missing(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def written(spec: Path, **changes: object) -> Path:
+    spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | changes), encoding="utf-8")
+    return spec
+
+
+def test_validate_refuses_a_spec_whose_files_are_missing_and_names_them_all(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("FOLDER", raising=False)
     (spec.parent / "there.parquet").touch()
     data = {"method": "parquet", "train": {"file": "there.parquet"}, "test": "$FOLDER/test.parquet", "classes": 10}
     model = {"arch": "resnet20", "checkpoint": "none.safetensors"}
     images = {"method": "image_classification", "model": model, "data": data}
     own = {"method": "python", "file": "none.py:Task", "depends_on": ["there.parquet"]}
-    for task, missing in ((images, ("none.safetensors", "$FOLDER/test.parquet")), (own, ("none.py",))):
-        spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | {"task": task}), encoding="utf-8")
-        said = qsweep_("validate", spec)
-        lines = [line.split("`")[1] for line in said.output.splitlines() if line.startswith("  missing")]
-        assert (said.exit_code, lines) == (0, list(missing))
+    no = f"there is no file `{spec.parent.resolve()}"
+    assert failing(monkeypatch, capsys, "validate", written(spec, task=images)) == (
+        f"error: `none.safetensors`: {no}/none.safetensors`; "
+        "`$FOLDER/test.parquet`: the environment variable `FOLDER` must be set (it is not)\n"
+    )
+    assert failing(monkeypatch, capsys, "validate", written(spec, task=own)) == f"error: `none.py`: {no}/none.py`\n"
+
+
+def test_validate_refuses_a_class_that_is_none_without_loading_its_data(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = "".join(f"    def {name}(self, *given): ...\n" for name in ("model", "samples", "loss"))
+    code = f"class Mine:\n    def __init__(self): raise OSError('the data are read')\n{methods}"
+    (spec.parent / "mine.py").write_text(code)
+    written(spec, task={"method": "python", "file": "mine.py:Mine"})
+    assert "`Mine` must have the methods model, samples, loss, score" in failing(monkeypatch, capsys, "validate", spec)
+    (spec.parent / "mine.py").write_text(f"{code}    score = loss\n")
+    assert f"{spec}: valid" in qsweep_("validate", spec).output
+
+
+def test_validate_refuses_threads_that_this_machine_has_not_as_run_does(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = cores()
+    said = (
+        "`onnxruntime` does not work on this machine: "
+        f"`threads` must be at most {most}, the cores that may be used (got {most + 1})"
+    )
+    written(spec, target={"engine": "onnxruntime", "threads": most + 1})
+    for command in ("validate", "run"):
+        assert failing(monkeypatch, capsys, command, spec) == f"error: `target.engine`: {said}\n"
+    written(spec, target={"engine": "onnxruntime", "threads": {"choice": [1, most + 1]}})
+    assert f"\n  left out     {said}\n" in qsweep_("validate", spec).output
 
 
 def test_validate_counts_no_points_where_there_are_ranges_of_real_numbers(spec: Path) -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from small_sweep import CONTENT
 
 HEAVY = {
     "torch",
@@ -30,6 +32,13 @@ def loaded_by(code: str) -> set[str]:
 @pytest.mark.parametrize("module", ["qsweep", "qsweep.cli.main", "qsweep.spec", "qsweep.schema", "qsweep.study.plan"])
 def test_importing_is_light(module: str) -> None:
     assert not loaded_by(f"import {module}") & HEAVY
+
+
+def test_validating_is_light_where_no_class_of_ones_own_is_to_be_imported(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(CONTENT, encoding="utf-8")
+    code = f"from pathlib import Path\nfrom qsweep.cli.specs import validate\nvalidate(Path({str(spec)!r}))"
+    assert not loaded_by(code) & HEAVY
 
 
 def test_help_needs_neither_pydantic_nor_anything_heavy() -> None:

@@ -409,6 +409,44 @@ def test_a_users_mistake_is_told_with_file_line_and_method(tmp_path: Path, old: 
     assert str(tmp_path / "mine.py") in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("import torch\n", "import no_such_module\n"),
+        ("class Mine:", "class Mine"),
+        ("class Mine:", "class Other:"),
+        ("def score(", "def scores("),
+    ],
+)
+def test_a_class_is_checked_without_an_object_of_it_and_in_the_words_of_a_run(
+    tmp_path: Path, old: str, new: str
+) -> None:
+    with pytest.raises(TaskFailure) as opened:
+        user(tmp_path, old, new)
+    with pytest.raises(TaskFailure) as checked:
+        Python(file="mine.py:Mine").check(tmp_path)
+    assert str(checked.value) == str(opened.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [({}, "missing a required argument: 'size'"), ({"size": 3, "depth": 2}, "unexpected keyword argument 'depth'")],
+)
+def test_arguments_are_checked_without_an_object_of_the_class(
+    tmp_path: Path, arguments: dict[str, Any], complaint: str
+) -> None:
+    (tmp_path / "mine.py").write_text(USER_TASK.replace("size=3", "size").replace("self.size = size", "1 / 0"))
+    Python(file="mine.py:Mine", arguments={"size": 3}).check(tmp_path)
+    with pytest.raises(TaskFailure, match=rf"`Mine\(...\)` raised TypeError: .*{complaint}"):
+        Python(file="mine.py:Mine", arguments=arguments).check(tmp_path)
+
+
+def test_a_class_that_tells_no_arguments_is_checked_without_them(tmp_path: Path) -> None:
+    methods = "model = samples = loss = score = dict.get"
+    (tmp_path / "mine.py").write_text(f"class Mine(dict):\n    {methods}\n")
+    Python(file="mine.py:Mine", arguments={"size": 3}).check(tmp_path)
+
+
 METRIC = """
     def score(self, outputs, labels):
         chosen, wanted = (nn.functional.one_hot(each, 2).bool() for each in (outputs.argmax(1), labels))

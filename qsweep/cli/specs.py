@@ -17,23 +17,17 @@ SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML
 
 
 def validate(spec: SpecPath) -> None:
-    """Check a spec, every option and both ends of every range, and say what it asks for and which files are missing."""
+    """Check a spec, every option and both ends of every range, its files, its Python class and its threads, and say
+    what it asks for."""
     from qsweep.cli.console import say
     from qsweep.spec import load_spec
+    from qsweep.study.plan import check_engines
+    from qsweep.study.points import crowded
 
     found = load_spec(spec)
-    say(f"{spec}: valid", *_asked(found), *_missing(found, spec.parent))
-
-
-def _missing(spec: Spec, root: Path) -> Iterator[str]:
-    from qsweep.errors import DataError
-    from qsweep.tasks._files import locate
-
-    for file in dict.fromkeys(spec.task.files):
-        try:
-            locate(file, root)
-        except DataError as error:
-            yield f"  missing      {error}"
+    left_out = check_engines(found, crowded)
+    found.task.check(spec.parent)
+    say(f"{spec}: valid", *_asked(found), *(f"  left out     {reason}" for reason in left_out))
 
 
 def _asked(spec: Spec) -> Iterator[str]:

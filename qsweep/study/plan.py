@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from qsweep.config import Config, content_hash
+from qsweep.engines import EngineConfig
 from qsweep.errors import SpecError
 from qsweep.spec import Spec
 from qsweep.study.baselines import baselines
@@ -58,12 +59,20 @@ def check(spec: Spec) -> None:
     enumerated(spec)
     if (reason := spec.task.training.unavailable()) is not None:
         raise SpecError(f"`task.training.device`: {reason}")
-    reasons = [unavailable(engine) for engine in targets(spec)]
+    check_engines(spec, unavailable)
+
+
+def check_engines(spec: Spec, why_not: Callable[[EngineConfig], str | None]) -> list[str]:
+    """Why some engines of the space cannot work, by what `why_not` says of each. Raises SpecError where none of them
+    can, or not that of a baseline."""
+    reasons = [why_not(engine) for engine in targets(spec)]
+    told = list(dict.fromkeys(reason for reason in reasons if reason is not None))
     if all(reasons):
-        raise SpecError(f"`target.engine`: {'; '.join(dict.fromkeys(str(reason) for reason in reasons))}")
+        raise SpecError(f"`target.engine`: {'; '.join(told)}")
     for number, config in enumerate(spec.baselines):
-        if (reason := unavailable(config.target)) is not None:
+        if (reason := why_not(config.target)) is not None:
             raise SpecError(f"`baselines.{number}.target.engine`: {reason}")
+    return told
 
 
 def plan(spec: Spec) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
@@ -40,6 +41,15 @@ def load_class(path: Path, name: str) -> type:
             f"`{path}`: `{name}` must have the methods {', '.join(METHODS)} (missing: {', '.join(missing)})"
         )
     return found
+
+
+def check_arguments(kind: type, arguments: dict[str, Any], path: Path) -> None:
+    """Raises TaskFailure where `kind(**arguments)` would refuse the arguments; calls nothing, as it may load data."""
+    try:
+        signature = inspect.signature(kind)
+    except ValueError:  # that of a built-in class, which tells none
+        return
+    _call(path, f"{kind.__name__}(...)", signature.bind, **arguments)
 
 
 def guarded(task: Any) -> Any:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 from pydantic import Field
 
 from qsweep.config import Config
+from qsweep.errors import DataError
+from qsweep.tasks._files import locate
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -171,6 +173,18 @@ class TaskConfig(Config, ABC):
 
         Raises DataError where a file is missing, damaged or does not fit, TaskFailure for the user's code.
         """
+
+    def check(self, root: Path) -> None:
+        """See that what the config names is there, without loading data. Raises DataError that tells every file that is
+        missing, TaskFailure for the user's code."""
+        missing = []
+        for file in dict.fromkeys(self.files):
+            try:
+                locate(file, root)
+            except DataError as error:
+                missing.append(str(error))
+        if missing:
+            raise DataError("; ".join(missing))
 
     def about(self, root: Path) -> dict[str, Any]:
         """What a person who deploys the model must know of inputs and outputs, as plain data: it stands in the manifest

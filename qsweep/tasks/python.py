@@ -41,6 +41,13 @@ class Python(TaskConfig):
     def judged_by(self) -> TaskMetric:
         return self.metric
 
+    def check(self, root: Path) -> None:
+        from qsweep.tasks._user import check_arguments, load_class
+
+        super().check(root)
+        path = locate(self.files[0], root)
+        check_arguments(load_class(path, self._name), self.arguments, path)
+
     @property
     def files(self) -> list[str]:
         return [self.file.rsplit(":", 1)[0], *self.depends_on]

@@ -84,9 +84,40 @@ def test_a_config_that_was_repeated_stands_with_mean_and_spread_and_what_failed(
     assert "mean of draws" not in front_table(records(), spec()).markdown() + pareto_html(records(), spec())
 
 
-def test_both_charts_show_every_measured_trial_once_and_ring_the_front(html: str) -> None:
-    for chart in ("size_bytes-accuracy", "latency_ms-accuracy"):
-        code = html[html.index(f'Plotly.newPlot(                        "{chart}"') :].split("</script>")[0]
+CHARTS = ("size_bytes-accuracy", "latency_ms-accuracy")
+
+
+def drawn(html: str, chart: str) -> str:
+    """The code that draws a chart of the page."""
+    return html[html.index(f'Plotly.newPlot(                        "{chart}"') :].split("</script>")[0]
+
+
+@pytest.fixture(scope="module")
+def of_two_engines() -> str:
+    moved = [r.model_copy(update={"engine": "inductor"}) if r.number == 3 else r for r in records()]
+    return pareto_html(finished(moved), spec())
+
+
+def test_points_are_filled_by_engine_where_trials_are_of_several(html: str, of_two_engines: str) -> None:
+    for chart in CHARTS:
+        code = drawn(of_two_engines, chart)
+        assert '"symbol":["circle","circle-open"]' in code  # ptq: number 3, number 5
+        assert '"symbol":["square-open"]' in code
+        assert code.count('"legend":"legend2"') == 3
+        for engine, symbol in (("inductor", "circle"), ("onnxruntime", "circle-open"), ("float", "circle-open-dot")):
+            assert re.search(rf'"symbol":"{symbol}"[^{{}}]*}},"mode":"markers","name":"{engine}"', code)
+        alike = drawn(html, chart)
+        assert '"symbol":[' not in alike
+        assert '"legend":"legend2"' not in alike
+
+
+@pytest.mark.parametrize("page", ["html", "of_two_engines"])
+def test_both_charts_show_every_measured_trial_once_and_ring_the_front(
+    page: str, request: pytest.FixtureRequest
+) -> None:
+    html = request.getfixturevalue(page)
+    for chart in CHARTS:
+        code = drawn(html, chart)
         hovers = [rf"\\u003cb\\u003e{r.name}\\u003c\\u002fb\\u003e  #{r.number} " for r in records()]
         assert [len(re.findall(hover, code)) for hover in hovers] == [1, 1, 1, 1, 1, 1, 0, 0]
         assert '"name":"front, certain"' in code

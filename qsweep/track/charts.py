@@ -21,6 +21,13 @@ _EXTRAS = {
     (False, True): " + distill",
     (True, True): " + prune + distill",
 }
+_FILLS = {"": 1.0, "-open": 1.8, "-open-dot": 1.8, "-dot": 1.0}
+"""What plotly appends to the name of a shape, and how wide its lines are."""
+_ENGINES = {
+    "orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "font": {"size": 11},
+    "bgcolor": "rgba(0,0,0,0)", "itemclick": False, "itemdoubleclick": False,
+}  # fmt: skip
+"""The legend of engines, above the chart."""
 _INK, _GRID = "#1c2530", "#e7eaee"
 
 
@@ -30,8 +37,9 @@ def scatter(records: Sequence[Record], members: set[int], x: Column, y: Column, 
 
     shown = [r for r in records if getattr(r.metrics, x.key) is not None and getattr(r.metrics, y.key) is not None]
     figure = go.Figure(layout=_layout(x, y))
-    figure.add_traces([go.Scatter(**trace) for trace in [*_trials(shown, x, y), *_rings(shown, members, x, y)]])
-    figure.add_trace(go.Scatter(**_baselines(shown, x, y)))
+    fills = _fills(shown)
+    traces = [*_trials(shown, x, y, fills), *_rings(shown, members, x, y), *_baselines(shown, x, y, fills)]
+    figure.add_traces([go.Scatter(**trace) for trace in [*traces, *_engines(fills)]])
     xs = _values(shown, x)
     if xs and min(xs) > 0 and max(xs) > 3 * min(xs):  # else fp32 alone stretches the axis
         mantissas = (1, 2, 5) if max(xs) > 15 * min(xs) else (1, 1.5, 2, 3, 5, 7)
@@ -44,7 +52,43 @@ def scatter(records: Sequence[Record], members: set[int], x: Column, y: Column, 
     return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"{x.key}-{y.key}", config=config))
 
 
-def _trials(records: Sequence[Record], x: Column, y: Column) -> list[dict[str, Any]]:
+def _fills(records: Sequence[Record]) -> dict[str, str]:
+    """How points are filled by engine, those of the trials first; empty where trials are of one engine. From the fifth
+    engine on fills come again."""
+    engines = {kind: {record.engine for record in records if record.kind == kind} for kind in ("trial", "baseline")}
+    if len(engines["trial"]) < 2:
+        return {}
+    return dict(zip([*sorted(engines["trial"]), *sorted(engines["baseline"] - engines["trial"])], cycle(_FILLS)))
+
+
+def _by_engine(trace: dict[str, Any], group: Sequence[Record], fills: dict[str, str]) -> list[dict[str, Any]]:
+    """The trace of `group` as it is, or with each point filled by its engine; it stands in the legend by its shape
+    alone then."""
+    if not fills:
+        return [trace]
+    marker, told = trace["marker"], {"name": trace["name"], "legendgroup": trace["name"]}
+    kinds = [fills[record.engine] for record in group]
+    line = {"width": [_FILLS[kind] for kind in kinds], "color": "white"}
+    filled = {"symbol": [marker["symbol"] + kind for kind in kinds], "line": line}
+    return [
+        trace | told | {"marker": marker | filled, "showlegend": False},
+        told | {"x": [None], "y": [None], "mode": "markers", "marker": marker},
+    ]
+
+
+def _engines(fills: dict[str, str]) -> list[dict[str, Any]]:
+    """Entries of the legend of engines, without points."""
+    return [
+        {
+            "x": [None], "y": [None], "name": engine, "mode": "markers", "legend": "legend2",
+            "marker": {"size": 9, "symbol": f"circle{fill}", "color": _INK,
+                       "line": {"width": _FILLS[fill], "color": "white"}},
+        }
+        for engine, fill in fills.items()
+    ]  # fmt: skip
+
+
+def _trials(records: Sequence[Record], x: Column, y: Column, fills: dict[str, str]) -> list[dict[str, Any]]:
     """A trace for every combination of methods: colour says how it is quantized, shape what else was done."""
     groups: dict[tuple[str, tuple[bool, bool]], list[Record]] = {}
     for record in records:
@@ -53,16 +97,16 @@ def _trials(records: Sequence[Record], x: Column, y: Column) -> list[dict[str, A
     colours = dict(COLOURS)
     for method, _ in sorted(groups):
         colours.setdefault(method, _MORE[(len(colours) - len(COLOURS)) % len(_MORE)])
-    return [
-        _points(group, x, y)
-        | {
+    traces = []
+    for (method, extras), group in sorted(groups.items()):
+        trace = _points(group, x, y) | {
             "mode": "markers",
             "name": ("float" if method == "none" else method) + _EXTRAS[extras],
             "marker": {"size": 9, "color": colours[method], "symbol": _SYMBOLS[extras], "opacity": 0.85,
                        "line": {"width": 1, "color": "white"}},
-        }
-        for (method, extras), group in sorted(groups.items())
-    ]  # fmt: skip
+        }  # fmt: skip
+        traces += _by_engine(trace, group, fills)
+    return traces
 
 
 def _rings(records: Sequence[Record], members: set[int], x: Column, y: Column) -> list[dict[str, Any]]:
@@ -81,12 +125,12 @@ def _rings(records: Sequence[Record], members: set[int], x: Column, y: Column) -
     ]  # fmt: skip
 
 
-def _baselines(records: Sequence[Record], x: Column, y: Column) -> dict[str, Any]:
+def _baselines(records: Sequence[Record], x: Column, y: Column, fills: dict[str, str]) -> list[dict[str, Any]]:
     group = sorted((r for r in records if r.kind == "baseline"), key=lambda record: getattr(record.metrics, x.key))
     first = {record.name: record.number for record in sorted(group, key=lambda record: -record.number)}
     named = [record.number for record in group if first[record.name] == record.number]
     places = dict(zip(named, cycle(("top center", "bottom center"))))  # in turns: neighbours' names run into each other
-    return _points(group, x, y) | {
+    trace = _points(group, x, y) | {
         "mode": "markers+text",
         "name": "baseline",
         "text": [f"<b>{record.name}</b>" if record.number in places else "" for record in group],
@@ -94,6 +138,7 @@ def _baselines(records: Sequence[Record], x: Column, y: Column) -> dict[str, Any
         "textfont": {"size": 11, "color": _INK},
         "marker": {"size": 13, "symbol": "star", "color": _INK},
     }
+    return _by_engine(trace, group, fills)
 
 
 def _points(group: Sequence[Record], x: Column, y: Column) -> dict[str, Any]:
@@ -151,6 +196,7 @@ def _layout(x: Column, y: Column) -> dict[str, Any]:
         "plot_bgcolor": "white",
         "font": {"family": "system-ui, Segoe UI, Helvetica, Arial, sans-serif", "color": _INK, "size": 12},
         "legend": {"orientation": "h", "y": -0.2, "font": {"size": 11}},
+        "legend2": _ENGINES,
         "xaxis": axis | {"title": {"text": x.title}},
         "yaxis": axis | {"title": {"text": y.title}},
         "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"size": 12}},

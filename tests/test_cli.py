@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,9 @@ def test_run_prints_a_line_a_record_the_front_and_what_comes_next(spec: Path, ar
     assert [int(line[1:4]) for line in numbered] == sorted({int(line[1:4]) for line in numbered})
     assert len(numbered) == 9  # three baselines, six points
     assert f"  qsweep best {spec} --max accuracy_drop_pp=1 --by latency_ms" in lines
-    assert any("/#/experiments/" in line for line in lines)
+    assert re.search(r"\n  qsweep ui \S+ +then http://127\.0\.0\.1:5000/#/experiments/\d+/runs\?", result.output)
+    report = r"\n  report: http://127\.0\.0\.1:5000/#/experiments/\d+/runs/\w+/artifacts/pareto\.html\?"
+    assert re.search(report, result.output)
 
 
 def test_a_spec_that_is_a_link_belongs_to_the_folder_of_the_link(spec: Path, tmp_path: Path, arithmetic: None) -> None:
@@ -360,6 +363,17 @@ def test_a_place_that_cannot_be_written_is_an_error_with_its_path(
     said = failing(monkeypatch, capsys, command[0], spec, *command[1:])
     assert said.startswith(f"error: `{'/proc/none' if command[0] == 'export' else spec.parent / 'sweeps'}")
     assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_ui_prints_the_pages_of_a_server(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qsweep_("run", spec)
+    monkeypatch.setattr("qsweep.track.ui", lambda uri, port: nullcontext(uri))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    page, report = qsweep_("ui", spec).output.splitlines()
+    assert page.startswith("http://mlflow.example/#/experiments/")
+    assert report.startswith("report: http://mlflow.example/#/experiments/")
+    assert "/artifacts/pareto.html?" in report
 
 
 def test_a_port_that_is_none_is_refused(spec: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 import socket
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from small_sweep import small_spec
 from qsweep.errors import SpecError, TrackError
 from qsweep.records import Metrics
 from qsweep.study import run as run_sweep
-from qsweep.track import front, hypervolume, pareto_url, publish, tracking_uri, ui
+from qsweep.track import front, hypervolume, pareto_url, publish, report_url, tracking_uri, ui
 from qsweep.track.flat import params
 from qsweep.track.pareto import volume
 from qsweep.track.publish import Publisher
@@ -401,8 +402,23 @@ def test_the_preset_view_fits_the_tag_and_opens_by_url(swept: Path) -> None:
     assert state == view_state(json.loads((DASHBOARDS / "pareto_view.json").read_text(encoding="utf-8")), "small")
 
 
+def test_the_report_is_an_artifact_of_the_parent_run_at_its_url(swept: Path) -> None:
+    from mlflow import MlflowClient
+
+    url = report_url(swept / "sweeps" / "small", "http://127.0.0.1:5000")
+    assert url is not None
+    found = re.fullmatch(r"http://127.0.0.1:5000/#/experiments/(\d+)/runs/(\w+)/artifacts/([\w.]+)\?\S+", url)
+    assert found is not None
+    client = MlflowClient(tracking_uri(None, swept))
+    run = client.get_run(found[2])
+    assert (run.info.experiment_id, run.data.tags["qsweep.kind"]) == (found[1], "sweep")
+    assert found[3] in [artifact.path for artifact in client.list_artifacts(found[2])]
+
+
 def test_there_is_no_page_of_a_sweep_that_was_never_published(tmp_path: Path) -> None:
-    assert pareto_url(write(tmp_path, records()[0]).path, "http://127.0.0.1:5000") is None
+    folder = write(tmp_path, records()[0]).path
+    assert pareto_url(folder, "http://127.0.0.1:5000") is None
+    assert report_url(folder, "http://127.0.0.1:5000") is None
 
 
 def test_the_ui_serves_the_sweep_on_loopback_and_is_gone_afterwards(swept: Path) -> None:

@@ -132,13 +132,15 @@ class Watch:
         ]
 
     def _next(self) -> list[str]:
-        from qsweep.track import pareto_url
+        from qsweep.track import pareto_url, report_url
 
-        at_home = pareto_url(self.folder.path, "http://127.0.0.1:5000")
-        served, sweep = pareto_url(self.folder.path), shlex.quote(str(self.path))
+        sweep, served = shlex.quote(str(self.path)), pareto_url(self.folder.path)
+        where = None if served else "http://127.0.0.1:5000"  # what `qsweep ui` serves
+        page, report = pareto_url(self.folder.path, where), report_url(self.folder.path, where)
         return [
             *self._to_ship(sweep),
-            f"  MLflow: {served}" if served else f"  qsweep ui {sweep}      then {at_home or 'the page it prints'}",
+            f"  MLflow: {served}" if served else f"  qsweep ui {sweep}      then {page or 'the page it prints'}",
+            *([f"  report: {report}"] if report else []),
         ]
 
     def _to_ship(self, sweep: str) -> list[str]:

@@ -5,7 +5,7 @@ from qsweep.track.pareto import front, hypervolume
 from qsweep.track.publish import publish
 from qsweep.track.report import pareto_html
 from qsweep.track.table import Table, front_table, full_table
-from qsweep.track.view import pareto_url, ui
+from qsweep.track.view import pareto_url, report_url, ui
 
 __all__ = [
     "Table",
@@ -16,6 +16,7 @@ __all__ = [
     "pareto_html",
     "pareto_url",
     "publish",
+    "report_url",
     "tracking_uri",
     "ui",
 ]

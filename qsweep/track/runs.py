@@ -21,7 +21,7 @@ from qsweep.track.ledger import Ledger
 from qsweep.track.pareto import front, hypervolume
 from qsweep.track.report import pareto_html
 from qsweep.track.table import engine_text, front_table, full_table, mixed_bits
-from qsweep.track.view import set_view
+from qsweep.track.view import REPORT, set_view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -195,7 +195,7 @@ class Runs:
         with impatient():
             self.client.log_text(self.parent, front_table(records, self.spec).csv(), "front.csv")
             self.client.log_text(self.parent, full_table(records, self.spec).csv(), "trials.csv")
-            self.client.log_text(self.parent, pareto_html(records, self.spec), "pareto.html")
+            self.client.log_text(self.parent, pareto_html(records, self.spec), REPORT)
             members = {record.number for record in front(records, self.spec)} | self.ledger.members
             for record in [record for record in records if record.number in members]:
                 self._put_bundle(record)

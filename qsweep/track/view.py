@@ -1,4 +1,4 @@
-"""The Pareto page of MLflow by URL, and a small server that shows it.
+"""The Pareto page and the report of a sweep by their URLs in MLflow, and a small server that shows them.
 
 MLflow keeps a shared view of an experiment as plain JSON in the tag `mlflow.sharedViewState.<key>`. That is internal to
 its UI (3.17): where it changes, the page opens without charts and everything else works.
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DASHBOARDS = Path(__file__).parent.parent / "dashboards"
+REPORT = "pareto.html"
+"""The artifact of the parent run that is the report."""
 _KINDS = {"metric": "metrics", "param": "params", "tag": "tags"}
 
 
@@ -98,13 +100,30 @@ def pareto_url(sweep: Path, server: str | None = None) -> str | None:
 
     `server` is what `ui` gave, and is not needed where the sweep tracks to a server.
     """
+    runs, _ = _published(sweep, server)
+    view = f"compareRunsMode=CHART&viewStateShareKey={quote(view_key(sweep.name))}"
+    return runs and f"{runs}?{_WORKFLOW}&{view}"
+
+
+def report_url(sweep: Path, server: str | None = None) -> str | None:
+    """The report of the sweep in folder `sweep`, on the page of its parent run, which has it from the end of the first
+    `qsweep run` on; `server` and None as for `pareto_url`."""
+    runs, parent = _published(sweep, server)
+    return runs and f"{runs}/{parent}/artifacts/{REPORT}?{_WORKFLOW}"
+
+
+_WORKFLOW = "workflowType=machine_learning"
+"""Else the UI shows what it has for language models."""
+
+
+def _published(sweep: Path, server: str | None) -> tuple[str | None, str | None]:
+    """The address of the runs of the sweep's experiment, and its parent run; None while MLflow has nothing of it."""
     content = Ledger.read(sweep / "published.json")
     uri = content.get("uri", "")
-    base, experiment_id = server or uri, content.get("stores", {}).get(uri, {}).get("experiment_id")
-    if experiment_id is None or not base.startswith("http"):
-        return None
-    query = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={quote(view_key(sweep.name))}"
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
+    base, known = server or uri, content.get("stores", {}).get(uri, {})
+    if "experiment_id" not in known or not base.startswith("http"):
+        return None, None
+    return f"{base.rstrip('/')}/#/experiments/{known['experiment_id']}/runs", known["parent"]
 
 
 @contextmanager

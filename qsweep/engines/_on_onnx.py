@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class OnOnnx(EngineConfig):
     """A runtime of the artifact in ONNX, on the CPU."""
 
-    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._onnx_table",)
+    preload: ClassVar[tuple[str, ...]] = ("qsweep.engines._onnx_export",)
     """The export's. No runtime: the import of one starts threads, and takes no time."""
     device: Literal["cpu"] = "cpu"
 

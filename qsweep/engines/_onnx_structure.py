@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import warnings
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qsweep.engines._onnx_nodes import RUNTIME, add, attribute, import_runtime, producers_of, set_nodes
-from qsweep.errors import Refused, why
+from qsweep.errors import Refused
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE, aten
 from qsweep.hub.nodes import attributes, constant, nodes_of, set_constant, source
@@ -35,8 +31,10 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
     import onnx
 
     def compute(folder: Path) -> None:
+        from qsweep.engines._onnx_export import exported  # takes seconds
+
         marked, weights = _marked(model)
-        content = _export(marked, model.example)
+        content = exported(marked, model.example)
         _with_rows(content, marked, weights)
         _keep_changed(content, marked, _of_layers(model))
         _with_global_pools(content)
@@ -44,7 +42,7 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _with_quick_gelus(content)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 12, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 13, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 
@@ -240,25 +238,3 @@ def _with_quick_gelus(content: onnx.ModelProto) -> None:
                 node.attribute.append(helper.make_attribute("alpha", alpha))
     if any(node.domain == RUNTIME for node in content.graph.node):
         import_runtime(content)
-
-
-def _export(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
-    from qsweep.engines._onnx_table import OPSET, table_read_once
-
-    batch = torch.export.Dim("batch")
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), table_read_once():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                graph,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: batch},),
-                opset_version=OPSET,
-                verbose=False,
-                external_data=False,
-            )
-    except Exception as error:  # the exporter raises many types; all mean that this engine cannot take the model
-        raise Refused(f"`torch.onnx` cannot export the model: {why(error)}") from error
-    assert program is not None
-    return program.model_proto

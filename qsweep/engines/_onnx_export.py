@@ -34,7 +34,7 @@ _read = ONNXRegistry.from_torchlib
 
 def exported(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
     """`graph`, which is changed, for any batch size; `example` is (2, ...). Raises Refused."""
-    _spell_out(graph)
+    _in_known_ops(graph)
     batch = torch.export.Dim("batch")
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _once():
@@ -54,7 +54,7 @@ def exported(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
     return program.model_proto
 
 
-def _spell_out(graph: torch.fx.GraphModule) -> None:
+def _in_known_ops(graph: torch.fx.GraphModule) -> None:
     """Write ops that most models have and the table has not by those that it has."""
     for node in graph.graph.nodes:
         if node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:

@@ -284,6 +284,16 @@ def test_best_takes_the_best_by_a_metric_of_what_keeps_the_bounds(spec: Path) ->
     assert "8 bits: stem.weight; 6 bits: head.weight" in bounded
 
 
+def test_a_metric_of_ones_own_is_told_and_bounded_in_its_unit(spec: Path) -> None:
+    (spec.parent / "task.py").write_text("")
+    metric = {"name": "negative RMSE", "unit": "m"}
+    sweep(spec.parent, small_spec(task={"method": "python", "file": "task.py:Task", "metric": metric}))
+    said = qsweep_("best", spec, "--max", "accuracy_drop_pp=0.1", "--min", "accuracy=-3", "--by", "size_bytes").output
+    assert said.splitlines()[0].endswith("ptq-w6s-a8a on onnxruntime")
+    assert "accuracy is            negative RMSE m" in said
+    assert "negative RMSE m" in qsweep_("front", spec).output
+
+
 @pytest.mark.parametrize("command", [("best",), ("promote", "--name", "m"), ("export", "--out", "out")])
 def test_commands_that_choose_refuse_bounds_that_are_none_or_that_nothing_keeps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spec: Path, command: tuple[str, ...]

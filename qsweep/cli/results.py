@@ -25,7 +25,8 @@ def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "a
     from qsweep.cli.console import say
     from qsweep.cli.sweep import choose
     from qsweep.records import Metrics
-    from qsweep.track.table import engine_text, mixed_bits
+    from qsweep.tasks import ACCURACY
+    from qsweep.track.table import Column, engine_text, mixed_bits
 
     record, folder = choose(sweep, maxima, minima, by, trial)
     say(f"#{record.number} {record.name} on {engine_text(record)}")
@@ -33,6 +34,9 @@ def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "a
         value = getattr(record.metrics, name)
         if value is not None:
             say(f"  {name:<22} {value:,.6g}")
+    judged_by = folder.spec().task.judged_by
+    if judged_by != ACCURACY:
+        say(f"  {'accuracy is':<22} {Column('accuracy', judged_by).title}")
     say(f"  {'artifact':<22} {folder.path / record.folder / 'artifact'}", "")
     if bits := mixed_bits(record):
         say(f"  {'layers':<22} {bits}", "")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -85,8 +85,10 @@ def _once() -> Iterator[None]:
 
 def _known(program: ExportedProgram) -> bool:
     """Whether the table has every op: decomposed, the program would be the same."""
-    ops = {node.target for node in program.graph.nodes if isinstance(node.target, OpOverload)}
-    return all(_table(opset_version=_OPSET).is_registered(op) and not op._schema.is_mutable for op in ops)
+    table, ops = _table(opset_version=_OPSET), {node.target for node in program.graph.nodes}
+    if any(isinstance(op, HigherOrderOperator) for op in ops):  # has graphs of its own
+        return False
+    return all(table.is_registered(op) and not op._schema.is_mutable for op in ops if isinstance(op, OpOverload))
 
 
 @contextmanager

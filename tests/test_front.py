@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from qsweep.records import Metrics, Record
 from qsweep.spec import Constraint
-from qsweep.study import membership, pareto
+from qsweep.study import SweepFolder, membership, pareto
+from qsweep.study.notes import notes
 
 OBJECTIVES = ("accuracy", "size_bytes")
 
@@ -92,6 +94,22 @@ def test_a_drop_is_drawn_in_points_of_the_metric(drop: float, points: float, pla
     records = [record(i, accuracy=0.5, accuracy_drop_pp=0.0, size_bytes=10 - i) for i in (0, 1)]
     bounds = {"accuracy_drop_pp": Constraint(max=drop)}
     assert membership(records, ("size_bytes",), bounds, scores, points=points) == {1: place}
+
+
+@pytest.mark.parametrize(
+    ("latency", "batch_size", "told"), [(0.7, 1, True), (0.3, 1, True), (0.55, 1, False), (4.0, 8, False)]
+)
+def test_milliseconds_that_do_not_say_what_ratios_say_are_told(
+    latency: float, batch_size: int, told: bool, tmp_path: Path
+) -> None:
+    fp32 = record(0, latency_ms=1.0, latency_ratio=1.0)
+    other = record(1, latency_ms=latency, latency_ratio=0.5)
+    fp32, other = (
+        r.model_copy(update={"config": {"target": {"batch_size": size, "threads": 1}}})
+        for r, size in ((fp32, 1), (other, batch_size))
+    )
+    found = list(notes(SweepFolder(tmp_path, "small"), [fp32, other, record(2, state="failed")]))
+    assert [note.startswith("milliseconds of two rows") for note in found] == [True] * told
 
 
 @given(grid)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from qsweep.records import Record
 from qsweep.study.baselines import refusal
 from qsweep.study.folder import SweepFolder, read_result
 
+_FAR = 1.2
+"""Ratios of milliseconds that are so many times the measured ones or more mislead who divides them."""
+
 
 def notes(folder: SweepFolder, records: Sequence[Record]) -> Iterator[str]:
     """Of a sweep and its records, one sentence each: what is doubtful about the data, engines that take no version of
-    the model, and accuracies of the test split that could not be had."""
+    the model, accuracies of the test split that could not be had, milliseconds that are not to be compared."""
     yield from read_result(folder.path / "prepare" / "prepare.json").get("doubts", [])
     baselines = [record for record in records if record.kind == "baseline"]
     for engine in dict.fromkeys(record.engine for record in baselines):
@@ -21,3 +25,23 @@ def notes(folder: SweepFolder, records: Sequence[Record]) -> Iterator[str]:
         failed = read_result(folder.path / record.folder / "test.json").get("failure")
         if failed and record.duplicate_of is None:
             yield f"the test split of #{record.number} `{record.name}` failed: {failed['message']}"
+    fp32 = next((record for record in records if record.number == 0), None)
+    if fp32 is not None and (apart := max(_apart(record, fp32) for record in records)) > _FAR:
+        yield (
+            f"milliseconds of two rows are of two processes, and up to {apart - 1:.0%} apart by what else the machine did; "
+            "`× fp32` was taken in turns with fp32, and is what is compared"
+        )
+
+
+def _apart(record: Record, fp32: Record) -> float:
+    """How many times further from those of fp32 its milliseconds are than its ratio says, or nearer; 1 where they are
+    of another batch size or other threads, or were not taken."""
+    own, other, ratio = record.metrics.latency_ms, fp32.metrics.latency_ms, record.metrics.latency_ratio
+    if not own or not other or not ratio or _calls(record) != _calls(fp32):
+        return 1.0
+    return max(own / other / ratio, other * ratio / own)
+
+
+def _calls(record: Record) -> tuple[Any, ...]:
+    target = record.config.get("target", {})
+    return target.get("batch_size"), target.get("threads")

@@ -28,8 +28,8 @@ def notes(folder: SweepFolder, records: Sequence[Record]) -> Iterator[str]:
     fp32 = next((record for record in records if record.number == 0), None)
     if fp32 is not None and (apart := max(_apart(record, fp32) for record in records)) > _FAR:
         yield (
-            f"milliseconds of two rows are of two processes, and up to {apart - 1:.0%} apart by what else the machine did; "
-            "`× fp32` was taken in turns with fp32, and is what is compared"
+            f"milliseconds of two rows are of two processes, and up to {apart - 1:.0%} apart by what else the machine "
+            "did; `× fp32` was taken in turns with fp32, and is what is compared"
         )
 
 

@@ -391,9 +391,10 @@ def use(task: Task) -> None:
         (
             "== labels).float()",
             "== labels).float() * 0 + 2",
-            "`Mine.score` must return values from 0 to 1 .got 2.0 to 2.0.",
+            r"`Mine.score` must return values from 0 to 1, or have a unit in the spec, as in "
+            r"`task: {metric: {name: PSNR, unit: dB}}` \(got 2.0 to 2.0\)",
         ),
-        ("== labels).float()", "== labels).float() * torch.nan", "must return values from 0 to 1 .got nan to nan."),
+        ("== labels).float()", "== labels).float() * torch.nan", "must return values from 0 to 1, .* .got nan to nan."),
         ("== labels).float()", "== labels).float().mean()", r"must return a tensor of shape \(4,\)"),
         (
             "    def model(",
@@ -524,7 +525,7 @@ def test_a_metric_of_ranks_is_one_too_and_groups_of_samples_are_left_out_in_turn
         (").float()\n\n", ").float() / 0\n\n", "`Mine.score` must return finite numbers"),
         (".nanmean()", "", "`Mine.metric` must return one number"),
         ("(both / either).nanmean()", "None", "`Mine.metric` must return one number"),
-        (".nanmean()", ".nansum() + 2", "`Mine.metric` must return a value from 0 to 1"),
+        (".nanmean()", ".nansum() + 2", "`Mine.metric` must return a value from 0 to 1, or have a unit in the spec"),
         ("both, either", "both, either, none", "`Mine.metric` raised ValueError"),
     ],
 )
@@ -539,7 +540,7 @@ def test_another_metric_may_have_any_finite_value(tmp_path: Path) -> None:
     use(task)
     outputs, labels = torch.eye(2).repeat(3, 1), torch.tensor([0, 1, 0, 1, 0, 0])
     assert accuracy(task, outputs, labels) == pytest.approx(-40 + 5 / 6)
-    with pytest.raises(TaskFailure, match=r"`Mine.score` must return values short of infinity \(got nan to nan\)"):
+    with pytest.raises(TaskFailure, match=r"`Mine.score` must return values short of NaN and infinity \(got nan"):
         user(tmp_path, "== labels).float()", "== labels) * torch.nan", metric=TaskMetric(unit=None)).score(
             outputs, labels
         )

@@ -151,7 +151,9 @@ class UserTask:
 
     @property
     def _range(self) -> str:
-        return "from 0 to 1" if self._judged_by.share else "short of infinity"
+        if not self._judged_by.share:
+            return "short of NaN and infinity"
+        return "from 0 to 1, or have a unit in the spec, as in `task: {metric: {name: PSNR, unit: dB}}`"
 
     def _ask(self, method: str, *arguments: object) -> Any:
         return _call(self._path, f"{self._name}.{method}", getattr(self._task, method), *arguments)

@@ -63,6 +63,11 @@ def test_the_quickest_is_held_against_the_quickest_float_of_its_device_and_batch
     assert "fp32, a float: nothing on the front is quicker" in Page(pareto_html(floats, spec())).text
 
 
+def test_the_best_are_told_with_their_engine_where_trials_are_of_several(html: str, of_two_engines: str) -> None:
+    assert "ptq-w8s-a8a, 1.60 times" in Page(html).text
+    assert "ptq-w8s-a8a on onnxruntime, 1.60 times" in Page(of_two_engines).text
+
+
 def test_text_from_a_sweep_is_escaped(html: str) -> None:
     assert "<on w2>" not in html
     assert "&lt;i&gt;" in hover_text(record(0, "<i>", 0.9, 1.0, 1.0), ACCURACY)
@@ -199,7 +204,10 @@ def test_units_are_in_the_titles_and_values_are_rounded() -> None:
 
 def test_another_metric_gives_its_name_and_unit_to_all_that_is_shown() -> None:
     metric = {"name": "negative RMSE", "unit": "m"}
-    asked = small_spec(task={"method": "python", "file": "task.py:Task", "metric": metric})
+    asked = small_spec(
+        task={"method": "python", "file": "task.py:Task", "metric": metric},
+        constraints={"accuracy_drop_pp": {"max": 0.3}, "size_bytes": {"max": 1e6}},
+    )
     found = [
         r.model_copy(update={"metrics": r.metrics.model_copy(update={"accuracy": r.metrics.accuracy - 50.0})})
         for r in records() if r.metrics.accuracy is not None
@@ -213,6 +221,7 @@ def test_another_metric_gives_its_name_and_unit_to_all_that_is_shown() -> None:
     text = Page(page).text
     assert re.search(r"fp32 baseline\s*-49.03 m\s*39.1 KiB, 1.000 ms", text)
     assert "front: best negative RMSE" in text
+    assert "with accuracy_drop_pp ≤ 0.3 m and size_bytes ≤ 1e+06" in text
     assert "negative RMSE \\u00d7 size" in page
     assert "accuracy %" not in text
 

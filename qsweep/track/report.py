@@ -60,8 +60,10 @@ def _lead(records: Sequence[Record], spec: Spec) -> str:
     """One sentence: what was searched, for what, how far it got."""
     trials = sum(r.kind == "trial" and r.state == "complete" and r.duplicate_of is None for r in records)
     engines = sorted({engine_text(r) for r in records if r.kind == "trial" and r.state == "complete"})
+    unit = spec.task.judged_by.unit
+    units = {} if spec.task.judged_by.share or unit is None else {"accuracy": unit, "accuracy_drop_pp": unit}
     bounds = [
-        f"{name} {sign} {value:g}"
+        f"{name} {sign} {value:g} {units.get(name, '')}".strip()
         for name, bound in spec.constraints.items()
         for sign, value in (("≤", bound.max), ("≥", bound.min)) if value is not None
     ]  # fmt: skip
@@ -76,6 +78,7 @@ def _lead(records: Sequence[Record], spec: Spec) -> str:
 def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
     """What a person looks for first: the baseline, and the best of the front by each objective."""
     members, base = front(records, spec), baseline(records)
+    several = len({record.engine for record in records if record.kind == "trial" and record.state == "complete"}) > 1
     tiles = []
     if base is not None and base.metrics.accuracy is not None:
         accuracy, *others = (
@@ -88,7 +91,8 @@ def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
         best = better(members, key=lambda record: getattr(record.metrics, name) or 0.0)
         column = Column(name, spec.task.judged_by)
         value = column.full(getattr(best.metrics, name))
-        which = f"{best.name}{_quickly(records, best) if name.startswith('latency') else ''}"
+        told = f"{best.name} on {engine_text(best)}" if several else best.name
+        which = f"{told}{_quickly(records, best) if name.startswith('latency') else ''}"
         tiles.append({"what": f"front: best {column.words}", "value": value, "which": which})
     measured = sum(r.state == "complete" and r.duplicate_of is None for r in records)
     return [*tiles, {"what": "on the front", "value": str(len(members)), "which": f"of {measured} measured"}]

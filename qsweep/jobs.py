@@ -178,11 +178,12 @@ def _measure(job: Job) -> Result:
     pin(engine.threads)
     with job.clock("accuracy"):
         deployed = outputs(run, task, "validation", engine.batch_size, device=engine.device)
-        scores = judged(task, deployed, task.samples("validation").labels)
+        labels = task.samples("validation").labels
+        scores = judged(task, deployed, labels)
         np.save(job.folder / "scores.npy", scores.numpy())
         metrics["accuracy"] = scores.mean().item()
     simulated = load_file(job.folder / SIMULATED)["outputs"]
-    metrics |= parity(deployed[: len(simulated)], simulated, job.measure)
+    metrics |= parity(deployed[: len(simulated)], simulated, labels[: len(simulated)], job.measure)
     metrics["accuracy_drop_pp"] = _drop(job, metrics["accuracy"])
     job.progress("latency")
     with job.clock("latency"):
@@ -209,7 +210,7 @@ def _drop(job: Job, accuracy: float) -> float:
     if job.baseline is None or job.baseline == job.folder:
         return 0.0
     content = json.loads((job.baseline / "measure.json").read_text())
-    return job.task_config.judged_by.points * (float(content["metrics"]["accuracy"]) - accuracy)
+    return job.task_config.judged_by.scale * (float(content["metrics"]["accuracy"]) - accuracy)
 
 
 def _baseline_runner(job: Job) -> Callable[[torch.Tensor], torch.Tensor] | None:

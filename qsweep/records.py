@@ -58,7 +58,7 @@ class Metrics(Config):
     latency_ratio: float | None = _metric("minimize")
     """Median over that of the fp32 baseline, interleaved in the same process: the figure to compare."""
     parity_top1: float | None = _metric()
-    """Share of parity samples on which artifact and simulation agree on the top class."""
+    """Share of parity samples on which artifact and simulation agree: `measure.parity_top1` says when."""
     parity_max_abs: float | None = _metric()
     """Largest absolute difference between outputs of artifact and simulation."""
     int8_mac_fraction: float | None = _metric("maximize")

@@ -151,7 +151,8 @@ class Measure(Config):
     """Validation samples on which the artifact is compared with its simulation."""
     parity_top1: Annotated[float, Field(ge=0, le=1)] = 0.95
     """A trial that agrees with its simulation on a smaller share fails as `ParityFailure`. Outputs (N, C, ...) agree in
-    the largest of C; where there is one alone, numbers agree that differ by at most 2 % of the range of all."""
+    the largest of C where labels are numbers of classes. Else, as of regressions and images, whose labels are floats or
+    have the shape of outputs, numbers agree that differ by at most 2 % of the range that theirs of C has."""
     latency_pairs: Annotated[int, Field(ge=5)] = 50
     """Interleaved pairs of calls, artifact and fp32 baseline, after warm-up."""
     latency_seconds: Annotated[float, Field(gt=0)] = 2.0
@@ -165,6 +166,13 @@ BOUNDED = set(Metrics.model_fields) - {"accuracy_test", "accuracy_mean", "accura
 def shares(task: TaskConfig | None) -> frozenset[str]:
     """The metrics from 0 to 1 of a sweep with this task."""
     return SHARES if task is None or task.judged_by.share else SHARES - OF_THE_TASK
+
+
+def no_share(name: str, task: TaskConfig | None) -> str:
+    """What is wrong with a bound of such a metric that is not from 0 to 1."""
+    own = name in OF_THE_TASK and task is not None and "metric" in type(task).model_fields
+    unit = "; in a unit of its own with `task.metric.unit`" if own else ""
+    return f"`{name}`, a share, must be from 0 to 1 (0.9 is 90 %{unit})"
 
 
 def _names(known: Iterable[str], where: str) -> Any:
@@ -230,9 +238,10 @@ class Spec(Config):
     @field_validator("constraints")
     @classmethod
     def _bounds_of_shares(cls, bounds: dict[str, Constraint], info: ValidationInfo) -> dict[str, Constraint]:
-        for name in sorted(shares(info.data.get("task")) & set(bounds)):
+        task = info.data.get("task")
+        for name in sorted(shares(task) & set(bounds)):
             if any(value is not None and not 0 <= value <= 1 for _, value in bounds[name]):
-                raise ValueError(f"bounds of `{name}`, a share, must be from 0 to 1 (0.9 is 90 %)")
+                raise ValueError(f"bounds of {no_share(name, task)}")
         return bounds
 
     @field_validator("baselines")

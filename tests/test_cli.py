@@ -290,7 +290,7 @@ def test_a_metric_of_ones_own_is_told_and_bounded_in_its_unit(spec: Path) -> Non
     sweep(spec.parent, small_spec(task={"method": "python", "file": "task.py:Task", "metric": metric}))
     said = qsweep_("best", spec, "--max", "accuracy_drop_pp=0.1", "--min", "accuracy=-3", "--by", "size_bytes").output
     assert said.splitlines()[0].endswith("ptq-w6s-a8a on onnxruntime")
-    assert "accuracy is            negative RMSE m" in said
+    assert "accuracy is            negative RMSE m, its drop is in that, too" in said
     assert "negative RMSE m" in qsweep_("front", spec).output
 
 
@@ -322,7 +322,7 @@ def test_a_record_in_one_line_says_what_matters() -> None:
     metrics = Metrics(accuracy=0.9712, size_bytes=12345, latency_ms=0.5, latency_ratio=0.25)
     done = record.model_copy(update={"metrics": metrics, "seconds": {"build": 1.0, "measure": 0.5}})
     assert line(done, ACCURACY) == "#7   ptq-w4s-a8a on inductor: 97.12 %, 12,345 bytes, 0.5 ms, 0.25 of fp32, 1.5 s"
-    assert "inductor: 0.9712 dB, 12" in line(done, TaskMetric(name="PSNR", unit="dB"))
+    assert "inductor: 0.971 dB, 12" in line(done, TaskMetric(name="PSNR", unit="dB"))
     failed = record.model_copy(
         update={"state": "failed", "failure": Failure(kind="NotFinite", message="NaN in a loss")}
     )

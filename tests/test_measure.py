@@ -123,9 +123,10 @@ def test_parity_below_its_bound_is_a_typed_failure() -> None:
     simulated = torch.eye(10)
     deployed = simulated.clone()
     deployed[0] = deployed[1]
+    labels = torch.arange(10)
     with pytest.raises(ParityFailure, match=r"must agree on 95\.0% of the top classes \(got 90\.0%\)"):
-        parity(deployed, simulated, Measure(parity_top1=0.95))
-    assert parity(deployed, simulated, Measure(parity_top1=0.9)) == {
+        parity(deployed, simulated, labels, Measure(parity_top1=0.95))
+    assert parity(deployed, simulated, labels, Measure(parity_top1=0.9)) == {
         "parity_top1": pytest.approx(0.9),
         "parity_max_abs": 1.0,
     }
@@ -133,17 +134,33 @@ def test_parity_below_its_bound_is_a_typed_failure() -> None:
 
 @pytest.mark.parametrize("shape", [(100,), (100, 1)])
 def test_outputs_of_one_number_agree_where_they_differ_little(shape: tuple[int, ...]) -> None:
-    simulated = torch.linspace(0, 10, 100).reshape(shape)
-    assert parity(simulated + 0.19, simulated, Measure())["parity_top1"] == 1.0
+    simulated, labels = torch.linspace(0, 10, 100).reshape(shape), torch.zeros(100, dtype=torch.long)
+    assert parity(simulated + 0.19, simulated, labels, Measure())["parity_top1"] == 1.0
     with pytest.raises(ParityFailure, match=r"must agree on 95\.0% of the outputs \(got 0\.0%\)"):
-        parity(simulated + 0.21, simulated, Measure())
+        parity(simulated + 0.21, simulated, labels, Measure())
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.rand(100, 3), torch.randint(0, 256, (100, 3, 2), dtype=torch.uint8), torch.rand(100)],
+    ids=["several numbers", "images", "one number of several"],
+)
+def test_outputs_that_are_no_classes_agree_where_they_differ_little_by_what_each_reaches(labels: Tensor) -> None:
+    """Their largest is the third by far, whatever an artifact makes of the others."""
+    simulated = torch.linspace(0, 10, 200).reshape(100, 1, 2) * torch.tensor([0.01, 1.0, 100.0]).reshape(3, 1)
+    near, far = simulated * 1.01, simulated.clone()
+    far[:, 0] += 0.01
+    assert parity(near, simulated, labels, Measure())["parity_top1"] == 1.0
+    with pytest.raises(ParityFailure, match=r"must agree on 95\.0% of the outputs \(got 66\.7%\)"):
+        parity(far, simulated, labels, Measure())
 
 
 def test_outputs_by_place_agree_in_the_class_of_each_place() -> None:
     simulated = torch.eye(4).repeat(2, 1, 1)  # (2, classes, places)
     deployed = simulated.clone()
     deployed[0] = deployed[0].flip(0)
-    assert parity(deployed, simulated, Measure(parity_top1=0))["parity_top1"] == 0.5
+    labels = torch.zeros(2, 4, dtype=torch.long)
+    assert parity(deployed, simulated, labels, Measure(parity_top1=0))["parity_top1"] == 0.5
 
 
 def test_the_interval_covers_the_true_median_in_about_19_of_20_draws() -> None:

@@ -424,7 +424,7 @@ def test_the_model_as_it_is_may_be_promoted_and_is_said_to_be_that_where_it_was_
     chosen = (["--trial", "0"], ["--by", "latency_ms", "--min", "latency_ms=0.9", "--max", "accuracy_drop_pp=1"])
     for version, (options, noted) in enumerate(zip(chosen, (False, True), strict=True), start=1):
         said = CliRunner().invoke(app, ["promote", str(published.path), "--name", "as-it-is", *options]).output
-        assert f"fp32 is version {version} of `as-it-is`" in said
+        assert f"fp32 on onnxruntime is version {version} of `as-it-is`" in said
         assert ("note: this is the model as it is" in said) == noted
 
 
@@ -512,7 +512,7 @@ def test_bits_by_layer_are_chosen_again_alike_and_told_in_the_bundle(tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter warns of itself
-def test_fine_tuning_is_that_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tuning_and_metric_are_those_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = PTQ | {"compress": {"prune": {"method": "magnitude", "sparsity": 0.5, "epochs": 1}}}
     model, settings = trained(), Training(optimizer="adamw", batch_size=8)
     first = compress(model, pruned, Toy(), tmp_path / "first", training=settings)
@@ -523,8 +523,11 @@ def test_fine_tuning_is_that_of_the_bundle(tmp_path: Path, monkeypatch: pytest.M
         compress(model, PTQ, Toy(), tmp_path / "of a GPU", training=settings)
         manifest = json.loads((tmp_path / "of a GPU" / "manifest.json").read_text())
         manifest["task"]["training"]["device"] = "cuda"
+        manifest["task"]["metric"] = {"name": "PSNR", "unit": "dB"}
         (tmp_path / "of a GPU" / "manifest.json").write_text(json.dumps(manifest))
-        assert compress(model, tmp_path / "of a GPU", Toy()).manifest.task["training"]["device"] == "cpu"
+        kept = compress(model, tmp_path / "of a GPU", Toy()).manifest.task
+        assert kept["training"]["device"] == "cpu"
+        assert kept["metric"]["unit"] == "dB"
     assert (again(inputs(9)) == first(inputs(9))).all()
     assert not (others(inputs(9)) == first(inputs(9))).all()
 

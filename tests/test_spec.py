@@ -248,6 +248,9 @@ def test_bounds_of_another_metric_are_in_its_unit(tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(content | {"constraints": {"parity_top1": {"min": 30}}}), encoding="utf-8")
     assert "bounds of `parity_top1`, a share" in refusal(path)
+    task = {"method": "python", "file": "task.py:Task", "metric": {"name": "PSNR"}}
+    path.write_text(yaml.safe_dump(content | {"task": task}), encoding="utf-8")
+    assert "(0.9 is 90 %; in a unit of its own with `task.metric.unit`)" in refusal(path)
 
 
 @pytest.mark.parametrize("missing", ["name", "task", "compress", "target"])

@@ -548,11 +548,14 @@ def test_another_metric_may_have_any_finite_value(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("unit", "value", "text"),
-    [("%", 0.97123, "97.12"), ("dB", 31.4159, "31.42"), (None, -12345.6, "-12,346"), ("m", 0.00123456, "0.001235"),
-     (None, 0, "0.000"), ("m", -1e-17, "0.000"), ("dB", -0.25, "-0.2500")],
+    [("%", 0.97123, "97.12"), ("dB", 31.4159, "31.416"), (None, -12345.6, "-12,345.600"), ("m", -1e-17, "0.000"),
+     ("dB", -0.25, "-0.250")],
 )  # fmt: skip
-def test_values_of_a_metric_are_shown_with_four_digits(unit: str | None, value: float, text: str) -> None:
+def test_values_of_a_metric_and_their_differences_have_as_many_decimals(
+    unit: str | None, value: float, text: str
+) -> None:
     assert TaskMetric(unit=unit).text(value) == text
+    assert TaskMetric(unit=unit, decimals=9).text(value).startswith(text[:4])
 
 
 @pytest.mark.parametrize("metric", [{"name": ""}, {"name": "<b>"}, {"unit": " m"}, {"name": "a|b"}, {"lower": True}])

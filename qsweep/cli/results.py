@@ -30,13 +30,13 @@ def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "a
 
     record, folder = choose(sweep, maxima, minima, by, trial)
     say(f"#{record.number} {record.name} on {engine_text(record)}")
+    judged_by = folder.spec().task.judged_by
+    if judged_by != ACCURACY:
+        say(f"  {'accuracy is':<22} {Column('accuracy', judged_by).title}, its drop is in that, too")
     for name in Metrics.model_fields:
         value = getattr(record.metrics, name)
         if value is not None:
             say(f"  {name:<22} {value:,.6g}")
-    judged_by = folder.spec().task.judged_by
-    if judged_by != ACCURACY:
-        say(f"  {'accuracy is':<22} {Column('accuracy', judged_by).title}")
     say(f"  {'artifact':<22} {folder.path / record.folder / 'artifact'}", "")
     if bits := mixed_bits(record):
         say(f"  {'layers':<22} {bits}", "")

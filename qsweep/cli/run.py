@@ -167,7 +167,7 @@ class Watch:
 
         fp32, judged_by = baseline(records), self.spec.task.judged_by
         whole = judged_by.range((fp32.metrics.accuracy if fp32 else None) or 0.0)
-        return float(f"{0.01 * judged_by.points * whole:.2g}")
+        return float(f"{0.01 * judged_by.scale * whole:.2g}")
 
 
 def _place(number: int | None) -> str:

@@ -31,11 +31,13 @@ def promote(
     from qsweep.ship import Selector
     from qsweep.ship import promote as register
     from qsweep.spec import UNCOMPRESSED
+    from qsweep.track.table import engine_text
 
     spec, folder = find(sweep)
     selector = Selector.parse(maxima or (), minima or (), by, trial, spec.task)
     made = register(folder.path, selector, name, alias)
-    say(f"{made.record.name} is version {made.version} of `{made.name}`, alias `{made.alias}`")
+    told = f"{made.record.name} on {engine_text(made.record)}"
+    say(f"{told} is version {made.version} of `{made.name}`, alias `{made.alias}`")
     if made.record.name == UNCOMPRESSED and trial is None:
         say("note: this is the model as it is, which nothing compressed is better than by what was asked")
     say(f"  qsweep.load({made.uri!r}, uri={made.tracking_uri!r})")

@@ -64,7 +64,7 @@ def _planned(plan: Plan) -> Iterator[str]:
     if plan.looked_at != plan.configs:
         yield f"Of {plan.looked_at:,} configs drawn at random:"
     for stage in plan.shared:
-        yield f"shared     {stage.stage}: computed {stage.distinct:,} times for {stage.trials:,} configs"
+        yield f"shared     {stage.stage}: computed {_times(stage.distinct)} for {stage.trials:,} configs"
     for refusal in plan.refused:
         yield f"refused    {refusal.configs:,} configs: {refusal.reason}"
     if not plan.refused:
@@ -78,3 +78,7 @@ def schema() -> None:
     from qsweep.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"

@@ -22,7 +22,8 @@ class OpenVINO(OnOnnx):
 
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
     export_note: ClassVar[str] = (
-        "compile model.xml with the settings in settings.json: left to itself OpenVINO may compute in bf16"
+        'compile model.xml with what settings.json has for "CPU", `compile_model(model, "CPU", settings["CPU"])`: left '
+        "to itself OpenVINO may compute in bf16"
     )
     engine: Literal["openvino"] = "openvino"
 

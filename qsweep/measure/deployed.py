@@ -11,7 +11,7 @@ from qsweep.spec import Measure
 from qsweep.tasks import SplitName, Task
 
 _ALIKE = 0.02
-"""Of the range of all outputs: two numbers that differ by less agree."""
+"""Of the range of an output: two numbers that differ by less agree."""
 
 
 def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, device: str = "cpu") -> Tensor:
@@ -34,19 +34,28 @@ def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, device: 
     return joined
 
 
-def parity(deployed: Tensor, simulated: Tensor, settings: Measure) -> dict[str, float]:
-    """`parity_top1` and `parity_max_abs` of two outputs (N, C, ...); see `Measure.parity_top1`.
+def parity(deployed: Tensor, simulated: Tensor, labels: Tensor, settings: Measure) -> dict[str, float]:
+    """`parity_top1` and `parity_max_abs` of two outputs (N, C, ...) for samples with these labels (N, ...); see
+    `Measure.parity_top1`.
 
     Raises ParityFailure below the bound of the former.
     """
     difference = (deployed - simulated).abs()
-    if simulated.dim() > 1 and simulated.shape[1] > 1:
+    if _of_classes(simulated, labels):
         what, same = "of the top classes", deployed.argmax(1) == simulated.argmax(1)
     else:
-        what, same = "of the outputs", difference <= _ALIKE * (simulated.amax() - simulated.amin())
+        others = [dimension for dimension in range(simulated.dim()) if dimension != 1]
+        reach = simulated.amax(others, keepdim=True) - simulated.amin(others, keepdim=True)
+        what, same = "of the outputs", difference <= _ALIKE * reach
     agree = same.double().mean().item()
     if agree < settings.parity_top1:
         raise ParityFailure(
             f"artifact and simulation must agree on {settings.parity_top1:.1%} {what} (got {agree:.1%})"
         )
     return {"parity_top1": agree, "parity_max_abs": difference.max().item()}
+
+
+def _of_classes(outputs: Tensor, labels: Tensor) -> bool:
+    """Whether outputs are scores of classes that labels number; else they are what labels are: numbers, images."""
+    several = outputs.dim() > 1 and outputs.shape[1] > 1
+    return several and not labels.is_floating_point() and outputs.shape[1:] != labels.shape[1:]

@@ -17,7 +17,7 @@ from qsweep.ship.model import LoadedModel, temporary
 from qsweep.ship.registry import fetch
 from qsweep.space import complaint
 from qsweep.spec import Measure, TrialConfig
-from qsweep.tasks import Task, Training
+from qsweep.tasks import ACCURACY, Task, TaskMetric, Training
 from qsweep.track.bundle import bundle, verify
 from qsweep.yamlfile import read_mapping
 
@@ -51,7 +51,7 @@ def compress(
 
     from qsweep.tasks._user import guarded
 
-    asked, kept = asked_for(config, uri)
+    asked, kept, judged_by = asked_for(config, uri)
     if kept.unavailable() is not None:
         kept = kept.model_copy(update={"device": "cpu"})
     settings, task = training or kept, guarded(task)
@@ -64,35 +64,46 @@ def compress(
         raise BundleError(f"`{out}`: must not exist yet")
     with TemporaryDirectory() as place:
         sweep = Path(place) / "compress"
-        record = _built(model, asked, task, sweep, settings, seed)
+        record = _built(model, asked, task, sweep, settings, judged_by, seed)
         if out is not None:
             return LoadedModel(bundle(record, sweep, Path(out)))
         return temporary(lambda folder: bundle(record, sweep, folder / "bundle"))
 
 
-def asked_for(source: TrialConfig | Mapping[str, Any] | str | Path, uri: str | None) -> tuple[TrialConfig, Training]:
-    """The config that `source` is or names, and the settings of training that its bundle was made with; `uri` is
-    MLflow's. Raises SpecError."""
+def asked_for(
+    source: TrialConfig | Mapping[str, Any] | str | Path, uri: str | None
+) -> tuple[TrialConfig, Training, TaskMetric]:
+    """The config that `source` is or names, and of the task that its bundle was made with the settings of training and
+    the metric; `uri` is MLflow's. Raises SpecError."""
     if isinstance(source, TrialConfig):
-        return source, Training()
+        return source, Training(), ACCURACY
     if str(source).startswith("models:/"):
         with TemporaryDirectory() as place:
             return asked_for(fetch(str(source), Path(place), uri), None)
     content: Any = source
-    training: Any = {}
+    task: dict[str, Any] = {}
     if not isinstance(source, Mapping):
         path = Path(source)
         if path.is_dir():
-            training = verify(path).task.get("training", {})
+            task = verify(path).task
             path = path / "config.yaml"
         content = read_mapping(path)
     try:
-        return TrialConfig.model_validate(content), Training.model_validate(training)
+        training, metric = Training.model_validate(task.get("training", {})), task.get("metric", {})
+        return TrialConfig.model_validate(content), training, TaskMetric.model_validate(metric)
     except ValidationError as error:
         raise SpecError(complaint(error, content=content)) from None
 
 
-def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, training: Training, seed: int) -> Record:
+def _built(
+    model: nn.Module,
+    config: TrialConfig,
+    task: Task,
+    sweep: Path,
+    training: Training,
+    judged_by: TaskMetric,
+    seed: int,
+) -> Record:
     """The record of `config` on `model`, its artifact in the folder of the throw-away sweep `sweep`."""
     from qsweep import build
     from qsweep.evaluate import check
@@ -113,7 +124,7 @@ def _built(model: nn.Module, config: TrialConfig, task: Task, sweep: Path, train
     quantized = build.compress(config.compress, copy.deepcopy(original), context, clock)
     artifact = sweep / "trials" / "0000" / "artifact"
     artifact.parent.mkdir(parents=True)
-    kept = {"task": {"training": training.model_dump(mode="json")}}
+    kept = {"task": {"training": training.model_dump(mode="json"), "metric": judged_by.model_dump(mode="json")}}
     (sweep / "spec.json").write_text(json.dumps(kept), encoding="utf-8")  # for the manifest
     build.lower(quantized, config, artifact, store)
     return Record(
@@ -143,8 +154,9 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     deployed = outputs(target.load(artifact), task, "validation", target.batch_size, device=target.device)
     together = target.batch_size if quantized.dynamic else 256
     simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples], together)
-    found = parity(deployed[: len(simulated)], simulated, settings)
+    first = labels[: len(simulated)]
+    found = parity(deployed[: len(simulated)], simulated, first, settings)
     found["accuracy"] = accuracy(task, deployed, labels)
-    part = accuracy_of_part(task, simulated, labels[: len(simulated)])
+    part = accuracy_of_part(task, simulated, first)
     metrics = found | {"accuracy_simulated": part} | work(quantized) | file_sizes(artifact)
     return Metrics.model_validate(metrics)

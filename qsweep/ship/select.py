@@ -10,7 +10,7 @@ from qsweep.config import Config
 from qsweep.errors import SpecError, SweepError, did_you_mean
 from qsweep.records import Metrics, Record
 from qsweep.space import complaint
-from qsweep.spec import Constraint, shares
+from qsweep.spec import Constraint, no_share, shares
 from qsweep.study.front import feasible, losses
 from qsweep.tasks import TaskConfig
 
@@ -140,7 +140,7 @@ def _bounds(option: str, words: Iterable[str], task: TaskConfig | None) -> dict[
             raise SpecError(f"`--{option}`: must be METRIC=NUMBER, like `accuracy_drop_pp=1` (got `{word}`)") from None
     for name in sorted(shares(task) & set(bounds)):
         if not 0 <= bounds[name] <= 1:
-            raise SpecError(f"`--{option}`: a bound of `{name}`, a share, must be from 0 to 1 (0.9 is 90 %)")
+            raise SpecError(f"`--{option}`: a bound of {no_share(name, task)}")
     return bounds
 
 

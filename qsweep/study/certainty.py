@@ -86,7 +86,7 @@ def shares(
 
     Drawn are accuracies, from validation samples with replacement, the same ones for every record (`scores`), and from
     the repetitions of a config with replacement; latencies, from the normal distribution whose 95 % interval was
-    measured; sizes and counts are exact. `points`: of `accuracy_drop_pp` in one of accuracy (`TaskMetric.points`).
+    measured; sizes and counts are exact. `points`: of `accuracy_drop_pp` in one of accuracy (`TaskMetric.scale`).
     """
     import numpy as np
 

@@ -76,7 +76,7 @@ class Final:
             spec.constraints,
             self._scores(records),
             spec.search.seed,
-            points=spec.task.judged_by.points,
+            points=spec.task.judged_by.scale,
         )
         numbers = {record.number: record for record in records}
         known = {number for number, record in numbers.items() if record.metrics.accuracy_test is not None}

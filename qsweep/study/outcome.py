@@ -57,7 +57,7 @@ def _metrics(spec: Spec, evaluation: Evaluation, baseline: Record | None) -> Met
     if metrics.accuracy is None or metrics.accuracy_drop_pp is not None:
         return metrics
     reference = metrics.accuracy if baseline is None else baseline.metrics.accuracy
-    drop = None if reference is None else spec.task.judged_by.points * (reference - metrics.accuracy)
+    drop = None if reference is None else spec.task.judged_by.scale * (reference - metrics.accuracy)
     return metrics.model_copy(update={"accuracy_drop_pp": drop})
 
 

@@ -34,7 +34,7 @@ def due(
     left = budget(spec) - sum(len(record.repetitions) for record in past)
     if left <= 0:
         return []
-    points = spec.task.judged_by.points
+    points = spec.task.judged_by.scale
     found = contested(past, spec.objectives, spec.constraints, scores(past), spec.search.seed, points=points)
     numbers = [record.number for record in found if _seeded(record)]
     done = [record.number for record in records if any(again.round == round for again in record.repetitions)]

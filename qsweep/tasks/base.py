@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +69,8 @@ class TaskMetric(Config):
     unit: Annotated[str, Field(pattern=r"^[^<>|\s][^<>|\n]{0,11}$")] | None = "%"
     """%: values are from 0 to 1 and shown in per cent, and a drop of one is 100 percentage points. Any other, or null
     for numbers without: finite values of any size, shown as they are; drops are in the same unit."""
+    decimals: Annotated[int, Field(ge=0, le=9)] | None = None
+    """Digits behind the point in tables; null: 2 in per cent, else 3."""
 
     @property
     def share(self) -> bool:
@@ -77,8 +78,8 @@ class TaskMetric(Config):
         return self.unit == "%"
 
     @property
-    def points(self) -> float:
-        """How many points of `accuracy_drop_pp` one of accuracy is."""
+    def scale(self) -> float:
+        """What a value is multiplied by to be in the unit; one of accuracy is so many points of `accuracy_drop_pp`."""
         return 100.0 if self.share else 1.0
 
     def range(self, baseline: float) -> float:
@@ -87,11 +88,8 @@ class TaskMetric(Config):
 
     def text(self, value: float) -> str:
         """A value, or a difference of two, as a person reads it, without its unit."""
-        if self.share:
-            return f"{100 * value:.2f}"
-        value = round(value, 9) + 0.0  # no -0.00
-        digits = 3 - math.floor(math.log10(abs(value))) if value else 3
-        return f"{value:,.{min(max(digits, 0), 9)}f}"
+        digits = (2 if self.share else 3) if self.decimals is None else self.decimals
+        return f"{round(self.scale * value, digits) + 0.0:,.{digits}f}"  # no -0.00
 
 
 ACCURACY = TaskMetric()

@@ -82,7 +82,7 @@ def _scaled(metrics: Metrics, base: Metrics, spec: Spec) -> Point | None:
         if name == "accuracy":
             point.append((value - reference + tenth) / tenth)
         elif name == "accuracy_drop_pp":
-            point.append(1 - value / (judged_by.points * tenth))
+            point.append(1 - value / (judged_by.scale * tenth))
         elif Metrics.directions()[name] == "maximize":
             point.append(value)
         else:

@@ -44,7 +44,7 @@ class Column:
     def scale(self) -> float:
         """What a value is multiplied by to be in the unit."""
         if self._judged:
-            return self.judged_by.points
+            return self.judged_by.scale
         return 100.0 if self.key in SHARES else 1 / 1024 if self.key.endswith("_bytes") else 1.0
 
     def text(self, value: Value) -> str:

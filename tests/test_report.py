@@ -73,6 +73,13 @@ def test_text_from_a_sweep_is_escaped(html: str) -> None:
     assert "&lt;i&gt;" in hover_text(record(0, "<i>", 0.9, 1.0, 1.0), ACCURACY)
 
 
+def test_a_point_tells_of_others_that_lie_on_it() -> None:
+    twins = [record(i, "ptq-w4s-a8a", 0.95, 5_000.0, 0.5 + i, engine=f"engine{i}") for i in range(8, 10)]
+    page = pareto_html(finished(records()[:6] + twins), spec())
+    assert r"here, too: \u003cb\u003eptq-w4s-a8a\u003c\u002fb\u003e  #9  engine9" in page
+    assert "more" not in re.findall(r"here, too[^\"]*", page)[0]
+
+
 def test_bits_that_differ_by_layer_are_told_at_the_points_and_in_the_table(html: str) -> None:
     mixed, alike = records()[3], record(3, "p", 0.9, 1.0, 1.0, layer_bits={"conv1.weight": 4, "linear.weight": 4})
     assert "layers: 1 of 8 bits, 2 of 2 bits" in hover_text(mixed, ACCURACY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
@@ -28,6 +28,8 @@ _ENGINES = {
     "bgcolor": "rgba(0,0,0,0)", "itemclick": False, "itemdoubleclick": False,
 }  # fmt: skip
 """The legend of engines, above the chart."""
+_MOST = 4
+"""Points that are told beside one that they lie on."""
 _INK, _GRID = "#1c2530", "#e7eaee"
 
 
@@ -143,10 +145,11 @@ def _baselines(records: Sequence[Record], x: Column, y: Column, fills: dict[str,
 
 def _points(group: Sequence[Record], x: Column, y: Column) -> dict[str, Any]:
     points: dict[str, Any] = {"x": _values(group, x), "y": _values(group, y)}
-    points |= {
-        "customdata": [hover(record, y.judged_by) for record in group],
-        "hovertemplate": "%{customdata}<extra></extra>",
-    }
+    places, here = list(zip(points["x"], points["y"], strict=True)), defaultdict(list)
+    for record, place in zip(group, places, strict=True):
+        here[place].append(record)
+    texts = [hover(r, y.judged_by) + _below(r, here[place]) for r, place in zip(group, places, strict=True)]
+    points |= {"customdata": texts, "hovertemplate": "%{customdata}<extra></extra>"}
     low, high = ([getattr(r.metrics, f"latency_{end}_ms") for r in group] for end in ("low", "high"))
     if x.key == "latency_ms" and group and all(v is not None for v in (*low, *high)):
         points["error_x"] = {
@@ -157,11 +160,24 @@ def _points(group: Sequence[Record], x: Column, y: Column) -> dict[str, Any]:
     return points
 
 
+def _below(record: Record, here: Sequence[Record]) -> str:
+    """The others whose points lie on that of `record`, such as the same config on another engine by size."""
+    others = [_heading(other) for other in here if other is not record]
+    more = f"<br>… and {len(others) - _MOST} more" if len(others) > _MOST else ""
+    return "".join(f"<br>here, too: {other}" for other in others[:_MOST]) + more
+
+
+def _heading(record: Record) -> str:
+    from html import escape
+
+    return f"<b>{escape(record.name)}</b>  #{record.number}  {escape(engine_text(record))}"
+
+
 def hover(record: Record, judged_by: TaskMetric) -> str:
     """Name, number and config of a record, for its point."""
     from html import escape
 
-    lines = [f"<b>{escape(record.name)}</b>  #{record.number}  {escape(engine_text(record))}"]
+    lines = [_heading(record)]
     for stage, config in (record.config.get("compress") or {}).items():
         if config:
             lines.append(f"{stage}: " + escape(", ".join(f"{key}={value}" for key, value in leaves(config))))

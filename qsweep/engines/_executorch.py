@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
+from qsweep.engines._decompositions import decomposed_where, ops_of
 from qsweep.engines._executorch_graph import for_xnnpack
 from qsweep.engines._silent import silent
 from qsweep.errors import BundleError, Refused, why
@@ -39,7 +41,7 @@ def lower(model: QuantizedModel, folder: Path, batch_size: int) -> None:
     example = torch.zeros(batch_size, *model.example.shape[1:])
     config = EdgeCompileConfig(_check_ir_validity=False)  # ops of quantized models are none of its core
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), decomposed_where(_changes):
             warnings.simplefilter("ignore")
             program = torch.export.export(for_xnnpack(model), (example,))
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
@@ -50,6 +52,12 @@ def lower(model: QuantizedModel, folder: Path, batch_size: int) -> None:
         raise Refused(f"ExecuTorch cannot take the model: {why(error)}") from error
     _check_kernels(made.executorch_program)
     (folder / PROGRAM).write_bytes(made.buffer)
+
+
+def _changes(program: ExportedProgram, decomp_table: Any = None, **_: object) -> bool:
+    """Whether decomposing by this table makes another program: `to_edge_transform_and_lower` does so three times."""
+    ops = ops_of(program)
+    return program.dialect != "ATEN" or decomp_table is None or ops is None or any(op in decomp_table for op in ops)
 
 
 def _check_kernels(program: Any) -> None:

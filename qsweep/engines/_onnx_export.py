@@ -10,17 +10,18 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from qsweep.engines._decompositions import decomposed_where, ops_of
 from qsweep.errors import Refused, why
 from qsweep.hub.kinds import aten
 
@@ -73,32 +74,21 @@ def _table(*, opset_version: int) -> ONNXRegistry:
 def _once() -> Iterator[None]:
     """Within it exports share a table, and decompose only what has to be. Not beyond: those of a user may add to the
     table."""
-    with _replaced(ONNXRegistry, "from_torchlib", staticmethod(_table)):
-        own = ExportedProgram.run_decompositions
-
-        def decomposed(program: ExportedProgram, *arguments: Any) -> ExportedProgram:
-            return program if _known(program) else own(program, *arguments)
-
-        with _replaced(ExportedProgram, "run_decompositions", decomposed):
-            yield
-
-
-def _known(program: ExportedProgram) -> bool:
-    """Whether the table has every op: decomposed, the program would be the same."""
-    table, ops = _table(opset_version=_OPSET), {node.target for node in program.graph.nodes}
-    if any(isinstance(op, HigherOrderOperator) for op in ops):  # has graphs of its own
-        return False
-    return all(table.is_registered(op) and not op._schema.is_mutable for op in ops if isinstance(op, OpOverload))
-
-
-@contextmanager
-def _replaced(owner: type, name: str, by: Callable[..., Any]) -> Iterator[None]:
-    own = vars(owner)[name]
-    setattr(owner, name, by)
+    own = vars(ONNXRegistry)["from_torchlib"]
+    ONNXRegistry.from_torchlib = staticmethod(_table)  # type: ignore[method-assign]
     try:
-        yield
+        with decomposed_where(_unknown):
+            yield
     finally:
-        setattr(owner, name, own)
+        ONNXRegistry.from_torchlib = own  # type: ignore[method-assign]
+
+
+def _unknown(program: ExportedProgram, *_: object, **__: object) -> bool:
+    """Whether the table lacks an op; else the program would be the same once it is decomposed."""
+    table, ops = _table(opset_version=_OPSET), ops_of(program)
+    if ops is None:
+        return True
+    return any(op._schema.is_mutable or not table.is_registered(op) for op in ops if isinstance(op, OpOverload))
 
 
 _table(opset_version=_OPSET)

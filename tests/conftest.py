@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,22 @@ def compiler() -> None:
     """For what is written in C: tests that want it skip where nothing compiles it."""
     if (lacking := no_compiler()) is not None:
         pytest.skip(lacking)
+
+
+@pytest.fixture
+def decompositions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The programs that PyTorch decomposes, tracing each once more; what replaces that is gone afterwards."""
+    from torch.export import ExportedProgram
+
+    own, programs = ExportedProgram.run_decompositions, []
+
+    def counted(program: ExportedProgram, *arguments: Any) -> ExportedProgram:
+        programs.append(program)
+        return own(program, *arguments)
+
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", counted)
+    yield programs
+    assert ExportedProgram.run_decompositions is counted
 
 
 @pytest.hookimpl(wrapper=True)

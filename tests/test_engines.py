@@ -18,7 +18,6 @@ from layout_networks import ConvNeXt, Mixed, Tokens, Transposed, Windowed
 from networks import NETWORKS, Noise, context, digits, network
 from test_quantize import METHODS, small
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from qsweep.config import members
 from qsweep.engines import EngineConfig
@@ -125,26 +124,15 @@ def assert_equal_everywhere(case: Case, folder: Path) -> None:
     assert torch.equal(outputs, engine.load(folder)(case.inputs))
 
 
-def test_a_graph_is_decomposed_for_onnx_only_where_it_has_to_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which is to trace it once more, the longest part of an export."""
-    own, calls = ExportedProgram.run_decompositions, []
-
-    def counted(program: ExportedProgram, *arguments: Any) -> ExportedProgram:
-        calls.append(program)
-        return own(program, *arguments)
-
-    monkeypatch.setattr(ExportedProgram, "run_decompositions", counted)
+def test_a_graph_is_decomposed_for_onnx_only_where_it_has_to_be(tmp_path: Path, decompositions: list[Any]) -> None:
     for name, layer, times in (("known", nn.Conv2d(1, 4, 3), 0), ("unknown", nn.ConvTranspose2d(1, 4, 3), 1)):
         model = nn.Sequential(layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
         (tmp_path / name).mkdir()
         graph, engine = float_graph(model, context(tmp_path, name)), OnnxRuntime(batch_size=2)
-        calls.clear()
+        decompositions.clear()
         engine.lower(graph, tmp_path / name, Store(tmp_path / "store"))
-        assert len(calls) == times
+        assert len(decompositions) == times
         torch.testing.assert_close(engine.load(tmp_path / name)(graph.example), model(graph.example))
-    assert ExportedProgram.run_decompositions is counted
 
 
 @pytest.mark.parametrize("fields", GRIDS, ids=["w8a8", "w4a6 symmetric", "w2a4", "w3a2 tensor", "w4a3 own sums"])

@@ -28,9 +28,9 @@ def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "a
     from qsweep.tasks import ACCURACY
     from qsweep.track.table import Column, engine_text, mixed_bits
 
-    record, folder = choose(sweep, maxima, minima, by, trial)
+    record, spec, folder = choose(sweep, maxima, minima, by, trial)
     say(f"#{record.number} {record.name} on {engine_text(record)}")
-    judged_by = folder.spec().task.judged_by
+    judged_by = spec.task.judged_by
     if judged_by != ACCURACY:
         say(f"  {'accuracy is':<22} {Column('accuracy', judged_by).title}, its drop is in that, too")
     for name in Metrics.model_fields:

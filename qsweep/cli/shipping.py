@@ -58,7 +58,7 @@ def export(
     from qsweep.spec import TrialConfig
     from qsweep.track.table import engine_text
 
-    record, folder = choose(sweep, maxima, minima, by, trial)
+    record, _, folder = choose(sweep, maxima, minima, by, trial)
     made = write(record, folder.path, out)
     files = sorted(path for path in made.rglob("*") if path.is_file())
     say(f"{record.name} on {engine_text(record)}:", *(f"  {path}" for path in files))

@@ -40,10 +40,10 @@ def find(path: Path) -> tuple[Spec, SweepFolder]:
 
 def choose(
     path: Path, maxima: list[str] | None, minima: list[str] | None, by: str, trial: int | None
-) -> tuple[Record, SweepFolder]:
-    """The trial of the sweep at `path` that the options select. Raises SpecError, SweepError."""
+) -> tuple[Record, Spec, SweepFolder]:
+    """The trial of the sweep at `path` that the options select, and what `find` gives. Raises SpecError, SweepError."""
     from qsweep.ship import Selector, best
 
     spec, folder = find(path)
     selector = Selector.parse(maxima or (), minima or (), by, trial, spec.task)
-    return best(folder.records(), selector, spec.constraints), folder
+    return best(folder.records(), selector, spec.constraints), spec, folder

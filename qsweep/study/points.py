@@ -78,16 +78,17 @@ def candidate(spec: Spec, suggest: Suggest) -> Candidate:
 
 def unavailable(engine: EngineConfig) -> str | None:
     """Why `engine` cannot work on this machine, or not as it is asked to be measured, or None."""
-    reason = engine.available()
-    return f"`{engine.engine}` does not work on this machine: {reason}" if reason else crowded(engine)
+    return _not_here(engine, engine.available()) or crowded(engine)
 
 
 def crowded(engine: EngineConfig) -> str | None:
     """Why this machine has too few cores for `engine`, or None."""
-    if engine.threads <= cores():
-        return None
-    reason = f"`threads` must be at most {cores()}, the cores that may be used (got {engine.threads})"
-    return f"`{engine.engine}` does not work on this machine: {reason}"
+    most = f"`threads` must be at most {cores()}, the cores that may be used (got {engine.threads})"
+    return _not_here(engine, most if engine.threads > cores() else None)
+
+
+def _not_here(engine: EngineConfig, reason: str | None) -> str | None:
+    return reason and f"`{engine.engine}` does not work on this machine: {reason}"
 
 
 def working(spec: Spec) -> list[EngineConfig]:

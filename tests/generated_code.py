@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from qsweep.cuda import conv, depthwise, fake_quantize, linear, norm, pointwise, pool, tune
 from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile, Total
+from qsweep.cuda.buffers import Value
 from qsweep.cuda.layers import lines
 
 ARCHITECTURES = {80: "SM80", 90: "SM90a"}
@@ -132,6 +133,12 @@ def static(tile: Tile, *, count: int = 512, depth: int = 256, table: bool = Fals
     return call
 
 
+def odd() -> object:
+    """250 numbers a row, in a buffer with room for 256, as the chain makes them."""
+    x, weight = Value(i8(512, 256)[:, :250]).rows(256), linear.pack_weight(i8(256, 250))
+    return linear.linear(x, weight, numbers(256), i8(512, 256), tile=Tile(128, 128, 64, 4))
+
+
 def rows(tile: Tile) -> Callable[[], object]:
     def call() -> object:
         scale, one, weight = torch.zeros(256), torch.zeros(128), linear.pack_weight(i8(128, 256))
@@ -228,6 +235,7 @@ CASES: dict[str, Callable[[], object]] = {
     "conv-image": stem,
     "conv-split": convolution(64, 64, Tile(64, 64, 64, split=4), residual=True),
     "linear": static(Tile(128, 256, 128, 8)),
+    "linear-odd": odd,
     "linear-table": static(Tile(128, 128, 128, 4), table=True),
     **{f"few-rows-{name}": static(tile, count=16, depth=2048) for name, tile in NARROW.items()},
     **{f"few-rows-w4-{name}": four_bits(tile) for name, tile in NARROW.items()},

@@ -164,6 +164,21 @@ class NormedParts(nn.Module):
         return logits
 
 
+class Odd(nn.Module):
+    """Rows of 30, 20 and 50 numbers, the second and third parts of one concatenation and the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(64, 30), nn.Linear(64, 20)
+        self.deep, self.part, self.head = nn.Linear(30, 20), nn.Linear(20, 7), nn.Linear(50, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        left, right = F.relu(self.left(x)), F.relu(self.right(x))
+        logits: Tensor = self.head(torch.cat([left, right], 1))
+        return logits + self.deep(left)[:, :4] + self.part(right)[:, :4]
+
+
 class Series(nn.Module):
     """Rows of one number each."""
 

@@ -112,7 +112,7 @@ def test_nothing_is_spilled_but_in_the_largest_blocks_of_a_thread(
 
 
 def test_inputs_come_in_asynchronous_copies_of_16_bytes(kernels: list[dict[str, Any]]) -> None:
-    for case in ("conv", "conv-residual", "conv-split", "linear", "linear-rows", "linear-w4"):
+    for case in ("conv", "conv-residual", "conv-split", "linear", "linear-odd", "linear-rows", "linear-w4"):
         kernel = next(kernel for kernel in kernels if kernel["case"] == case and kernel["kernel"] in PRODUCTS)
         assert set(kernel["copies"]) == {"0x10"}, case
     narrow = next(kernel for kernel in kernels if kernel["case"] == "conv-narrow")

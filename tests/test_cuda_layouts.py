@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from layout_networks import (
     Mixed,
     NormedParts,
     NormedSequence,
+    Odd,
     Series,
     Spectrogram,
     Summed,
@@ -109,6 +111,18 @@ def test_whatever_op_multiplies_counts_against_the_share_of_integers(
     torch.manual_seed(0)
     model = quantized(kind(), tmp_path)
     assert Chain(model, 2, device, {}).plan.macs == (2 * integer, 2 * (integer + real))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linears_of_any_width_load_16_bytes_at_a_time(bits: int, tmp_path: Path, device: str) -> None:
+    """Past a row lies its room up to the next multiple of 16, or what else a concatenation has: weights there are 0."""
+    torch.manual_seed(0)
+    model = quantized(Odd(), tmp_path, weight_bits=bits)
+    assert_equal(model, 3, device)
+    products = {product.name: product.kind for product in Chain(model, 3, device, {})._binding.products}
+    read = {name.removesuffix(".weight"): int(re.findall(r"x(\d+)", kind)[1]) for name, kind in products.items()}
+    assert read == {"left": 64, "right": 64, "deep": 32, "part": 32, "head": 64}
+    assert all(kind.startswith("linear_w4" if bits == 4 else "linear ") for kind in products.values())
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -79,6 +79,14 @@ class Value:
         """Whether the numbers of a row of (M, K) lie beside each other."""
         return self.logical.stride(1) == 1 or self.logical.shape[1] == 1
 
+    def rows(self, columns: int) -> Tensor:
+        """(M, `columns`) of (M, K), `columns` >= K; those past the last one are whatever lies there.
+
+        Needs the numbers of a row beside each other.
+        """
+        assert self.rows_together
+        return self.logical.as_strided((len(self.logical), columns), (self.logical.stride(0), 1))
+
     def beside(self, halo: Halo) -> Value:
         """The image with `halo` of the pixels around it: zero padding that costs nothing."""
         images = self.around(halo, self.pixels.shape[3]).permute(0, 3, 1, 2)

@@ -38,7 +38,7 @@ def linear(
 
     `x`: int8 (M, K or KP), any row stride; columns past K may hold anything. `weight`: from `pack_weight`. `out`: int8
     where `requantize.output` is given, else float32, (M, N), any row stride. Loads take 16 bytes where the row stride
-    of `x` is a multiple of 16.
+    and the columns of `x` are multiples of 16.
     """
     pixels = weight[None, :, None, None, :]
     conv.conv2d(_pixels(x), pixels, requantize, _pixels(out), residual=_residual(residual), tile=tile)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from qsweep.config import Config, Listed
+from qsweep.config import Config, Listed, content_hash
 
 Direction = Literal["maximize", "minimize"]
 State = Literal["complete", "failed", "refused"]
@@ -148,3 +148,8 @@ class Record(BaseModel):  # no Config: its `uid` is that of the config it was ma
     """Identity of the code that runs, numbers left out: records that share it differ in latency by noise alone."""
     machine: str = ""
     """Fingerprint of the machine that measured it."""
+
+    @property
+    def compressed(self) -> str:
+        """What records share whose configs differ in their target alone: one network, and one training of each seed."""
+        return content_hash(self.config["compress"])

@@ -121,7 +121,8 @@ class Search(Config):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     repeats: Annotated[int, Field(ge=0)] | None = None
     """Evaluations after the last trial, spent on near ties: a config whose place on the front is open runs again with
-    another seed, and so another calibration draw. 0: none; null: one for every ten `trials`."""
+    another seed, and so another calibration draw, on every engine that it is compared on. 0: none; null: one for every
+    ten `trials`."""
 
 
 class Track(Config):

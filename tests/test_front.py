@@ -17,7 +17,8 @@ OBJECTIVES = ("accuracy", "size_bytes")
 
 
 def record(number: int, state: str = "complete", kernels: str = "", **metrics: float) -> Record:
-    content: dict[str, Any] = {"number": number, "uid": str(number), "name": "x", "config": {}, "engine": "e"}
+    config = {"compress": {"number": number}}
+    content: dict[str, Any] = {"number": number, "uid": str(number), "name": "x", "config": config, "engine": "e"}
     return Record(**content, state=state, kernels=kernels, folder="f", metrics=Metrics(**metrics))  # type: ignore[arg-type]
 
 

@@ -17,10 +17,9 @@ from qsweep.executors.local import holder
 from qsweep.records import Failure, Metrics, Record, Repetition
 from qsweep.spec import Constraint, Spec
 from qsweep.study import SweepFolder, membership, pareto
-from qsweep.study.certainty import contested
+from qsweep.study.certainty import contested, shares
 from qsweep.study.repeats import ROUNDS, budget, due, redrawn, seed_of, with_repetition
 
-PTQ = {"compress": {"quantize": {"method": "ptq"}}, "target": {"engine": "onnxruntime"}}
 NEAR = {"accuracy": {"min": 0.869}}
 """The config of 6 bits keeps it by one sample of 1000, in half of all draws."""
 
@@ -99,7 +98,13 @@ def open_places(count: int) -> tuple[list[Record], dict[int, np.ndarray]]:
     random = np.random.default_rng(1)
     scores = {i: (random.random(300) < 0.8).astype(np.uint8) for i in range(count)}
     records = [record(i, accuracy=float(row.mean()), size_bytes=10, latency_ms=1.0) for i, row in scores.items()]
-    return [r.model_copy(update={"config": PTQ if r.number else {**PTQ, "compress": {}}}) for r in records], scores
+    return [r.model_copy(update={"config": configured(r.number)}) for r in records], scores
+
+
+def configured(number: int, engine: str = "onnxruntime") -> dict[str, Any]:
+    """A config of its own for each number; fp32 for 0."""
+    quantize = {"method": "ptq", "calibration_seed": number} if number else None
+    return {"compress": {"quantize": quantize}, "target": {"engine": engine}}
 
 
 def asked(spec: Spec, records: Sequence[Record], round: int, rows: Mapping[int, np.ndarray]) -> list[int]:
@@ -123,6 +128,54 @@ def test_a_round_takes_the_most_open_configs_that_a_seed_can_change_as_far_as_th
     assert 0 not in everyone  # fp32
     assert asked(small_spec(search={"repeats": 3}), records, 1, scores) == everyone[:3]
     assert asked(small_spec(search={"repeats": 0}), records, 1, scores) == []
+
+
+def on_two_engines(*losses: int) -> tuple[list[Record], dict[int, np.ndarray]]:
+    """Configs that only chance puts in an order; record 10 + i is config i on an engine that takes 9 times as long, and
+    has lost so many samples more."""
+    records, scores = open_places(1 + len(losses))
+    slow = []
+    for number, lost in enumerate(losses, 1):
+        row = scores[number].copy()
+        row[np.flatnonzero(row)[:lost]] = 0
+        scores[10 + number] = row
+        config = {"config": configured(number, "openvino"), "kernels": "slow"}
+        of = record(10 + number, accuracy=float(row.mean()), size_bytes=10, latency_ms=9.0)
+        slow.append(of.model_copy(update=config))
+    return [*records, *slow], scores
+
+
+def test_a_config_is_repeated_on_every_engine_that_it_is_compared_on() -> None:
+    """Else a place that its mean has lost on one is taken by its first evaluation on another."""
+    records, scores = on_two_engines(0, 0, 0)
+    objectives = {"objectives": ["accuracy", "latency_ms"]}
+    one = small_spec(search={"repeats": 1}, **objectives)
+    first = asked(one, records, 1, scores)
+    assert [number % 10 for number in first] == [first[0] % 10] * 2
+    assert {number // 10 for number in first} == {0, 1}
+    half = [again(r, 0.1) if r.number == first[1] else r for r in records]
+    assert asked(one, half, 1, scores) == first[:1]
+    both = [again(r, 0.1) if r.number in first else r for r in records]
+    assert asked(one, both, 2, scores) == []
+    assert len(asked(small_spec(search={"repeats": 2}, **objectives), both, 2, scores)) == 2
+
+
+def test_one_that_is_not_compared_is_not_repeated() -> None:
+    records, scores = on_two_engines(0, 0, 100)
+    spec: dict[str, Any] = {"objectives": ["accuracy", "latency_ms"], "search": {"repeats": 9}}
+    assert sorted(asked(small_spec(**spec), records, 1, scores)) == [1, 3, 11, 13]
+    bound = {"constraints": {"accuracy": {"min": 0.6}}}
+    assert sorted(asked(small_spec(**spec, **bound), records, 1, scores)) == [1, 3, 11]
+
+
+def test_engines_of_one_config_draw_the_same_of_its_repetitions() -> None:
+    """The faster one is as accurate in each: drawn apart, each had the luckier seed in half of the draws."""
+    fast, slow = (record(i, accuracy=0.9, size_bytes=10, latency_ms=1.0 + 8 * i) for i in (0, 1))
+    slow = slow.model_copy(update={"config": fast.config, "kernels": "slow"})
+    records = [again(each, 0.7, 0.8, 0.95) for each in (fast, slow)]
+    assert shares(records, ("accuracy", "latency_ms")) == {0: 1.0, 1: 0.0}
+    apart = [records[0], records[1].model_copy(update={"config": {"compress": {"number": 1}}})]
+    assert 0.2 < shares(apart, ("accuracy", "latency_ms"))[1] < 0.8
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3])

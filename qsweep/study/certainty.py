@@ -124,7 +124,7 @@ def _draws(
     drift = 0.0 if reference is None else shifts[:, [reference]]
     errors = np.array([_latency_error(run.metrics) for run in runs])
     noise = random.standard_normal((resamples, len(runs))) * errors
-    chosen = _chosen(runs, random, resamples)
+    chosen = _chosen(records, runs, random, resamples)
     drawn = {}
     for name in names:
         value = np.broadcast_to(values_of(runs, name), noise.shape)
@@ -150,15 +150,20 @@ def _by_run(records: Sequence[Record], runs: Sequence[Measurement], scores: Scor
     return found
 
 
-def _chosen(runs: Sequence[Measurement], random: Generator, resamples: int) -> ndarray:
-    """(resamples, m): for each evaluation one drawn from those of its record."""
+def _chosen(records: Sequence[Record], runs: Sequence[Measurement], random: Generator, resamples: int) -> ndarray:
+    """(resamples, m): for each evaluation one drawn from those of its record; the same one on every engine that a
+    network was repeated on, as a seed that is lucky is so on all."""
     import numpy as np
 
     chosen = np.tile(np.arange(len(runs)), (resamples, 1))
-    for record in range(runs[-1].of + 1):
-        columns = [i for i, run in enumerate(runs) if run.of == record]
+    drawn: dict[tuple[str, tuple[int, ...]], ndarray] = {}
+    for i, record in enumerate(records):
+        columns = np.array([column for column, run in enumerate(runs) if run.of == i])
         if len(columns) > 1:
-            chosen[:, columns] = random.choice(columns, (resamples, len(columns)))
+            like = record.compressed, tuple(again.round for again in record.repetitions if again.failure is None)
+            if like not in drawn:
+                drawn[like] = random.integers(len(columns), size=(resamples, len(columns)))
+            chosen[:, columns] = columns[drawn[like]]
     return chosen
 
 

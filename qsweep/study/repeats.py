@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qsweep.records import Record, Repetition
 from qsweep.spec import Spec, TrialConfig
 from qsweep.study.certainty import contested
+from qsweep.study.front import feasible
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -21,26 +22,30 @@ _STEP = 1_000_003
 
 
 def budget(spec: Spec) -> int:
-    """How many repetitions the sweep may have."""
+    """How many repetitions the sweep may have; one is of what is compressed, on all engines that it is compared on."""
     return spec.search.trials // 10 if spec.search.repeats is None else spec.search.repeats
 
 
 def due(
     spec: Spec, records: Sequence[Record], round: int, scores: Callable[[Sequence[Record]], Mapping[int, ndarray]]
 ) -> list[Record]:
-    """The records to repeat in this round, the most open first: those whose place is open after the rounds before, as
-    many as the budget has left. A round that was cut short is the same round when it is asked for again."""
+    """The records to repeat in this round, the most open first: those whose place is open after the rounds before, and
+    with each its likes on other engines, which a mean of several seeds could otherwise not be held against; as many as
+    the budget has left. A round that was cut short is the same round when it is asked for again."""
     past = [_before(record, round) for record in records]
-    left = budget(spec) - sum(len(record.repetitions) for record in past)
+    left = budget(spec) - len({(record.compressed, again.round) for record in past for again in record.repetitions})
     if left <= 0:
         return []
     points = spec.task.judged_by.scale
     found = contested(past, spec.objectives, spec.constraints, scores(past), spec.search.seed, points=points)
-    numbers = [record.number for record in found if _seeded(record)]
-    done = [record.number for record in records if any(again.round == round for again in record.repetitions)]
-    strangers = sum(number not in numbers for number in done)  # of a time when the sweep had fewer trials
-    known = {record.number: record for record in records}
-    return [known[number] for number in numbers[: max(0, left - strangers)] if number not in done]
+    wanted = list(dict.fromkeys(record.compressed for record in found if _seeded(record)))
+    done = [record for record in records if any(again.round == round for again in record.repetitions)]
+    strangers = {record.compressed for record in done}.difference(wanted)  # of a time when the sweep had fewer trials
+    turns = {network: turn for turn, network in enumerate(wanted[: max(0, left - len(strangers))])}
+    mine = [record for record in records if record.compressed in turns and record not in done]
+    open_places = {record.number for record in found}
+    compared = [r for r in mine if r.number in open_places or feasible(r, spec.objectives, spec.constraints)]
+    return sorted(compared, key=lambda record: turns[record.compressed])
 
 
 def _before(record: Record, round: int) -> Record:

@@ -89,6 +89,10 @@ class Constraint(Config):
             raise ValueError("`min` must not be above `max`")
         return self
 
+    def keeps(self, value: float) -> bool:
+        """Whether `value` is within them."""
+        return (self.max is None or value <= self.max) and (self.min is None or value >= self.min)
+
 
 _DURATION = r"^(\d+(\.\d+)?[smhd])+$"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

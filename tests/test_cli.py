@@ -63,6 +63,20 @@ def test_what_is_doubtful_stands_below_the_front(spec: Path) -> None:
 
 
 @pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize(("bound", "told"), [("{min: 0.995}", True), ("{min: 0.5}", False)])
+def test_a_bound_that_fp32_breaks_is_told_once_it_is_known_and_below_the_front(
+    tmp_path: Path, bound: str, told: bool
+) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"{CONTENT}constraints: {{accuracy: {bound}}}\n")
+    begin = "note: fp32 itself does not keep `constraints.accuracy` (its accuracy is 0."
+    said = qsweep_("run", spec).output.splitlines()
+    assert [line.startswith(begin) for line in said if line.startswith("note: ")] == [True, True] * told
+    assert said[1].startswith(begin) == told
+    assert any(line.startswith(begin) for line in qsweep_("front", spec).output.splitlines()) == told
+
+
+@pytest.mark.usefixtures("arithmetic")
 def test_where_fp32_is_the_quickest_the_smallest_is_proposed_to_ship(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(CONTENT)
     told(tmp_path, measure="heavy")

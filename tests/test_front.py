@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_sweep import small_spec
 
 from qsweep.records import Metrics, Record
 from qsweep.spec import Constraint
@@ -109,7 +110,7 @@ def test_milliseconds_that_do_not_say_what_ratios_say_are_told(
         r.model_copy(update={"config": {"target": {"batch_size": size, "threads": 1}}})
         for r, size in ((fp32, 1), (other, batch_size))
     )
-    found = list(notes(SweepFolder(tmp_path, "small"), [fp32, other, record(2, state="failed")]))
+    found = list(notes(small_spec(), SweepFolder(tmp_path, "small"), [fp32, other, record(2, state="failed")]))
     assert [note.startswith("milliseconds of two rows") for note in found] == [True] * told
 
 

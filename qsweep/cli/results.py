@@ -15,7 +15,7 @@ def front(sweep: Sweep) -> None:
     spec, folder = find(sweep)
     records = folder.records()
     console().print(grid(front_table(records, spec)))
-    say(*(f"note: {note}" for note in notes(folder, records)))
+    say(*(f"note: {note}" for note in notes(spec, folder, records)))
 
 
 def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "accuracy", trial: Trial = None) -> None:

@@ -67,6 +67,7 @@ class Watch:
 
     def _tell(self, record: Record) -> None:
         from qsweep.cli.console import say
+        from qsweep.study.notes import unkept
 
         if self.before:  # said with the first record: only then has the driver taken the sweep for its own
             say(f"going on with `{self.folder.path}`: {self.before} records are there")
@@ -76,6 +77,8 @@ class Watch:
         known = self.records.get(record.number)
         if known is None:
             say(line(record, self.spec.task.judged_by))
+            if record.number == 0:  # there is time left to stop
+                say(*(f"note: {note}" for note in unkept(self.spec, record)))
         elif record.repetitions != known.repetitions:
             say(again(record, self.spec.task.judged_by))
 
@@ -91,6 +94,7 @@ class Watch:
         from rich.text import Text
 
         from qsweep.cli.console import grid
+        from qsweep.study.notes import unkept
         from qsweep.track import front_table
 
         records = list(self.records.values())
@@ -98,6 +102,9 @@ class Watch:
         waits = ", paused while another sweep measures on this machine" if self.folder.waits() else ""
         lines = [Text(f"{trials} of {self.spec.search.trials} trials{waits}", style="bold")]
         lines += [Text(f"  {_place(live.number)}{live.job}: {live.progress}") for live in self.folder.live()]
+        lines += [
+            Text(f"note: {note}") for record in records if record.number == 0 for note in unkept(self.spec, record)
+        ]
         return Group(*lines, grid(front_table(records, self.spec)))
 
     def conclude(self, finished: bool) -> None:
@@ -108,7 +115,7 @@ class Watch:
 
         records = [record for _, record in sorted(self.records.items())]
         console().print(grid(front_table(records, self.spec)))
-        say(*(f"note: {note}" for note in notes(self.folder, records)))
+        say(*(f"note: {note}" for note in notes(self.spec, self.folder, records)))
         if sys.stdout.isatty():  # else each has had its line
             say(*(line(record, self.spec.task.judged_by) for record in records if record.state != "complete"))
         if not finished:

@@ -6,17 +6,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qsweep.records import Record
+from qsweep.spec import Spec
 from qsweep.study.baselines import refusal
 from qsweep.study.folder import SweepFolder, read_result
+from qsweep.study.front import AVERAGED
 
 _FAR = 1.2
 """Ratios of milliseconds that are so many times the measured ones or more mislead who divides them."""
 
 
-def notes(folder: SweepFolder, records: Sequence[Record]) -> Iterator[str]:
-    """Of a sweep and its records, one sentence each: what is doubtful about the data, engines that take no version of
-    the model, accuracies of the test split that could not be had, milliseconds that are not to be compared."""
+def notes(spec: Spec, folder: SweepFolder, records: Sequence[Record]) -> Iterator[str]:
+    """Of a sweep and its records, one sentence each: what is doubtful about the data, bounds that the model itself does
+    not keep, engines that take no version of it, accuracies of the test split that could not be had, milliseconds that
+    are not to be compared."""
     yield from read_result(folder.path / "prepare" / "prepare.json").get("doubts", [])
+    fp32 = next((record for record in records if record.number == 0), None)
+    if fp32 is not None:
+        yield from unkept(spec, fp32)
     baselines = [record for record in records if record.kind == "baseline"]
     for engine in dict.fromkeys(record.engine for record in baselines):
         if (reason := refusal(engine, baselines)) is not None:
@@ -25,12 +31,22 @@ def notes(folder: SweepFolder, records: Sequence[Record]) -> Iterator[str]:
         failed = read_result(folder.path / record.folder / "test.json").get("failure")
         if failed and record.duplicate_of is None:
             yield f"the test split of #{record.number} `{record.name}` failed: {failed['message']}"
-    fp32 = next((record for record in records if record.number == 0), None)
     if fp32 is not None and (apart := max(_apart(record, fp32) for record in records)) > _FAR:
         yield (
             f"milliseconds of two rows are of two processes, and up to {apart - 1:.0%} apart by what else the machine "
             "did; `× fp32` was taken in turns with fp32, and is what is compared"
         )
+
+
+def unkept(spec: Spec, fp32: Record) -> Iterator[str]:
+    """The bounds of accuracy that the model breaks before it is compressed, one sentence each."""
+    for name in AVERAGED:
+        bound, value = spec.constraints.get(name), getattr(fp32.metrics, name)
+        if bound is not None and value is not None and not bound.keeps(value):
+            yield (
+                f"fp32 itself does not keep `constraints.{name}` (its {name} is {value:,.6g}): few compressed versions "
+                "will, if any"
+            )
 
 
 def _apart(record: Record, fp32: Record) -> float:

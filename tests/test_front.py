@@ -11,7 +11,7 @@ from small_sweep import small_spec
 
 from qsweep.records import Metrics, Record
 from qsweep.spec import Constraint
-from qsweep.study import SweepFolder, membership, pareto
+from qsweep.study import Places, SweepFolder, pareto
 from qsweep.study.notes import notes
 
 OBJECTIVES = ("accuracy", "size_bytes")
@@ -48,7 +48,7 @@ def test_only_feasible_complete_records_that_were_evaluated_themselves_are_on_th
     assert pareto(everything, OBJECTIVES) == [good, small]
     assert pareto(everything, OBJECTIVES, {"accuracy": Constraint(min=0.6)}) == [good]
     assert pareto([failed], OBJECTIVES) == []
-    assert membership([failed], OBJECTIVES) == {}
+    assert Places([failed], OBJECTIVES).members() == {}
 
 
 def test_a_record_whose_lead_is_noise_is_probable_and_one_whose_lead_is_not_is_certain() -> None:
@@ -60,7 +60,7 @@ def test_a_record_whose_lead_is_noise_is_probable_and_one_whose_lead_is_not_is_c
     scores[2] = scores[1].copy()
     scores[2][np.flatnonzero(scores[2] == 0)[:2]] = 1  # two samples better than 1, and larger
     records = [record(i, accuracy=float(scores[i].mean()), size_bytes=size) for i, size in enumerate((30, 10, 20))]
-    assert membership(records, OBJECTIVES, scores=scores) == {0: "certain", 1: "certain", 2: "probable"}
+    assert Places(records, OBJECTIVES, scores=scores).members() == {0: "certain", 1: "certain", 2: "probable"}
 
 
 def test_accuracies_are_drawn_from_the_same_samples_for_all() -> None:
@@ -68,7 +68,7 @@ def test_accuracies_are_drawn_from_the_same_samples_for_all() -> None:
     base = (np.arange(2000) < 1000).astype(np.uint8)
     scores = {0: base, 1: (np.arange(2000) < 1020).astype(np.uint8)}
     records = [record(i, accuracy=float(scores[i].mean()), size_bytes=10 + i) for i in (0, 1)]
-    assert membership(records, OBJECTIVES, scores=scores)[1] == "certain"
+    assert Places(records, OBJECTIVES, scores=scores).members()[1] == "certain"
 
 
 @pytest.mark.parametrize(("half_width", "expected"), [(0.01, "certain"), (3.0, "probable")])
@@ -77,14 +77,14 @@ def test_latency_is_drawn_from_its_interval(half_width: float, expected: str) ->
         record(i, size_bytes=size, latency_ms=ms, latency_low_ms=ms - half_width, latency_high_ms=ms + half_width)
         for i, (size, ms) in enumerate([(10, 5.0), (20, 4.5)])
     ]
-    assert membership(records, ("size_bytes", "latency_ms"))[1] == expected
+    assert Places(records, ("size_bytes", "latency_ms")).members()[1] == expected
 
 
 def test_a_constraint_that_is_kept_by_a_hair_makes_membership_probable() -> None:
     scores = {0: (np.arange(1000) < 900).astype(np.uint8)}
     records = [record(0, accuracy=0.9, size_bytes=1)]
-    assert membership(records, OBJECTIVES, {"accuracy": Constraint(min=0.899)}, scores) == {0: "probable"}
-    assert membership(records, OBJECTIVES, {"accuracy": Constraint(min=0.8)}, scores) == {0: "certain"}
+    assert Places(records, OBJECTIVES, {"accuracy": Constraint(min=0.899)}, scores).members() == {0: "probable"}
+    assert Places(records, OBJECTIVES, {"accuracy": Constraint(min=0.8)}, scores).members() == {0: "certain"}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_drop_is_drawn_in_points_of_the_metric(drop: float, points: float, pla
     scores = {0: np.tile([0.0, 1.0], 200), 1: np.tile([1.0, 0.0], 200)}
     records = [record(i, accuracy=0.5, accuracy_drop_pp=0.0, size_bytes=10 - i) for i in (0, 1)]
     bounds = {"accuracy_drop_pp": Constraint(max=drop)}
-    assert membership(records, ("size_bytes",), bounds, scores, points=points) == {1: place}
+    assert Places(records, ("size_bytes",), bounds, scores, points=points).members() == {1: place}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_milliseconds_that_do_not_say_what_ratios_say_are_told(
 def test_membership_is_of_the_observed_front_and_exact_figures_are_certain(pairs: list[tuple[int, int]]) -> None:
     records = points(*pairs)
     front = {member.number for member in pareto(records, OBJECTIVES)}
-    assert membership(records, OBJECTIVES, resamples=20) == dict.fromkeys(sorted(front), "certain")
+    assert Places(records, OBJECTIVES, draws=20).members() == dict.fromkeys(sorted(front), "certain")
 
 
 def test_latencies_of_the_same_kernels_do_not_decide_the_front() -> None:

@@ -16,8 +16,7 @@ from test_front import OBJECTIVES, record
 from qsweep.executors.local import holder
 from qsweep.records import Failure, Metrics, Record, Repetition
 from qsweep.spec import Constraint, Spec
-from qsweep.study import SweepFolder, membership, pareto
-from qsweep.study.certainty import contested, shares
+from qsweep.study import Places, SweepFolder, pareto
 from qsweep.study.repeats import ROUNDS, budget, due, redrawn, seed_of, with_repetition
 
 NEAR = {"accuracy": {"min": 0.869}}
@@ -63,16 +62,16 @@ def test_a_config_whose_draws_disagree_is_probable() -> None:
     """On the same 2000 samples: without the other draws its lead were certain."""
     rows = {0: np.arange(2000) < 1700, 1: np.arange(2000) < 1600}
     leads, other = (record(i, accuracy=rows[i].mean(), size_bytes=10 - i) for i in (0, 1))
-    assert membership([leads, other], OBJECTIVES, scores=rows)[0] == "certain"
+    assert Places([leads, other], OBJECTIVES, scores=rows).members()[0] == "certain"
     draws = np.stack([rows[0], np.arange(2000) < 1300, np.arange(2000) < 1900])
     wavers = again(leads, *(row.mean() for row in draws[1:]))
-    assert membership([wavers, other], OBJECTIVES, scores={**rows, 0: draws})[0] == "probable"
+    assert Places([wavers, other], OBJECTIVES, scores={**rows, 0: draws}).members()[0] == "probable"
 
 
 def test_a_member_of_which_a_repetition_failed_is_never_certain() -> None:
     sure = record(0, accuracy=0.9, size_bytes=1)
-    assert membership([again(sure, 0.9)], OBJECTIVES) == {0: "certain"}
-    assert membership([again(sure, 0.9, None)], OBJECTIVES) == {0: "probable"}
+    assert Places([again(sure, 0.9)], OBJECTIVES).members() == {0: "certain"}
+    assert Places([again(sure, 0.9, None)], OBJECTIVES).members() == {0: "probable"}
 
 
 def test_contested_are_probable_members_and_who_is_nearly_one() -> None:
@@ -86,8 +85,8 @@ def test_contested_are_probable_members_and_who_is_nearly_one() -> None:
     sizes = {0: 10, 1: 10, 2: 10, 3: 90}
     records = [record(i, accuracy=float(scores[i].mean()), size_bytes=sizes[i]) for i in scores]
     records[1] = record(1, accuracy=records[0].metrics.accuracy - 1e-9, size_bytes=10)
-    assert membership(records, OBJECTIVES, scores=scores) == {0: "probable", 3: "certain"}
-    assert {found.number for found in contested(records, OBJECTIVES, scores=scores)} == {0, 1}
+    assert Places(records, OBJECTIVES, scores=scores).members() == {0: "probable", 3: "certain"}
+    assert {found.number for found in Places(records, OBJECTIVES, scores=scores).contested()} == {0, 1}
 
 
 # --- which, and when --------------------------------------------------------------------------------------------------
@@ -173,9 +172,9 @@ def test_engines_of_one_config_draw_the_same_of_its_repetitions() -> None:
     fast, slow = (record(i, accuracy=0.9, size_bytes=10, latency_ms=1.0 + 8 * i) for i in (0, 1))
     slow = slow.model_copy(update={"config": fast.config, "kernels": "slow"})
     records = [again(each, 0.7, 0.8, 0.95) for each in (fast, slow)]
-    assert shares(records, ("accuracy", "latency_ms")) == {0: 1.0, 1: 0.0}
+    assert Places(records, ("accuracy", "latency_ms")).shares == {0: 1.0, 1: 0.0}
     apart = [records[0], records[1].model_copy(update={"config": {"compress": {"number": 1}}})]
-    assert 0.2 < shares(apart, ("accuracy", "latency_ms"))[1] < 0.8
+    assert 0.2 < Places(apart, ("accuracy", "latency_ms")).shares[1] < 0.8
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3])

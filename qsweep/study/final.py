@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qsweep.records import Record
 from qsweep.spec import Spec
 from qsweep.study import outcome, repeats
-from qsweep.study.certainty import membership
+from qsweep.study.certainty import Places
 from qsweep.study.folder import SweepFolder
 from qsweep.study.pipeline import Evaluation, Pipeline
 
@@ -69,15 +69,7 @@ class Final:
             yield record
 
     def _front(self, records: list[Record]) -> Iterator[Record]:
-        spec = self.spec
-        members = membership(
-            records,
-            spec.objectives,
-            spec.constraints,
-            self._scores(records),
-            spec.search.seed,
-            points=spec.task.judged_by.scale,
-        )
+        members = Places.of(self.spec, records, self._scores(records)).members()
         numbers = {record.number: record for record in records}
         known = {number for number, record in numbers.items() if record.metrics.accuracy_test is not None}
         tested = self._tested([numbers[n] for n in sorted({0, *members} - known)])

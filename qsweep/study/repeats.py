@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qsweep.records import Record, Repetition
 from qsweep.spec import Spec, TrialConfig
-from qsweep.study.certainty import contested
+from qsweep.study.certainty import Places
 from qsweep.study.front import feasible
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def due(
     left = budget(spec) - len({(record.compressed, again.round) for record in past for again in record.repetitions})
     if left <= 0:
         return []
-    points = spec.task.judged_by.scale
-    found = contested(past, spec.objectives, spec.constraints, scores(past), spec.search.seed, points=points)
+    found = Places.of(spec, past, scores(past)).contested()
     wanted = list(dict.fromkeys(record.compressed for record in found if _seeded(record)))
     done = [record for record in records if any(again.round == round for again in record.repetitions)]
     strangers = {record.compressed for record in done}.difference(wanted)  # of a time when the sweep had fewer trials

@@ -40,10 +40,13 @@ class Distillation(Stage):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """Return `model`, changed in place, fine-tuned on `loss`. Zero weights of a pruned model stay zero."""
         from qsweep.baseline import kept
+        from qsweep.hub.export import example_of
+        from qsweep.hub.narrow import narrowed
         from qsweep.train import fine_tune
 
         def compute(checkpoint: Path) -> None:
-            fine_tune(model, self, context, loss=self.loss(context), checkpoint=checkpoint)
+            with narrowed(model, example_of(context)):
+                fine_tune(model, self, context, loss=self.loss(context), checkpoint=checkpoint)
 
         return kept(model, context.store, stage_key(self, context), compute)
 

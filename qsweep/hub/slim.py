@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import cast
 
@@ -26,7 +27,7 @@ def slim(model: QuantizedModel) -> None:
     if not any(_has_zero_rows(model.graph, layer) for layer in layers):
         return
     coupling = couple(model)
-    dead = _dead(model.graph, coupling)
+    dead = dead_channels(coupling, lambda name: attrgetter(name)(model.graph))
     for part in coupling.parts:
         _shorten(model.graph, part, dead)
     for node in coupling.values:
@@ -46,11 +47,13 @@ def _zero(values: Tensor, dim: int) -> list[bool]:
     return cast(list[bool], (values.movedim(dim, 0).reshape(values.shape[dim], -1) == 0).all(1).tolist())
 
 
-def _dead(graph: fx.GraphModule, coupling: Coupling) -> set[int]:
-    alive = {PINNED}
+def dead_channels(coupling: Coupling, tensor: Callable[[str], Tensor], kept: Collection[int] = ()) -> set[int]:
+    """The channels that weights, biases and norms, each a `tensor` of its name, make all zeros, but for those `kept`
+    and one of each layer."""
+    alive = {PINNED, *kept}
     for part in coupling.parts:
         if part.silences:
-            zero = _zero(attrgetter(part.name)(graph), part.dim)
+            zero = _zero(tensor(part.name), part.dim)
             alive |= {channel for channel, none in zip(part.channels, zero, strict=True) if not none}
     return {channel for width in coupling.widths() for channel in _spared(width.channels, alive)}
 
@@ -60,13 +63,13 @@ def _spared(channels: list[int], alive: set[int]) -> list[int]:
     return dead[1:] if len(dead) == len(channels) else dead
 
 
-def _left(channels: list[int], dead: set[int]) -> list[int]:
+def left_of(channels: list[int], dead: set[int]) -> list[int]:
     """Indices of what is not dead."""
     return [index for index, channel in enumerate(channels) if channel not in dead]
 
 
 def _shorten(graph: fx.GraphModule, part: Part, dead: set[int]) -> None:
-    left = _left(part.channels, dead)
+    left = left_of(part.channels, dead)
     if len(left) < len(part.channels):
         value = attrgetter(part.name)(graph)
         kept = value.detach().index_select(part.dim, torch.tensor(left))
@@ -76,7 +79,7 @@ def _shorten(graph: fx.GraphModule, part: Part, dead: set[int]) -> None:
 def _renumber(node: fx.Node, coupling: Coupling, dead: set[int]) -> None:
     """Numbers of channels in the arguments of `node`."""
     value, given = coupling.values[node], coupling.values.get(node.all_input_nodes[0])
-    left = len(_left(value.channels, dead))
+    left = len(left_of(value.channels, dead))
     if given is None or (left == len(value.channels) and node.target is not aten.slice.Tensor):
         return
     named = arguments(node)
@@ -86,13 +89,13 @@ def _renumber(node: fx.Node, coupling: Coupling, dead: set[int]) -> None:
             shape[value.axis] = left
         node.args = (source(node), shape)
     elif node.target is aten.slice.Tensor and named["dim"] % len(shape_seen(node)) == value.axis:
-        start = len(_left(given.channels[: named["start"] or 0], dead))
+        start = len(left_of(given.channels[: named["start"] or 0], dead))
         node.args, node.kwargs = (source(node), value.axis, start, start + left), {}
     elif node.target is aten.pad.default and any(sides := padding_of(node, value.axis)):
         around, place = list(cast(list[int], node.args[1])), padding_place(node, value.axis)
-        around[place] = len(_left(value.channels[: sides[0]], dead))
-        around[place + 1] = left - around[place] - len(_left(given.channels, dead))
+        around[place] = len(left_of(value.channels[: sides[0]], dead))
+        around[place + 1] = left - around[place] - len(left_of(given.channels, dead))
         node.args = (source(node), around, *node.args[2:])
     elif node.target in CONVOLUTIONS and is_depthwise(node):
-        named["groups"] = len(_left(given.channels, dead))
+        named["groups"] = len(left_of(given.channels, dead))
         node.args, node.kwargs = tuple(named.values()), {}

@@ -12,12 +12,14 @@ from qsweep.errors import TaskFailure
 from qsweep.hub.channels import couple
 from qsweep.hub.coupling import Coupling, Width
 from qsweep.hub.export import traced
-from qsweep.weights import check_finite, keeps
+from qsweep.hub.narrow import loose
+from qsweep.weights import check_finite
 
 
 @torch.no_grad()
-def zero_channels(model: nn.Module, example: Tensor, sparsity: float, multiple: int) -> None:
-    """Set the `sparsity` least important channels of every layer to zero, in place: weights, biases and norms.
+def zero_channels(model: nn.Module, example: Tensor, sparsity: float, multiple: int) -> Coupling:
+    """Set the `sparsity` least important channels of every layer to zero, in place: weights, biases and norms. Returns
+    which channels go together.
 
     What is left of a layer is rounded to a multiple of `multiple`. Of channels that are equally important the first go
     first. Raises NotFinite for weights that are not, TaskFailure for a model of which no channel can be taken out.
@@ -25,14 +27,8 @@ def zero_channels(model: nn.Module, example: Tensor, sparsity: float, multiple: 
     check_finite(model)
     coupling = couple(traced(model, example))
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    held = {id(parameters[name]) for name in keeps(model)}
-    loose = {
-        channel
-        for part in coupling.parts
-        if part.silences and id(parameters.get(part.name)) not in held
-        for channel in part.channels
-    }
-    widths = [width for width in coupling.widths() if loose.isdisjoint(width.channels)]
+    free = loose(model, coupling)
+    widths = [width for width in coupling.widths() if free.isdisjoint(width.channels)]
     if not widths:
         raise TaskFailure("channel pruning needs layers whose channels other layers alone read (this model has none)")
     scores, gone = _importance(coupling, parameters), set()
@@ -43,6 +39,7 @@ def zero_channels(model: nn.Module, example: Tensor, sparsity: float, multiple: 
         indices = [index for index, channel in enumerate(part.channels) if channel in gone and part.silences]
         if indices:
             parameters[part.name].index_fill_(part.dim, torch.tensor(indices), 0.0)
+    return coupling
 
 
 def _left(width: Width, sparsity: float, multiple: int) -> int:

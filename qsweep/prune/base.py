@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -12,12 +13,16 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from qsweep.hub.coupling import Coupling
+
 
 class Pruning(Stage):
     """Removes weights, then fine-tunes the others. Zeros made here stay zero through every later stage.
 
     Fine-tuning uses the task's own loss even where the trial distils, so that trials share its result.
     """
+
+    version: ClassVar[int] = 2
 
     epochs: Annotated[int, Field(ge=0)] = 1
     """Fine-tuning with the zeros kept."""
@@ -32,16 +37,20 @@ class Pruning(Stage):
         return {}
 
     @abstractmethod
-    def cut(self, model: nn.Module, context: Context) -> None:
-        """Set weights of the convolutions and linears of `model` to zero, in place."""
+    def cut(self, model: nn.Module, context: Context) -> Coupling | None:
+        """Set weights of the convolutions and linears of `model` to zero, in place; return which of its channels go
+        together, if that was looked for."""
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """Return `model`, changed in place, with some weights of its convolutions and linears exactly zero."""
         from qsweep.baseline import kept
+        from qsweep.hub.export import example_of
+        from qsweep.hub.narrow import narrowed
         from qsweep.train import fine_tune
 
         def compute(checkpoint: Path) -> None:
-            self.cut(model, context)
-            fine_tune(model, self, context, self.settings(context), checkpoint=checkpoint)
+            coupling = self.cut(model, context)
+            with narrowed(model, example_of(context), coupling) if self.epochs else nullcontext():
+                fine_tune(model, self, context, self.settings(context), checkpoint=checkpoint)
 
         return kept(model, context.store, stage_key(self, context), compute)

@@ -9,6 +9,7 @@ from qsweep.prune.base import Pruning
 if TYPE_CHECKING:
     from torch import nn
 
+    from qsweep.hub.coupling import Coupling
     from qsweep.stage import Context
 
 
@@ -40,8 +41,8 @@ class Channels(Pruning):
     def settings(self, context: Context) -> dict[str, Any]:
         return {"learning_rate": context.training.rate} if self.learning_rate is None else {}
 
-    def cut(self, model: nn.Module, context: Context) -> None:
+    def cut(self, model: nn.Module, context: Context) -> Coupling:
         from qsweep.hub.export import example_of
         from qsweep.prune._channels import zero_channels
 
-        zero_channels(model, example_of(context), self.sparsity, self.multiple_of)
+        return zero_channels(model, example_of(context), self.sparsity, self.multiple_of)

@@ -189,6 +189,11 @@ def test_largest_pixels_of_windows_that_differ_in_size(counts: tuple[int, int]) 
     exported(lambda x: F.adaptive_max_pool2d(x, counts))
 
 
+@pytest.mark.parametrize("pool", [F.adaptive_avg_pool2d, F.adaptive_max_pool2d])
+def test_one_pixel_has_several_windows_of_a_pool(pool: Callable[..., Tensor]) -> None:
+    exported(lambda x: pool(x[..., :1], (4, 3)))
+
+
 @pytest.mark.parametrize(
     ("function", "pools"),
     [
@@ -196,6 +201,7 @@ def test_largest_pixels_of_windows_that_differ_in_size(counts: tuple[int, int]) 
         (lambda x: F.adaptive_avg_pool2d(x[..., :7], (4, 3)), 1),  # windows of 3 at strides of 2
         (lambda x: F.adaptive_avg_pool1d(x[:, 0], 7), 1),
         (lambda x: F.adaptive_avg_pool2d(x, (3, 5)), 0),
+        (lambda x: F.adaptive_avg_pool2d(x[..., :1, :1], 7), 0),  # strides of 0, as a VGG has them on small images
     ],
 )
 def test_means_of_windows_of_one_size_are_plain_pools(function: Callable[[Tensor], Tensor], pools: int) -> None:

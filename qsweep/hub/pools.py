@@ -134,10 +134,10 @@ def _pooled(graph: fx.GraphModule, image: fx.Node, windows: list[Windows], *, la
 
 
 def _even(windows: Windows) -> tuple[int, int] | None:
-    """Size and stride, where all windows have one."""
+    """Size and stride, where all windows have one; that of windows over one and the same pixel would be 0."""
     starts, sizes = [start for start, _ in windows], {end - start for start, end in windows}
     strides = {after - start for start, after in pairwise(starts)} or {*sizes}
-    return (sizes.pop(), strides.pop()) if len(sizes) == len(strides) == 1 else None
+    return (sizes.pop(), strides.pop()) if len(sizes) == len(strides) == 1 and strides != {0} else None
 
 
 def with_plain_borders(graph: fx.GraphModule) -> None:

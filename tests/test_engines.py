@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout_networks import ConvNeXt, Mixed, Tokens, Transposed, Windowed
-from networks import NETWORKS, Noise, context, digits, network
+from networks import NETWORKS, Function, Noise, assert_close, context, digits, network
 from test_quantize import METHODS, small
 from torch import Tensor, nn
 
@@ -304,6 +304,31 @@ def test_models_of_one_structure_and_other_numbers_do_not_share_any(
         folder.mkdir()
         engine.lower(float_graph(model, context(tmp_path, f"{seed}")), folder, store)
         torch.testing.assert_close(engine.load(folder)(inputs), model(inputs).detach(), atol=1e-4, rtol=1e-4)
+
+
+def reshaped(x: Tensor) -> Tensor:
+    return x.reshape(-1, 4, 16).reshape(-1, 16, 4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, wide, narrow: wide(x.flatten(1)) + wide(x.flatten(1)),  # as two heads have it
+        lambda x, wide, narrow: wide((y := reshaped(x)).flatten(1)) + narrow(y).mean(1),
+    ],
+    ids=["twice", "reshaped before"],
+)
+@pytest.mark.parametrize("mode", [None, "static", "token"])
+def test_what_is_flattened_is_read_by_others_too(
+    function: Callable[..., Tensor], mode: str | None, tmp_path: Path
+) -> None:
+    network, found = Function(function, nn.Linear(64, 4), nn.Linear(4, 4)).eval(), context(tmp_path)
+    method = PTQ(activation_mode=mode) if mode else None
+    model = method.apply(network, found) if method else float_graph(network, found)
+    inputs, folder, engine = Noise(5).inputs, tmp_path / "artifact", OnnxRuntime(batch_size=5)
+    folder.mkdir()
+    engine.lower(model, folder, found.store)
+    assert_close(engine.load(folder)(inputs), IntegerInterpreter(model.graph)(inputs))
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of PyTorch's exporter

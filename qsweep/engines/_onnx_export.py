@@ -16,18 +16,22 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from qsweep.engines._decompositions import decomposed_where, ops_of
 from qsweep.errors import Refused, why
 from qsweep.hub.kinds import aten
+from qsweep.hub.nodes import nodes_of, shape_seen, source
 
 if TYPE_CHECKING:
     import onnx
 
+_FLATTEN = aten.flatten.using_ints
+_RESHAPES = aten.reshape.default, aten.view.default
 _OPSET = 20
 """The version of ONNX's ops that is written."""
 _read = ONNXRegistry.from_torchlib
@@ -36,6 +40,7 @@ _read = ONNXRegistry.from_torchlib
 def exported(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
     """`graph`, which is changed, for any batch size; `example` is (2, ...). Raises Refused."""
     _in_known_ops(graph)
+    _with_flattens_as_reshapes(graph, example)
     batch = torch.export.Dim("batch")
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _once():
@@ -63,6 +68,28 @@ def _in_known_ops(graph: torch.fx.GraphModule) -> None:
         elif node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs:
             node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.args[1]}
     graph.recompile()
+
+
+def _with_flattens_as_reshapes(graph: torch.fx.GraphModule, example: Tensor) -> None:
+    """Write flattens of values that are flattened twice, or come from a reshape, as reshapes: the exporter names the
+    shape that it makes of a flatten by the value, and of two shapes of one name loses one."""
+    nodes = [node for node in nodes_of(graph, {_FLATTEN}) if _named_twice(source(node))]
+    if not nodes:
+        return
+    sizes, others = (_shapes(graph, nodes, batch) for batch in (example, torch.cat([example, example[:1]])))
+    for node, size, other in zip(nodes, sizes, others, strict=True):
+        if len(size) == 2 and size[1] == other[1]:  # no matter how many samples
+            node.target, node.args, node.kwargs = aten.reshape.default, (source(node), [-1, size[1]]), {}
+    graph.recompile()
+
+
+def _named_twice(value: fx.Node) -> bool:
+    return value.target in (_FLATTEN, *_RESHAPES) or sum(user.target is _FLATTEN for user in value.users) > 1
+
+
+def _shapes(graph: torch.fx.GraphModule, nodes: list[fx.Node], batch: Tensor) -> list[torch.Size]:
+    ShapeProp(graph).propagate(batch)
+    return [shape_seen(node) for node in nodes]
 
 
 @cache

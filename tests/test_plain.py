@@ -249,6 +249,15 @@ def test_attention_of_windows_is_that_of_one_batch(shape: tuple[int, ...]) -> No
     assert all(given.target is aten.flatten.using_ints for given in node.all_input_nodes)
 
 
+def test_attention_that_nobody_reads_is_left_out_with_its_layers() -> None:
+    def attended(x: Tensor, layer: nn.Module) -> Tensor:
+        F.scaled_dot_product_attention(layer(x), x, x)
+        return x.relu()
+
+    graph = exported(attended, nn.Linear(14, 14)).graph
+    assert [node.target for node in graph.nodes if node.op != "placeholder"] == [aten.relu.default, "output"]
+
+
 def test_an_average_pool_of_the_whole_image_is_the_global_one() -> None:
     graph = exported(lambda x: F.avg_pool2d(x, x.shape[2:]) + F.avg_pool2d(x, (8, 14), padding=(1, 1))[..., :1, :1])
     assert [node.target for node in nodes_of(graph, POOLS)] == [

@@ -35,7 +35,7 @@ def float_graph(model: nn.Module, context: Context) -> QuantizedModel:
         live = export(model, example_of(context))
         save(QuantizedModel(fold_batch_norm(live.graph), live.example), folder)
 
-    return load(context.store.folder(context.store.key("float_graph", 14, context.key, torch.__version__), compute))
+    return load(context.store.folder(context.store.key("float_graph", 15, context.key, torch.__version__), compute))
 
 
 def example_of(context: Context) -> Tensor:

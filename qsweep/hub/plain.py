@@ -54,11 +54,16 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     layers = with_pools, with_plain_borders, _with_batches, _with_sized_paddings, _with_heads, _with_flat_linears
     for rewrite in (*rewrites, *values, *layers, _rectified_first):
         rewrite(graph)
-        graph.graph.eliminate_dead_code()
+        graph.graph.eliminate_dead_code(_has_effects)
     _check_ops(graph)
     _keep_constants(graph)
     graph.recompile()
     return graph
+
+
+def _has_effects(node: fx.Node) -> bool:
+    """Whether it does more than give a value: attention, which may draw a dropout, does not."""
+    return node.is_impure(impure_random=False)
 
 
 def _one_in_one_out(graph: fx.GraphModule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -56,7 +56,10 @@ class Metrics(Config):
     latency_high_ms: float | None = _metric()
     """Upper end of the 95 % interval of the median."""
     latency_ratio: float | None = _metric("minimize")
-    """Median over that of the fp32 baseline, interleaved in the same process: the figure to compare."""
+    """Median over that of the fp32 baseline at the same batch size, interleaved in the same process: the figure to
+    compare."""
+    throughput: float | None = _metric("maximize")
+    """Samples a second: the target's batch size over `latency_ms`; what compares batch sizes."""
     parity_top1: float | None = _metric()
     """Share of parity samples on which artifact and simulation agree: `measure.parity_top1` says when."""
     parity_max_abs: float | None = _metric()
@@ -112,6 +115,14 @@ class Repetition(Config):
     """Relative to the sweep's folder."""
 
 
+class Call(NamedTuple):
+    """How an artifact is called."""
+
+    device: str
+    batch_size: int
+    threads: int
+
+
 class Record(BaseModel):  # no Config: its `uid` is that of the config it was made from
     """One trial: durable as `record.json` in its folder before Optuna or MLflow hear of it."""
 
@@ -148,6 +159,12 @@ class Record(BaseModel):  # no Config: its `uid` is that of the config it was ma
     """Identity of the code that runs, numbers left out: records that share it differ in latency by noise alone."""
     machine: str = ""
     """Fingerprint of the machine that measured it."""
+
+    @property
+    def call(self) -> Call:
+        """What its latency is that of."""
+        target = self.config.get("target", {})
+        return Call(target.get("device", "cpu"), target.get("batch_size", 1), target.get("threads", 1))
 
     @property
     def compressed(self) -> str:

@@ -111,7 +111,27 @@ def test_milliseconds_that_do_not_say_what_ratios_say_are_told(
         for r, size in ((fp32, 1), (other, batch_size))
     )
     found = list(notes(small_spec(), SweepFolder(tmp_path, "small"), [fp32, other, record(2, state="failed")]))
-    assert [note.startswith("milliseconds of two rows") for note in found] == [True] * told
+    begins = ["latencies are of calls of 1, 8 samples"] * (batch_size > 1) + ["milliseconds of two rows"] * told
+    assert [note[: len(begin)] for note, begin in zip(found, begins, strict=True)] == begins
+
+
+def test_milliseconds_of_several_batch_sizes_are_compared_as_milliseconds_and_throughputs_as_such() -> None:
+    """Half the latency of fp32 at 32 samples is more milliseconds than all of it at one, and more samples a second."""
+    one = record(0, latency_ms=1.0, latency_ratio=1.0, throughput=1000.0)
+    many = record(1, latency_ms=5.0, latency_ratio=0.5, throughput=6400.0)
+    one, many = (
+        r.model_copy(update={"config": {"target": {"batch_size": size}}}) for r, size in ((one, 1), (many, 32))
+    )
+    assert [pareto([one, many], [name]) for name in ("latency_ms", "latency_ratio", "throughput")] == [
+        [one], [many], [many],
+    ]  # fmt: skip
+
+
+def test_throughputs_of_one_batch_size_are_compared_by_what_the_baseline_took_meanwhile() -> None:
+    """The machine was twice as slow while the second was measured."""
+    slow = record(0, latency_ms=4.0, latency_ratio=0.8, throughput=250.0)
+    fast = record(1, latency_ms=5.0, latency_ratio=0.5, throughput=200.0)
+    assert pareto([slow, fast], ["throughput"]) == pareto([slow, fast], ["latency_ms"]) == [fast]
 
 
 @given(grid)

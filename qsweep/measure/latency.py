@@ -43,6 +43,7 @@ def latency(run: Runner, baseline: Runner | None, inputs: Tensor, settings: Meas
         "latency_low_ms": low,
         "latency_high_ms": high,
         "latency_ratio": median / float(np.median(others)) if baseline is not None else 1.0,
+        "throughput": 1000 * len(inputs) / median,
     }
 
 

@@ -118,6 +118,8 @@ class Places:
                 value = np.take_along_axis(value + self.points * (drift - shifts), chosen, axis=1)
             elif name.startswith("latency_"):
                 value = value * (1 + noise)
+            elif name == "throughput":
+                value = value / (1 + noise)
             drawn[name] = value
         return drawn
 

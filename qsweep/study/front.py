@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from qsweep.records import Metrics, Record
+from qsweep.records import Call, Metrics, Record
 from qsweep.spec import Constraint
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
-_TIMES = ("latency_ms", "latency_ratio")
+_TIMES = ("latency_ms", "latency_ratio", "throughput")
 AVERAGED = ("accuracy", "accuracy_drop_pp")
 """Metrics of which a config that was repeated has the mean; sizes and counts are those of the artifact that ships."""
-RESOLUTION = {"latency_ms": 0.10, "latency_ratio": 0.10, "size_bytes": 0.001}
+RESOLUTION = {"latency_ms": 0.10, "latency_ratio": 0.10, "throughput": 0.10, "size_bytes": 0.001}
 """Values within this share of each other are one value: two runs of one artifact differ so much in latency, and files
 whose scales have more digits or fewer so much in size."""
 
@@ -26,6 +26,8 @@ class Measurement(NamedTuple):
     """Position of its record."""
     metrics: Metrics
     kernels: str
+    call: Call
+    """What its latency is that of."""
 
 
 def measurements(records: Sequence[Record]) -> list[Measurement]:
@@ -34,7 +36,7 @@ def measurements(records: Sequence[Record]) -> list[Measurement]:
     for i, record in enumerate(records):
         done = [repetition for repetition in record.repetitions if repetition.failure is None]
         runs = [(record.metrics, record.kernels), *((again.metrics, again.kernels) for again in done)]
-        found += [Measurement(i, metrics, kernels or str(record.number)) for metrics, kernels in runs]
+        found += [Measurement(i, metrics, kernels or str(record.number), record.call) for metrics, kernels in runs]
     return found
 
 
@@ -88,19 +90,29 @@ def judged(runs: Sequence[Measurement], name: str, values: ndarray) -> ndarray:
     tied.
 
     Latencies are judged by their ratio to the baseline, where all have one: measured in turns with it, it survives what
-    disturbs the milliseconds. Of evaluations that run the same kernels each counts as the median of all.
+    disturbs the milliseconds. Milliseconds are the ratio times those of the baseline at the same batch size. Of
+    evaluations that run the same kernels each counts as the median of all.
     """
     import numpy as np
 
     if name in _TIMES:
-        ratios = [run.metrics.latency_ratio for run in runs]
-        if None not in ratios:
-            values = values / values_of(runs, name) * np.array(ratios, dtype=float)
-        values = _medians(values, [run.kernels for run in runs])
+        values = _medians(values * _steadied(runs, name), [run.kernels for run in runs])
     values = of_records(runs, name, values)
     if name in RESOLUTION:
         values = np.apply_along_axis(_tied, -1, values, RESOLUTION[name])
     return values
+
+
+def _steadied(runs: Sequence[Measurement], name: str) -> ndarray:
+    """(m,): by what to multiply each of these times for it to be as it were had the baseline taken in each process what
+    it takes at the median."""
+    import numpy as np
+
+    if name == "latency_ratio" or any(run.metrics.latency_ratio is None for run in runs):
+        return np.ones(len(runs))
+    baseline = values_of(runs, "latency_ms") / values_of(runs, "latency_ratio")
+    factors: ndarray = _medians(baseline, [str(run.call) for run in runs]) / baseline
+    return factors if name == "latency_ms" else 1 / factors
 
 
 def of_records(runs: Sequence[Measurement], name: str, values: ndarray) -> ndarray:

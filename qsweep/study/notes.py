@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from qsweep.records import Record
 from qsweep.spec import Spec
@@ -31,6 +30,12 @@ def notes(spec: Spec, folder: SweepFolder, records: Sequence[Record]) -> Iterato
         failed = read_result(folder.path / record.folder / "test.json").get("failure")
         if failed and record.duplicate_of is None:
             yield f"the test split of #{record.number} `{record.name}` failed: {failed['message']}"
+    sizes = {record.call.batch_size for record in records if record.state == "complete"}
+    if len(sizes) > 1 and "throughput" not in spec.objectives:
+        yield (
+            f"latencies are of calls of {', '.join(map(str, sorted(sizes)))} samples, and `× fp32` is held against "
+            "fp32 at the same batch size; what compares them is `throughput`, as an objective, too"
+        )
     if fp32 is not None and (apart := max(_apart(record, fp32) for record in records)) > _FAR:
         yield (
             f"milliseconds of two rows are of two processes, and up to {apart - 1:.0%} apart by what else the machine "
@@ -53,11 +58,6 @@ def _apart(record: Record, fp32: Record) -> float:
     """How many times further from those of fp32 its milliseconds are than its ratio says, or nearer; 1 where they are
     of another batch size or other threads, or were not taken."""
     own, other, ratio = record.metrics.latency_ms, fp32.metrics.latency_ms, record.metrics.latency_ratio
-    if not own or not other or not ratio or _calls(record) != _calls(fp32):
+    if not own or not other or not ratio or record.call != fp32.call:
         return 1.0
     return max(own / other / ratio, other * ratio / own)
-
-
-def _calls(record: Record) -> tuple[Any, ...]:
-    target = record.config.get("target", {})
-    return target.get("batch_size"), target.get("threads")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
@@ -24,14 +23,10 @@ def quickest_float(records: Iterable[Record], beside: Record) -> Record | None:
     speedup is to be held against."""
     floats = [
         r for r in records
-        if r.kind == "baseline" and r.state == "complete" and _place(r) == _place(beside)
+        if r.kind == "baseline" and r.state == "complete" and r.call == beside.call
         and (r.config["compress"]["quantize"] or {"method": "cast"})["method"] == "cast"
     ]  # fmt: skip
     return min(floats, key=lambda r: r.metrics.latency_ratio or float("inf"), default=None)
-
-
-def _place(record: Record) -> tuple[Any, ...]:
-    return tuple(record.config["target"].get(name) for name in ("device", "batch_size", "threads"))
 
 
 def front(records: Sequence[Record], spec: Spec) -> list[Record]:
@@ -44,7 +39,7 @@ def hypervolume(records: Sequence[Record], spec: Spec) -> float | None:
 
     Each objective is a gain over a reference: 10 percentage points below the accuracy of fp32 (where it is in another
     unit: a tenth of it) is 0 and its accuracy is 1; fp32's own size and latency are 0 and none at all is 1. What is
-    worse than the reference adds nothing.
+    worse than the reference adds nothing. Throughputs count as the time of a sample does.
     """
     base = baseline(records)
     if base is None:
@@ -83,6 +78,8 @@ def _scaled(metrics: Metrics, base: Metrics, spec: Spec) -> Point | None:
             point.append((value - reference + tenth) / tenth)
         elif name == "accuracy_drop_pp":
             point.append(1 - value / (judged_by.scale * tenth))
+        elif name == "throughput":
+            point.append(1 - reference / value)
         elif Metrics.directions()[name] == "maximize":
             point.append(value)
         else:

@@ -12,7 +12,6 @@ from qsweep.track.charts import scatter
 from qsweep.track.pareto import baseline, front, quickest_float
 from qsweep.track.table import (
     Column,
-    batch_size,
     batch_sizes_differ,
     by_accuracy,
     engine_text,
@@ -92,7 +91,7 @@ def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
         column = Column(name, spec.task.judged_by)
         value = column.full(getattr(best.metrics, name))
         told = f"{best.name} on {engine_text(best)}" if several else best.name
-        which = f"{told}{_quickly(records, best) if name.startswith('latency') else ''}"
+        which = f"{told}{_quickly(records, best) if name.startswith(('latency', 'throughput')) else ''}"
         tiles.append({"what": f"front: best {column.words}", "value": value, "which": which})
     measured = sum(r.state == "complete" and r.duplicate_of is None for r in records)
     return [*tiles, {"what": "on the front", "value": str(len(members)), "which": f"of {measured} measured"}]
@@ -101,7 +100,7 @@ def _tiles(records: Sequence[Record], spec: Spec) -> list[dict[str, str]]:
 def _quickly(records: Sequence[Record], best: Record) -> str:
     """For how many samples, if that differs, and the speedup over the quickest float, which mostly is not fp32."""
     other, ratio = quickest_float(records, best), best.metrics.latency_ratio
-    batch = f", batch {batch_size(best)}" if batch_sizes_differ(records) else ""
+    batch = f", batch {best.call.batch_size}" if batch_sizes_differ(records) else ""
     if other is None or not ratio or not other.metrics.latency_ratio:
         return batch
     if other.number == best.number:

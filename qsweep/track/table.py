@@ -97,6 +97,7 @@ _TITLES = {
     "latency_ms": ("latency", "ms"),
     "latency_p95_ms": ("p95", "ms"),
     "latency_ratio": ("× fp32", ""),
+    "throughput": ("samples a second", ""),
     "int8_mac_fraction": ("int8 MACs", "%"),
     "parity_top1": ("parity", "%"),
     "sparsity": ("sparsity", "%"),
@@ -145,17 +146,22 @@ class Table:
 
 
 def front_table(records: Sequence[Record], spec: Spec) -> Table:
-    """The front and the baselines, with the metrics that decide; other objectives and constraints of the spec too."""
+    """The front and the baselines, with the metrics that decide; other objectives and constraints of the spec too, and
+    what compares batch sizes where there are several."""
     members = front(records, spec)
     chosen = {r.number: r for r in members} | {
         r.number: r for r in records if r.kind == "baseline" and r.state == "complete"
     }
-    extra = [name for name in (*spec.objectives, *spec.constraints) if name not in _SHOWN]
-    keys = [key for key in (*_SHOWN, *extra) if any(getattr(r.metrics, key) is not None for r in chosen.values())]
     batches = ["batch_size"] if batch_sizes_differ(list(chosen.values())) else []
+    extra = [*spec.objectives, *spec.constraints, *(["throughput"] if batches else [])]
+    keys = [key for key in dict.fromkeys((*_SHOWN, *extra)) if any(_measured(r, key) for r in chosen.values())]
     draws = ["draws"] if any(r.repetitions for r in chosen.values()) else []
     fields = ["number", "name", "engine", *batches, "front", *draws]
     return _table(list(chosen.values()), [*fields, *keys], members, spec)
+
+
+def _measured(record: Record, key: str) -> bool:
+    return getattr(record.metrics, key) is not None
 
 
 def full_table(records: Sequence[Record], spec: Spec) -> Table:
@@ -184,7 +190,7 @@ def value_of(record: Record, column: Column, members: set[int]) -> Value:
     if key == "engine":
         return engine_text(record)
     if key == "batch_size":
-        return batch_size(record)
+        return record.call.batch_size
     if key == "draws":
         return draws_text(record, column.judged_by)
     if key == "failure":
@@ -213,14 +219,9 @@ def mixed_bits(record: Record) -> str:
     return "; ".join(f"{bits} bits: {', '.join(names[bits])}" for bits in widths) if len(widths) > 1 else ""
 
 
-def batch_size(record: Record) -> int:
-    """Samples of a call, which its latency is that of."""
-    return int(record.config.get("target", {}).get("batch_size", 1))
-
-
 def batch_sizes_differ(records: Sequence[Record]) -> bool:
     """Whether milliseconds of one record are those of more samples than another's."""
-    return len({batch_size(record) for record in records}) > 1
+    return len({record.call.batch_size for record in records}) > 1
 
 
 def engine_text(record: Record) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qsweep.checkpoints import resumable
 from qsweep.store import Store
@@ -39,6 +40,16 @@ def _own_memory(model: nn.Module) -> None:
     for value in (*model.parameters(), *model.buffers()):
         if value.untyped_storage().nbytes() != value.numel() * value.element_size():
             value.data = value.data.clone(memory_format=torch.contiguous_format)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256, in hex, of the parameters and buffers of `model`, with their names, types and shapes."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def baseline_key(config: TaskConfig, root: Path, seed: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qsweep.baseline import baseline, baseline_key
+from qsweep.baseline import baseline, baseline_key, weights_hash
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import QuantizedModel
 from qsweep.spec import Compression, TrialConfig
@@ -46,10 +46,13 @@ def context_of(
     def teacher() -> nn.Module:
         return baseline(task, config, root=root, store=store, seed=seed, progress=progress)
 
+    key = baseline_key(config, root, seed)
+    if config.pretrained:  # a class of the user's own may take its weights from where nobody knows
+        key = store.key(key, weights_hash(teacher()))
     return Context(
         task=task,
         store=store,
-        key=baseline_key(config, root, seed),
+        key=key,
         seed=seed,
         teacher=teacher,
         training=config.training,

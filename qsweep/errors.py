@@ -99,6 +99,10 @@ class Crashed(TrialFailure):
     retry = True
 
 
+JOIN = "several become one, `torch.cat([a.flatten(1), b.flatten(1)], 1)`, which `loss` and `score` take apart again"
+"""What to do with a model that gives more than one tensor."""
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """`error`, if it is not qsweep's own, and what has led to it, the compiler's way of telling included."""
     found: BaseException | None = error
@@ -117,10 +121,12 @@ def why(error: BaseException) -> str:
 
 def did_you_mean(message: str, name: object, known: Iterable[str]) -> str:
     """`message`, which refuses `name`; before it stands the one of the `known` names that is nearest, if one is near:
-    begins with it, or differs by few letters (`edge_bits` is not near to `weight_bits`, which some methods have)."""
+    begins with it, has its letters, or differs by few (`edge_bits` is not near to `weight_bits`, which some methods
+    have)."""
     word, names = str(name).lower(), list(known)
     begun = [each for each in names if each.startswith(word)]
-    near = get_close_matches(word, begun, 1, 0.3) or get_close_matches(word, names, 1, 0.75)
+    swapped = [each for each in names if sorted(each) == sorted(word)]
+    near = get_close_matches(word, begun, 1, 0.3) or swapped or get_close_matches(word, names, 1, 0.75)
     return f"did you mean `{near[0]}`? {message[0].upper()}{message[1:]}" if near else message
 
 

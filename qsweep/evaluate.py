@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from qsweep.errors import NotFinite, QsweepError, TaskFailure
+from qsweep.errors import JOIN, NotFinite, QsweepError, TaskFailure
 from qsweep.tasks.base import Metric, SplitName, Task
 
 _PART = 256
@@ -37,7 +37,7 @@ def predict(
             batch = task.transform(part)
             found = model(batch.to(device, memory_format=layout(batch)))
             if not isinstance(found, Tensor):
-                raise TaskFailure(f"the model must give one tensor (got {type(found).__name__})")
+                raise TaskFailure(f"the model must give one tensor (got {type(found).__name__}); {JOIN}")
             outputs.append(found.cpu())
     joined = torch.cat(outputs)
     if not torch.isfinite(joined).all():
@@ -79,6 +79,12 @@ def judged(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
             # the mean of a group strays by less than a sample does
             found[left_out] = (whole - without) * (number - len(left_out)) / len(left_out) ** 0.5
     return (whole + found - found.mean()).float()
+
+
+def of_classes(outputs: Tensor, labels: Tensor) -> bool:
+    """Whether outputs are scores of classes that labels number; else they are what labels are: numbers, images."""
+    several = outputs.dim() > 1 and outputs.shape[1] > 1
+    return several and not labels.is_floating_point() and outputs.shape[1:] != labels.shape[1:]
 
 
 def _defined(value: float | None, count: int) -> float:

@@ -121,6 +121,7 @@ def _prepare(job: Job) -> Result:
     return {
         "metrics": metrics,
         "seconds": job.clock.seconds,
+        "model": context.key,
         "about": about,
         "doubts": list(doubts(task, job.task_config.judged_by)),
     }

@@ -24,7 +24,8 @@ def prepare(folder: Path) -> None:
         _write(folder, "prepare", {"failure": {"kind": "TaskFailure", "message": "the task raised"}})
     else:
         doubts = ["as told"] if _told(job, "prepare") == "doubt" else []
-        _write(folder, "prepare", {"metrics": {}, "seconds": {"prepare": 0.0}, "doubts": doubts})
+        content = {"metrics": {}, "seconds": {"prepare": 0.0}, "doubts": doubts, "model": _told(job, "weights") or None}
+        _write(folder, "prepare", content)
 
 
 def build(folder: Path) -> None:

@@ -127,6 +127,17 @@ def test_validate_refuses_a_spec_whose_files_are_missing_and_names_them_all(
     assert failing(monkeypatch, capsys, "validate", written(spec, task=own)) == f"error: `none.py`: {no}/none.py`\n"
 
 
+def test_validate_refuses_a_checkpoint_of_another_form(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (spec.parent / "weights.pt").write_bytes(b"PK no safetensors file")
+    model = {"arch": "digits_cnn", "checkpoint": "weights.pt"}
+    written(spec, task={"method": "image_classification", "model": model, "data": {"method": "digits"}})
+    said = failing(monkeypatch, capsys, "validate", spec)
+    assert "must be a whole safetensors file" in said
+    assert "`safetensors.torch.save_file` writes one from a `state_dict()`" in said
+
+
 def test_validate_refuses_a_class_that_is_none_without_loading_its_data(
     spec: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,21 @@ def test_outputs_that_cannot_be_compared_are_refused(student: tuple[int, ...], t
         divergence(torch.zeros(student), torch.zeros(teacher), 1.0)
 
 
+@pytest.mark.parametrize(
+    ("labels", "fits"),
+    [((8,), True), ((8, 6), True), ((8, 5), False), ((8, 2, 6), False)],
+)
+def test_labels_that_are_no_classes_are_not_distilled_by_logits(labels: tuple[int, ...], fits: bool) -> None:
+    """Two logits and four numbers of a box; shares of six classes."""
+    outputs, targets = torch.randn(8, 6), torch.randn(8, 6)
+    for found in (torch.rand(labels), torch.randint(0, 6, labels)):
+        if fits or not found.is_floating_point():
+            assert Logits().distance(outputs, targets, found).isfinite()
+        else:
+            with pytest.raises(TaskFailure, match="`method: outputs` follows outputs of any kind"):
+                Logits().distance(outputs, targets, found)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_the_loss_weighs_teacher_and_labels_by_alpha(alpha: float) -> None:
     teacher, inputs, outputs, labels = nn.Linear(4, 3), torch.randn(5, 4), torch.randn(5, 3), torch.arange(5) % 3

@@ -21,7 +21,7 @@ from test_gates import KINDS
 from test_odd_networks import INPUTS, ODD
 from test_odd_networks import made as odd
 from test_recurrent import INPUTS as SOUNDS
-from test_recurrent import Gated
+from test_recurrent import Gated, Spoken
 from test_words import Classifier, texts
 from torch import Tensor, nn
 from written_networks import WRITTEN
@@ -128,6 +128,17 @@ def test_transformers_and_recurrent_networks_run(
     assert_close(run(inputs), IntegerInterpreter(model.graph)(inputs), within=0.02)
     found = engine.integer_macs(tmp_path / "artifact", run, inputs) / (len(inputs) * model.macs)
     assert share <= found <= 1
+
+
+@pytest.mark.parametrize("kind", [Gated, Spoken])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_recurrent_layers_run_with_their_weights_alone_quantized(
+    kind: type[nn.Module], bits: int, tmp_path: Path
+) -> None:
+    config = PTQ(activation_bits=None, weight_bits=bits)
+    model = config.apply(made(kind), shared(kind.__name__, SOUNDS))
+    engine = lowered(model, tmp_path / "artifact", len(SOUNDS))
+    assert_close(engine.load(tmp_path / "artifact")(SOUNDS), simulation(model)(SOUNDS), within=1e-3)
 
 
 def layers(content: onnx.ModelProto, tensors: dict[str, Tensor]) -> Iterator[tuple[str, onnx.ModelProto, list[str]]]:

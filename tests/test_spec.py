@@ -141,6 +141,11 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
             "`target.engine`: did you mean `onnxruntime`? Must be one of 'cuda', 'executorch', 'float', 'inductor', "
             "'onnxruntime', 'openvino', 'reference' (got 'ONNX')",
         ),
+        (
+            {"compress": {"quantize": {"method": "pqt"}}},
+            "`compress.quantize.method`: did you mean `ptq`? Must be one of 'apot', 'cast', 'codebook', 'dorefa', "
+            "'lsq', 'mixed', 'pact', 'ptq', 'qat' (got 'pqt')",
+        ),
         ({"target": "float"}, "`target`: must be a mapping such as {engine: …} (got 'float')"),
         ({"task": "digits"}, "`task`: must be a mapping such as {method: …} (got 'digits')"),
         ({"target": {"batch_size": 1}}, "`target.engine`: is required and was not given"),

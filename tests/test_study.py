@@ -260,6 +260,18 @@ def test_model_or_data_that_changed_since_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path, spec)
 
 
+def test_weights_of_the_users_code_that_changed_since_are_refused_whatever_file_they_are_in(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text("")
+    task: dict[str, Any] = {"method": "python", "file": "task.py:Task", "trained": True}
+    sweep(tmp_path, small_spec(task=task, search={"trials": 1}), weights="one")
+    more = small_spec(task=task, search={"trials": 2})
+    assert len(sweep(tmp_path, more, weights="one")) == 5
+    for _ in range(2):
+        with pytest.raises(SweepError, match="the weights have changed since"):
+            sweep(tmp_path, more, weights="other")
+    assert len(sweep(tmp_path, more, weights="one")) == 5
+
+
 def test_a_folder_of_sweeps_may_be_a_link_and_its_root_is_beside_the_link(tmp_path: Path) -> None:
     root, disk = tmp_path / "project", tmp_path / "disk"
     (disk / "small").mkdir(parents=True)

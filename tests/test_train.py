@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_task import Toy
 
-from qsweep.baseline import baseline, baseline_key, kept
+from qsweep.baseline import baseline, baseline_key, kept, weights_hash
 from qsweep.batches import Losses, parts
 from qsweep.errors import DataError, NotFinite, Refused, SpecError, TaskFailure
 from qsweep.evaluate import accuracy, check, judged, predict
@@ -280,6 +281,20 @@ def test_the_identity_of_a_baseline_holds_its_training_and_seed(tmp_path: Path) 
     other = config.model_copy(update={"training": Training(epochs=9)})
     keys = {baseline_key(config, tmp_path, 0), baseline_key(config, tmp_path, 1), baseline_key(other, tmp_path, 0)}
     assert len(keys) == 3
+
+
+def test_the_identity_of_weights_holds_their_names_numbers_types_and_shapes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    others = [copy.deepcopy(model) for _ in range(5)]
+    with torch.no_grad():
+        others[0][0].weight[1, 1] += 1e-6
+        others[1][1].running_mean[0] += 1e-6
+    others[2][0].weight.data = others[2][0].weight.data.reshape(2, 3)
+    others[3].half()
+    others[4] = nn.Sequential(nn.Identity(), *others[4])
+    assert weights_hash(copy.deepcopy(model)) == weights_hash(model)
+    assert len({weights_hash(each) for each in (model, *others)}) == 6
 
 
 class Broken(Toy):

@@ -61,6 +61,6 @@ def export(
     record, _, folder = choose(sweep, maxima, minima, by, trial)
     made = write(record, folder.path, out)
     files = sorted(path for path in made.rglob("*") if path.is_file())
-    say(f"{record.name} on {engine_text(record)}:", *(f"  {path}" for path in files))
+    say(f"{record.name} on {engine_text(record)}:", *(f"  {path}  {path.stat().st_size:,} bytes" for path in files))
     if note := TrialConfig.model_validate(record.config).target.export_note:
         say(f"note: {note}")

@@ -14,7 +14,7 @@ from qsweep.errors import TaskFailure
 def with_teacher(
     teacher: nn.Module,
     task_loss: Callable[[Tensor, Tensor], Tensor],
-    distance: Callable[[Tensor, Tensor], Tensor],
+    distance: Callable[[Tensor, Tensor, Tensor], Tensor],
     alpha: float,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """`loss(inputs, outputs, labels)`; the teacher, in eval mode, is asked for `inputs` and gets no gradient."""
@@ -22,10 +22,21 @@ def with_teacher(
     def loss(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             targets = teacher(inputs)
-        return alpha * distance(outputs, targets) + (1 - alpha) * task_loss(outputs, labels)
+        return alpha * distance(outputs, targets, labels) + (1 - alpha) * task_loss(outputs, labels)
 
     teacher.eval()
     return loss
+
+
+def check_classes(outputs: Tensor, labels: Tensor) -> None:
+    """Raises TaskFailure where labels are several real numbers a sample that are no shares of the classes: a softmax
+    over all outputs, logits and boxes, would be of no use."""
+    if labels.is_floating_point() and labels.dim() > 1 and labels.shape != outputs.shape:
+        shapes = f"{tuple(outputs.shape)} and {tuple(labels.shape)}"
+        raise TaskFailure(
+            "`distill: {method: logits}` needs labels that number classes, or a share for each (got real numbers, "
+            f"outputs and labels {shapes}); `method: outputs` follows outputs of any kind"
+        )
 
 
 def divergence(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -62,5 +62,6 @@ class Distillation(Stage):
         return with_teacher(teacher, context.task.loss, self.distance, self.alpha)
 
     @abstractmethod
-    def distance(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Scalar: how far the student's `outputs` are from the teacher's. Raises TaskFailure where none is defined."""
+    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+        """Scalar: how far the student's `outputs` are from the teacher's, for samples with these labels. Raises
+        TaskFailure where none is defined."""

@@ -27,7 +27,8 @@ class Logits(Distillation):
     def label(self) -> str:
         return f"T{self.temperature:.0f}" if self.temperature.is_integer() else f"T{self.temperature:.1f}"
 
-    def distance(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        from qsweep.distill._loss import divergence
+    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+        from qsweep.distill._loss import check_classes, divergence
 
+        check_classes(outputs, labels)
         return self.temperature**2 * divergence(outputs, targets, self.temperature)

@@ -20,7 +20,7 @@ class Outputs(Distillation):
     def label(self) -> str:
         return "outputs"
 
-    def distance(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
         from qsweep.distill._loss import squared
 
         return squared(outputs, targets)

@@ -68,10 +68,14 @@ _MOVES = {"Gather", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Tra
 """Of what they are given first."""
 
 
+_RECURRENT = {"GRUSequence", "LSTMSequence"}
+
+
 def computed_constants(model: openvino.Model) -> None:
     """Quantized values that follow from parameters and the shape of the input alone (tokens repeated for each sample,
-    embeddings of places) as constants, in place: sums of them stop the compiler, and so do reshapes behind convolutions
-    of such values, quantized or not. Weights stay integers."""
+    embeddings of places) as constants, in place: sums of them stop the compiler, and so do reshapes behind
+    convolutions of such values, quantized or not, and weights of recurrent layers that have yet to be computed. Weights
+    of others stay integers."""
     fixed: set[str] = set()
     quantized: set[str] = set()
     ends = []
@@ -85,6 +89,9 @@ def computed_constants(model: openvino.Model) -> None:
                 quantized.add(name)
             elif kind in ("Convolution", "GroupConvolution"):
                 ends.append(node.output(0))
+        elif kind in _RECURRENT:
+            sources = [each.get_source_output() for each in node.inputs()]
+            ends += [each for each in sources if each.get_node().get_name() in fixed and not _is_constant(each)]
     ends += [
         output
         for node in nodes
@@ -99,6 +106,10 @@ def computed_constants(model: openvino.Model) -> None:
     found = compute(np.zeros(model.input().shape, model.input().get_element_type().to_dtype()))
     for output, value in zip(ends, found.values(), strict=True):
         _replace(output, ops.constant(value).output(0))
+
+
+def _is_constant(output: Any) -> bool:
+    return bool(output.get_node().get_type_name() == "Constant")
 
 
 def _replace(output: Any, by: Any) -> None:

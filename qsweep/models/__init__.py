@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -24,7 +26,7 @@ Arch = Literal[
 ]
 ARCHS: tuple[str, ...] = get_args(Arch)
 
-__all__ = ["ARCHS", "Arch", "build", "load_checkpoint"]
+__all__ = ["ARCHS", "Arch", "build", "check_checkpoint", "load_checkpoint"]
 
 
 def build(arch: Arch, classes: int, channels: int) -> nn.Module:
@@ -60,12 +62,27 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     model.load_state_dict(found, strict=False)
 
 
+def check_checkpoint(path: Path) -> None:
+    """Raises DataError where `path` is no safetensors file, without reading more than its header, or PyTorch."""
+    from safetensors import safe_open
+
+    with _as_data_errors(path), safe_open(path, framework="numpy"):
+        pass
+
+
 def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with _as_data_errors(path):
         return load_file(path)
+
+
+@contextmanager
+def _as_data_errors(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except FileNotFoundError:
         raise DataError(f"`{path}`: there is no such checkpoint") from None
     except (SafetensorError, OSError) as error:

@@ -149,6 +149,8 @@ class Driver:
     def _prepare(self) -> Evaluation:
         folder = self.folder.path / "prepare"
         outcome.forget_failure(folder, "prepare")
+        if self.spec.task.pretrained and self.spec.task.own_code and read_result(folder / "prepare.json"):
+            outcome.forget(folder, ["prepare"])  # are the weights still those that the sweep began with?
         evaluation = Evaluation(folder, self._job(accepted(self.known[0]).plain, baseline=None), jobs=("prepare",))
         self.pipeline.add(evaluation)
         return evaluation
@@ -159,6 +161,8 @@ class Driver:
         if failed := evaluation.failure:
             names_its_file = failed.kind in (DataError.__name__, TaskFailure.__name__) and failed.message[0] == "`"
             raise failure(failed.kind, failed.message if names_its_file else f"`task`: {failed.message}")
+        if model := read_result(evaluation.folder / "prepare.json").get("model"):
+            self.folder.keep_model(model)
         return not self.stopping()
 
     # -- the trials

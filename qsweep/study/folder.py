@@ -82,7 +82,7 @@ class SweepFolder:
         """
         path = self.path / "spec.json"
         new = json.loads(spec.model_dump_json())
-        threads = max(1, cores() // spec.run.workers)
+        own = {"threads": max(1, cores() // spec.run.workers)}
         if path.exists():
             kept = _read(path, json.loads)
             complaint = self._changes(_as_now(kept["spec"]), new) or self._changed(kept["fingerprint"], fingerprint)
@@ -91,12 +91,20 @@ class SweepFolder:
             if complaint:  # nothing was finished: what was wrong has been mended
                 self._clear()
             else:
-                threads = kept.get("threads", threads)
+                own |= {name: kept[name] for name in ("threads", "model") if name in kept}
                 baselines = [TrialConfig.model_validate(config) for config in kept["baselines"]]
         plain = [config.model_dump(mode="json") for config in baselines]
         content = {"hash": content_hash(new), "spec": new, "fingerprint": fingerprint, "baselines": plain}
-        write_atomically(path, json.dumps(content | {"threads": threads}, indent=1), durable=True)
+        write_atomically(path, json.dumps(content | own, indent=1), durable=True)
         return baselines
+
+    def keep_model(self, key: str) -> None:
+        """Note the identity of the uncompressed model. Raises SweepError where there are records of another."""
+        path = self.path / "spec.json"
+        content = _read(path, json.loads)
+        if (complaint := self._changed(content.get("model", key), key)) and self.records():
+            raise SweepError(complaint)
+        write_atomically(path, json.dumps(content | {"model": key}, indent=1), durable=True)
 
     def threads(self) -> int:
         """Threads of a job, the same for all of the sweep however many workers it is given later: the last bits of a
@@ -107,8 +115,8 @@ class SweepFolder:
         if old == new:
             return None
         return (
-            f"`{self.path}`: model and data of `task` must be those the sweep began with (a file or the code has "
-            "changed since); give the spec another `name`, or move the folder away"
+            f"`{self.path}`: model and data of `task` must be those the sweep began with (a file, the code or "
+            "the weights have changed since); give the spec another `name`, or move the folder away"
         )
 
     def _changes(self, old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -36,6 +36,9 @@ def notes(spec: Spec, folder: SweepFolder, records: Sequence[Record]) -> Iterato
             f"latencies are of calls of {', '.join(map(str, sorted(sizes)))} samples, and `× fp32` is held against "
             "fp32 at the same batch size; what compares them is `throughput`, as an objective, too"
         )
+    trials = [record for record in records if record.kind == "trial" and record.state == "complete"]
+    if fp32 is not None and len({record.engine for record in trials}) > 1:
+        yield f"`× fp32` is held against fp32 on `{fp32.engine}`, the first engine of the spec, on every engine"
     if fp32 is not None and (apart := max(_apart(record, fp32) for record in records)) > _FAR:
         yield (
             f"milliseconds of two rows are of two processes, and up to {apart - 1:.0%} apart by what else the machine "

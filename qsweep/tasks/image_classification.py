@@ -57,6 +57,13 @@ class ImageClassification(TaskConfig):
     def files(self) -> list[str]:
         return [*([self.model.checkpoint] if self.model.checkpoint else []), *self.data.files]
 
+    def check(self, root: Path) -> None:
+        from qsweep.models import check_checkpoint
+
+        super().check(root)
+        if self.model.checkpoint:
+            check_checkpoint(locate(self.model.checkpoint, root))
+
     @property
     def pretrained(self) -> bool:
         return self.model.checkpoint is not None

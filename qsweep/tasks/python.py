@@ -53,6 +53,10 @@ class Python(TaskConfig):
         return [self.file.rsplit(":", 1)[0], *self.depends_on]
 
     @property
+    def own_code(self) -> bool:
+        return True
+
+    @property
     def pretrained(self) -> bool:
         return self.trained
 

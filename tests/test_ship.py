@@ -424,7 +424,7 @@ def test_the_model_as_it_is_may_be_promoted_and_is_said_to_be_that_where_it_was_
     chosen = (["--trial", "0"], ["--by", "latency_ms", "--min", "latency_ms=0.9", "--max", "accuracy_drop_pp=1"])
     for version, (options, noted) in enumerate(zip(chosen, (False, True), strict=True), start=1):
         said = CliRunner().invoke(app, ["promote", str(published.path), "--name", "as-it-is", *options]).output
-        assert f"fp32 on onnxruntime is version {version} of `as-it-is`" in said
+        assert f"fp32 on onnxruntime, batch 4 is version {version} of `as-it-is`" in said
         assert ("note: this is the model as it is" in said) == noted
 
 

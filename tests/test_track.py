@@ -145,6 +145,12 @@ def test_runs_of_several_engines_are_told_apart_by_their_names(tmp_path: Path) -
     assert [run.info.run_name for run in runs_of(tmp_path)][1:] == [f"{r.name} on {r.engine}" for r in records()[:2]]
 
 
+def test_runs_of_several_batch_sizes_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    asked = small_spec(target={"engine": "onnxruntime", "batch_size": {"choice": [1, 4]}})
+    list(publish(drive(tmp_path, records()[:2]), asked, tmp_path))
+    assert [run.info.run_name for run in runs_of(tmp_path)][1:] == [f"{r.name}, batch 4" for r in records()[:2]]
+
+
 def test_a_driver_killed_between_run_and_ledger_leaves_no_run_twice_and_none_running(tmp_path: Path) -> None:
     stream = publish(drive(tmp_path, records()), spec(), tmp_path)
     for _ in range(4):

@@ -26,10 +26,10 @@ def best(sweep: Sweep, maxima: Maxima = None, minima: Minima = None, by: By = "a
     from qsweep.cli.sweep import choose
     from qsweep.records import Metrics
     from qsweep.tasks import ACCURACY
-    from qsweep.track.table import Column, engine_text, mixed_bits
+    from qsweep.track.table import Column, mixed_bits, place_text
 
     record, spec, folder = choose(sweep, maxima, minima, by, trial)
-    say(f"#{record.number} {record.name} on {engine_text(record)}")
+    say(f"#{record.number} {record.name} on {place_text(record)}")
     judged_by = spec.task.judged_by
     if judged_by != ACCURACY:
         say(f"  {'accuracy is':<22} {Column('accuracy', judged_by).title}, its drop is in that, too")

@@ -183,18 +183,18 @@ def _place(number: int | None) -> str:
 
 def again(record: Record, judged_by: TaskMetric) -> str:
     """What came of the last repetition of a record, in one line: why it failed, or mean and spread with it."""
-    from qsweep.track.table import draws_text, engine_text
+    from qsweep.track.table import draws_text, place_text
 
     failed = record.repetitions[-1].failure
     told = f"failed, {failed.kind}: {failed.message}" if failed else f"{draws_text(record, judged_by)} draws"
-    return f"#{record.number:<3} {record.name} on {engine_text(record)} again: {told}"
+    return f"#{record.number:<3} {record.name} on {place_text(record)} again: {told}"
 
 
 def line(record: Record, judged_by: TaskMetric) -> str:
     """A record in one line."""
-    from qsweep.track.table import Column, engine_text
+    from qsweep.track.table import Column, place_text
 
-    metrics, head = record.metrics, f"#{record.number:<3} {record.name} on {engine_text(record)}"
+    metrics, head = record.metrics, f"#{record.number:<3} {record.name} on {place_text(record)}"
     if record.failure:
         kind = "" if record.state == "refused" else f", {record.failure.kind}"
         return f"{head}: {record.state}{kind}: {record.failure.message}"

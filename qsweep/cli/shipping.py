@@ -31,12 +31,12 @@ def promote(
     from qsweep.ship import Selector
     from qsweep.ship import promote as register
     from qsweep.spec import UNCOMPRESSED
-    from qsweep.track.table import engine_text
+    from qsweep.track.table import place_text
 
     spec, folder = find(sweep)
     selector = Selector.parse(maxima or (), minima or (), by, trial, spec.task)
     made = register(folder.path, selector, name, alias)
-    told = f"{made.record.name} on {engine_text(made.record)}"
+    told = f"{made.record.name} on {place_text(made.record)}"
     say(f"{told} is version {made.version} of `{made.name}`, alias `{made.alias}`")
     if made.record.name == UNCOMPRESSED and trial is None:
         say("note: this is the model as it is, which nothing compressed is better than by what was asked")
@@ -56,11 +56,11 @@ def export(
     from qsweep.cli.sweep import choose
     from qsweep.ship import export as write
     from qsweep.spec import TrialConfig
-    from qsweep.track.table import engine_text
+    from qsweep.track.table import place_text
 
     record, _, folder = choose(sweep, maxima, minima, by, trial)
     made = write(record, folder.path, out)
     files = sorted(path for path in made.rglob("*") if path.is_file())
-    say(f"{record.name} on {engine_text(record)}:", *(f"  {path}  {path.stat().st_size:,} bytes" for path in files))
+    say(f"{record.name} on {place_text(record)}:", *(f"  {path}  {path.stat().st_size:,} bytes" for path in files))
     if note := TrialConfig.model_validate(record.config).target.export_note:
         say(f"note: {note}")

@@ -60,7 +60,7 @@ def _planned(plan: Plan) -> Iterator[str]:
     yield f"configs    {counted}"
     yield f"trials     {plan.trials:,} at most, {how}"
     yield f"repeats    {plan.repeats:,} at most, of near ties on the front"
-    yield f"baselines  {', '.join(plan.baselines)}"
+    yield f"baselines  {'; '.join(plan.baselines)}"
     if plan.looked_at != plan.configs:
         yield f"Of {plan.looked_at:,} configs drawn at random:"
     for stage in plan.shared:

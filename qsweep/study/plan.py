@@ -9,7 +9,7 @@ from itertools import islice
 from qsweep.config import Config, content_hash
 from qsweep.engines import EngineConfig
 from qsweep.errors import SpecError
-from qsweep.spec import Spec
+from qsweep.spec import Spec, TrialConfig
 from qsweep.study.baselines import baselines
 from qsweep.study.points import Candidate, at, candidate, count, drawn, enumerated, listed, targets, tree, unavailable
 from qsweep.study.repeats import budget
@@ -90,7 +90,7 @@ def plan(spec: Spec) -> Plan:
         every_point=enumerated(spec),
         trials=most,
         repeats=budget(spec),
-        baselines=[f"{config.name} on {config.target.engine}" for config in baselines(spec)],
+        baselines=[_placed(config) for config in baselines(spec)],
         shared=list(_shared(possible)),
         refused=[Refusal(reason=reason, configs=number) for reason, number in reasons.most_common()],
     )
@@ -112,6 +112,11 @@ def _shared(candidates: list[Candidate]) -> Iterator[Sharing]:
         keys = {content_hash([_uid(getattr(compress, name)) for name in parents]) for compress in having}
         if having:
             yield Sharing(stage=stage, distinct=len(keys), trials=len(having))
+
+
+def _placed(config: TrialConfig) -> str:
+    batch = f", batch {config.target.batch_size}" if config.target.batch_size > 1 else ""
+    return f"{config.name} on {config.target.engine}{batch}"
 
 
 def _uid(stage: Config | None) -> str | None:

@@ -120,9 +120,11 @@ class Runs:
         self._fill(str(run.info.run_id), record, end)
 
     def _name(self, record: Record) -> str:
-        """Its name, with the engine where there are several: the same config on two of them is two runs."""
-        several = len({target.engine for target in self.spec.target.configs()}) > 1
-        return f"{record.name} on {engine_text(record)}" if several else record.name
+        """Its name, with engine and batch size where there are several: the same config on two of them is two runs."""
+        targets = self.spec.target.configs()
+        engines, sizes = {target.engine for target in targets}, {target.batch_size for target in targets}
+        engine = f" on {engine_text(record)}" if len(engines) > 1 else ""
+        return f"{record.name}{engine}{f', batch {record.call.batch_size}' if len(sizes) > 1 else ''}"
 
     def _update(self, run_id: str, record: Record) -> None:
         """Log what differs; a metric logged twice would be drawn as a curve."""

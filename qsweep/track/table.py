@@ -233,6 +233,12 @@ def engine_text(record: Record) -> str:
     return f"{record.engine} ({', '.join(notes)})" if notes else record.engine
 
 
+def place_text(record: Record) -> str:
+    """Where a record runs: its engine, and for how many samples at once if that is more than one."""
+    size = record.call.batch_size
+    return f"{engine_text(record)}, batch {size}" if size > 1 else engine_text(record)
+
+
 def membership(record: Record, members: set[int]) -> str:
     """What the tables say of a record's place: `certain`, `probable`, `so far` while searching, or `baseline`."""
     if record.number in members:

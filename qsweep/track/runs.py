@@ -121,7 +121,7 @@ class Runs:
 
     def _name(self, record: Record) -> str:
         """Its name, with engine and batch size where there are several: the same config on two of them is two runs."""
-        targets = self.spec.target.configs()
+        targets = list(self.spec.target.configs())
         engines, sizes = {target.engine for target in targets}, {target.batch_size for target in targets}
         engine = f" on {engine_text(record)}" if len(engines) > 1 else ""
         return f"{record.name}{engine}{f', batch {record.call.batch_size}' if len(sizes) > 1 else ''}"

@@ -98,6 +98,17 @@ def test_what_could_not_be_had_is_told_below_the_front(tmp_path: Path) -> None:
         ]
 
 
+def test_what_is_shown_of_a_sweep_whose_spec_has_changed_is_said_to_be_of_before(
+    spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep(spec.parent, small_spec())
+    for text, changed in ((CONTENT, False), (CONTENT.replace("trials: 6", "trials: 7"), True)):
+        spec.write_text(text)
+        result = qsweep_("front", spec)
+        assert ("has changed since; this is the sweep as it was run" in " ".join(result.stderr.split())) == changed
+        assert "ptq-w6s-a8a" in result.stdout
+
+
 def test_validate_says_what_a_spec_asks_for(spec: Path) -> None:
     said = qsweep_("validate", spec).output
     assert f"{spec}: valid" in said
@@ -313,7 +324,7 @@ def test_a_metric_of_ones_own_is_told_and_bounded_in_its_unit(spec: Path) -> Non
     (spec.parent / "task.py").write_text("")
     metric = {"name": "negative RMSE", "unit": "m"}
     sweep(spec.parent, small_spec(task={"method": "python", "file": "task.py:Task", "metric": metric}))
-    said = qsweep_("best", spec, "--max", "accuracy_drop_pp=0.1", "--min", "accuracy=-3", "--by", "size_bytes").output
+    said = qsweep_("best", spec, "--max", "accuracy_drop_pp=0.1", "--min", "accuracy=-3", "--by", "size_bytes").stdout
     assert said.splitlines()[0].endswith("ptq-w6s-a8a on onnxruntime")
     assert "accuracy is            negative RMSE m, its drop is in that, too" in said
     assert "negative RMSE m" in qsweep_("front", spec).output

@@ -222,6 +222,12 @@ def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_pat
         sweep(tmp_path, small_spec(search={"trials": 1, "seed": 3}, target={"engine": "inductor"}))
 
 
+def test_what_differs_in_a_list_is_told_by_its_place(tmp_path: Path) -> None:
+    sweep(tmp_path, small_spec(objectives=["accuracy", "latency_ms"], search={"trials": 1}))
+    with pytest.raises(SweepError, match=r"another spec: `objectives.1` was 'latency_ms' and is 'size_bytes'\."):
+        sweep(tmp_path, small_spec(objectives=["accuracy", "size_bytes"], search={"trials": 1}))
+
+
 def test_fields_that_a_later_version_adds_do_not_make_it_another_spec(tmp_path: Path) -> None:
     first = sweep(tmp_path, small_spec())
     path = tmp_path / "sweeps" / "small" / "spec.json"

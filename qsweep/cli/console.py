@@ -35,6 +35,11 @@ def say_error(message: str) -> None:
     console(stderr=True).print(Text.assemble(("error: ", "bold red"), (" ".join(message.split()), "red")))
 
 
+def say_aside(message: str) -> None:
+    """One line on standard error, beside what is asked for."""
+    console(stderr=True).print(message, markup=False)
+
+
 def grid(table: Table, title: str | None = None) -> RichTable:
     """A table of the sweep as rich draws it; on a narrow terminal without the columns that say least."""
     from rich import box

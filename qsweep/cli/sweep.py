@@ -24,13 +24,18 @@ Trial = Annotated[int | None, typer.Option("--trial", metavar="NUMBER", help="Th
 
 
 def find(path: Path) -> tuple[Spec, SweepFolder]:
-    """The spec that the sweep at `path` was run with, and its folder. Raises SweepError where there is none."""
+    """The spec that the sweep at `path` was run with, and its folder; says so where `path` is another by now. Raises
+    SweepError where there is none."""
+    from qsweep.cli.console import say_aside
     from qsweep.errors import SweepError
     from qsweep.spec import load_spec
     from qsweep.study.folder import SweepFolder
 
     if not path.is_dir():
-        folder = SweepFolder(path.parent, load_spec(path).name)
+        asked = load_spec(path)
+        folder = SweepFolder(path.parent, asked.name)
+        if not folder.is_of(asked):
+            say_aside(f"note: `{path}` has changed since; this is the sweep as it was run")
     elif (path / "spec.json").is_file():
         folder = SweepFolder.at(path)
     else:

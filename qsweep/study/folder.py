@@ -147,6 +147,10 @@ class SweepFolder:
         except FileNotFoundError:
             raise SweepError(f"`{self.path}`: there is no sweep here; `qsweep run` makes it") from None
 
+    def is_of(self, spec: Spec) -> bool:
+        """Whether the sweep was last run with `spec`."""
+        return json.loads(self.spec().model_dump_json()) == json.loads(spec.model_dump_json())
+
     def records(self) -> list[Record]:
         """All records, by number."""
         paths = sorted(self.path.glob("trials/*/record.json"))
@@ -215,6 +219,9 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(one, other, f"{path}.{index}")
     elif old != new:
         yield path, old, new
 

@@ -149,7 +149,8 @@ class SweepFolder:
 
     def is_of(self, spec: Spec) -> bool:
         """Whether the sweep was last run with `spec`."""
-        return json.loads(self.spec().model_dump_json()) == json.loads(spec.model_dump_json())
+        old, new = (json.loads(each.model_dump_json()) for each in (self.spec(), spec))
+        return not any(_differences(old, new))
 
     def records(self) -> list[Record]:
         """All records, by number."""

@@ -10,7 +10,7 @@ from typing import Any
 from qsweep.records import Record
 from qsweep.tasks import TaskMetric
 from qsweep.track.flat import leaves
-from qsweep.track.table import Column, draws_text, engine_text
+from qsweep.track.table import Column, draws_text, place_text
 
 COLOURS = {"none": "#8a94a0", "cast": "#8250df", "ptq": "#1f6feb", "qat": "#d9580d"}
 _MORE = ("#1a7f37", "#bf3989", "#0a7ea4", "#9a6700", "#6e40c9", "#57606a")
@@ -170,7 +170,7 @@ def _below(record: Record, here: Sequence[Record]) -> str:
 def _heading(record: Record) -> str:
     from html import escape
 
-    return f"<b>{escape(record.name)}</b>  #{record.number}  {escape(engine_text(record))}"
+    return f"<b>{escape(record.name)}</b>  #{record.number}  {escape(place_text(record))}"
 
 
 def hover(record: Record, judged_by: TaskMetric) -> str:

@@ -44,7 +44,7 @@ def pareto_html(records: Sequence[Record], spec: Spec) -> str:
         plotly=get_plotlyjs(),
         charts=[
             scatter(done, members, Column(x), Column("accuracy", spec.task.judged_by), low)
-            for x in ("size_bytes", "latency_ms")
+            for x in ("size_bytes", "latency_ms", *(name for name in spec.objectives if name == "throughput"))
         ],
         below=below,
         failures=[
@@ -126,8 +126,8 @@ def _trials(done: Sequence[Record], members: set[int], spec: Spec) -> dict[str, 
     filled = {"draws": any(record.repetitions for record in done), "batch_size": batch_sizes_differ(done)}
     filled |= {name: any(getattr(record.metrics, name) is not None for record in done) for name in Metrics.model_fields}
     after = _COLUMNS.index("size_bytes")  # further to the right a narrow window would cut them off
-    extra = [name for name in (*spec.objectives, *spec.constraints) if name not in _COLUMNS]
-    asked = dict.fromkeys([*_COLUMNS[:after], *extra, *_COLUMNS[after:]])
+    extra = [*spec.objectives, *spec.constraints, *(["throughput"] if batch_sizes_differ(done) else [])]
+    asked = dict.fromkeys([*_COLUMNS[:after], *(name for name in extra if name not in _COLUMNS), *_COLUMNS[after:]])
     columns = [Column(key, spec.task.judged_by) for key in asked if filled.get(key, True)]
     rows = sorted(done, key=lambda r: (r.number not in members, r.kind != "baseline", *by_accuracy(r)))
     return {"columns": columns, "rows": [_row(record, columns, members) for record in rows]}

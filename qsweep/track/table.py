@@ -97,7 +97,7 @@ _TITLES = {
     "latency_ms": ("latency", "ms"),
     "latency_p95_ms": ("p95", "ms"),
     "latency_ratio": ("× fp32", ""),
-    "throughput": ("samples a second", ""),
+    "throughput": ("throughput", "/s"),
     "int8_mac_fraction": ("int8 MACs", "%"),
     "parity_top1": ("parity", "%"),
     "sparsity": ("sparsity", "%"),

@@ -49,10 +49,13 @@ class Watch:
     """What the person sees of a sweep that runs: live where there is a terminal, else a line a record."""
 
     def __init__(self, spec: Spec, folder: SweepFolder, path: Path) -> None:
+        from qsweep.track.table import several_sizes
+
         self.spec, self.folder, self.path = spec, folder, path
         self.records = {record.number: record for record in folder.records()}
         self.before = len(self.records)
         self.start = time.monotonic()
+        self.sized = several_sizes(spec)
 
     def follow(self, records: Generator[Record, None, bool]) -> bool:
         """Show the records as they come; whether the sweep has finished."""
@@ -76,11 +79,11 @@ class Watch:
             return
         known = self.records.get(record.number)
         if known is None:
-            say(line(record, self.spec.task.judged_by))
+            say(line(record, self.spec.task.judged_by, self.sized))
             if record.number == 0:  # there is time left to stop
                 say(*(f"note: {note}" for note in unkept(self.spec, record)))
         elif record.repetitions != known.repetitions:
-            say(again(record, self.spec.task.judged_by))
+            say(again(record, self.spec.task.judged_by, self.sized))
 
     def _live(self) -> AbstractContextManager[Live | None]:
         if not sys.stdout.isatty():
@@ -117,7 +120,13 @@ class Watch:
         console().print(grid(front_table(records, self.spec)))
         say(*(f"note: {note}" for note in notes(self.spec, self.folder, records)))
         if sys.stdout.isatty():  # else each has had its line
-            say(*(line(record, self.spec.task.judged_by) for record in records if record.state != "complete"))
+            say(
+                *(
+                    line(record, self.spec.task.judged_by, self.sized)
+                    for record in records
+                    if record.state != "complete"
+                )
+            )
         if not finished:
             say(f"stopped; `qsweep run {shlex.quote(str(self.path))}` goes on")
             return
@@ -181,20 +190,20 @@ def _place(number: int | None) -> str:
     return "" if number is None else f"#{number} "
 
 
-def again(record: Record, judged_by: TaskMetric) -> str:
+def again(record: Record, judged_by: TaskMetric, sized: bool = False) -> str:
     """What came of the last repetition of a record, in one line: why it failed, or mean and spread with it."""
     from qsweep.track.table import draws_text, place_text
 
     failed = record.repetitions[-1].failure
     told = f"failed, {failed.kind}: {failed.message}" if failed else f"{draws_text(record, judged_by)} draws"
-    return f"#{record.number:<3} {record.name} on {place_text(record)} again: {told}"
+    return f"#{record.number:<3} {record.name} on {place_text(record, sized)} again: {told}"
 
 
-def line(record: Record, judged_by: TaskMetric) -> str:
-    """A record in one line."""
+def line(record: Record, judged_by: TaskMetric, sized: bool = False) -> str:
+    """A record in one line; `sized`: with its batch size."""
     from qsweep.track.table import Column, place_text
 
-    metrics, head = record.metrics, f"#{record.number:<3} {record.name} on {place_text(record)}"
+    metrics, head = record.metrics, f"#{record.number:<3} {record.name} on {place_text(record, sized)}"
     if record.failure:
         kind = "" if record.state == "refused" else f", {record.failure.kind}"
         return f"{head}: {record.state}{kind}: {record.failure.message}"

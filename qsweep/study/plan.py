@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from qsweep.config import Config, content_hash
@@ -90,7 +90,7 @@ def plan(spec: Spec) -> Plan:
         every_point=enumerated(spec),
         trials=most,
         repeats=budget(spec),
-        baselines=[_placed(config) for config in baselines(spec)],
+        baselines=_placed(baselines(spec)),
         shared=list(_shared(possible)),
         refused=[Refusal(reason=reason, configs=number) for reason, number in reasons.most_common()],
     )
@@ -114,9 +114,11 @@ def _shared(candidates: list[Candidate]) -> Iterator[Sharing]:
             yield Sharing(stage=stage, distinct=len(keys), trials=len(having))
 
 
-def _placed(config: TrialConfig) -> str:
-    batch = f", batch {config.target.batch_size}" if config.target.batch_size > 1 else ""
-    return f"{config.name} on {config.target.engine}{batch}"
+def _placed(configs: Sequence[TrialConfig]) -> list[str]:
+    """Each with its engine, and its batch size where there are several."""
+    sized = len({config.target.batch_size for config in configs}) > 1
+    batches = [f", batch {config.target.batch_size}" if sized else "" for config in configs]
+    return [f"{config.name} on {config.target.engine}{batch}" for config, batch in zip(configs, batches, strict=True)]
 
 
 def _uid(stage: Config | None) -> str | None:

@@ -20,7 +20,7 @@ from qsweep.track.environment import environment
 from qsweep.track.ledger import Ledger
 from qsweep.track.pareto import front, hypervolume
 from qsweep.track.report import pareto_html
-from qsweep.track.table import engine_text, front_table, full_table, mixed_bits
+from qsweep.track.table import engine_text, front_table, full_table, mixed_bits, several_sizes
 from qsweep.track.view import REPORT, set_view
 
 if TYPE_CHECKING:
@@ -121,10 +121,9 @@ class Runs:
 
     def _name(self, record: Record) -> str:
         """Its name, with engine and batch size where there are several: the same config on two of them is two runs."""
-        targets = list(self.spec.target.configs())
-        engines, sizes = {target.engine for target in targets}, {target.batch_size for target in targets}
-        engine = f" on {engine_text(record)}" if len(engines) > 1 else ""
-        return f"{record.name}{engine}{f', batch {record.call.batch_size}' if len(sizes) > 1 else ''}"
+        engines = len({target.engine for target in self.spec.target.configs()}) > 1
+        engine = f" on {engine_text(record)}" if engines else ""
+        return f"{record.name}{engine}{f', batch {record.call.batch_size}' if several_sizes(self.spec) else ''}"
 
     def _update(self, run_id: str, record: Record) -> None:
         """Log what differs; a metric logged twice would be drawn as a curve."""

@@ -224,6 +224,11 @@ def batch_sizes_differ(records: Sequence[Record]) -> bool:
     return len({record.call.batch_size for record in records}) > 1
 
 
+def several_sizes(spec: Spec) -> bool:
+    """Whether a sweep asks for several batch sizes."""
+    return len({target.batch_size for target in spec.target.configs()}) > 1
+
+
 def engine_text(record: Record) -> str:
     """The engine, whether it runs eagerly, and whether it only simulates."""
     eager = record.config.get("target", {}).get("compile") is False
@@ -233,10 +238,10 @@ def engine_text(record: Record) -> str:
     return f"{record.engine} ({', '.join(notes)})" if notes else record.engine
 
 
-def place_text(record: Record) -> str:
-    """Where a record runs: its engine, and for how many samples at once if that is more than one."""
+def place_text(record: Record, sized: bool = True) -> str:
+    """Where a record runs: its engine, and if `sized` for how many samples at once, where that is more than one."""
     size = record.call.batch_size
-    return f"{engine_text(record)}, batch {size}" if size > 1 else engine_text(record)
+    return f"{engine_text(record)}, batch {size}" if sized and size > 1 else engine_text(record)
 
 
 def membership(record: Record, members: set[int]) -> str:

@@ -359,6 +359,10 @@ def test_a_record_in_one_line_says_what_matters() -> None:
     done = record.model_copy(update={"metrics": metrics, "seconds": {"build": 1.0, "measure": 0.5}})
     assert line(done, ACCURACY) == "#7   ptq-w4s-a8a on inductor: 97.12 %, 12,345 bytes, 0.5 ms, 0.25 of fp32, 1.5 s"
     assert "inductor: 0.971 dB, 12" in line(done, TaskMetric(name="PSNR", unit="dB"))
+    many = done.model_copy(update={"config": {"target": {"batch_size": 8}}})
+    assert [line(many, ACCURACY, sized).split(":")[0].split(" on ")[1] for sized in (False, True)] == [
+        "inductor", "inductor, batch 8",
+    ]  # fmt: skip
     failed = record.model_copy(
         update={"state": "failed", "failure": Failure(kind="NotFinite", message="NaN in a loss")}
     )

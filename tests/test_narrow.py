@@ -86,6 +86,54 @@ def test_what_a_narrow_model_learns_is_in_the_wide_one() -> None:
     assert torch.equal(~model.stem.weight.flatten(1).any(1), gone)
 
 
+def test_a_model_that_was_moved_while_it_was_narrow_is_wide_again() -> None:
+    """As by a training on a GPU: each move makes buffers anew."""
+    torch.manual_seed(0)
+    model, inputs = Dense().eval(), torch.randn(2, 1, 8, 8)
+    zero_channels(model, inputs, 0.5, 1)
+    with narrowed(model, inputs):
+        model.double().float()
+        model.norm.running_mean.fill_(0.25)
+        outputs = model(inputs)
+    assert model.norm.running_mean.eq(0.25).sum() == 4
+    torch.testing.assert_close(model(inputs), outputs)
+
+
+def test_a_depthwise_convolution_that_had_one_channel_left_has_its_groups_again() -> None:
+    torch.manual_seed(0)
+    model, inputs = Dense().eval(), torch.randn(2, 1, 8, 8)
+    zero_channels(model, inputs, 0.9, 1)
+    outputs = model(inputs)
+    with narrowed(model, inputs):
+        assert (model.apart.groups, model.apart.in_channels) == (1, 1)
+    assert (model.apart.groups, model.apart.in_channels) == (8, 8)
+    assert torch.equal(model(inputs), outputs)
+
+
+class Multiplied(nn.Module):
+    """A weight that is no layer's: its graph has it transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.table, self.head = nn.Linear(4, 16), nn.Parameter(torch.randn(16, 6)), nn.Linear(6, 8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(torch.relu(self.head(torch.relu(self.stem(x)) @ self.table)))
+        return logits
+
+
+def test_channels_that_a_transposed_weight_reads_stay_and_others_go() -> None:
+    torch.manual_seed(0)
+    model, inputs = Multiplied().eval(), torch.randn(2, 4)
+    coupling = zero_channels(model, inputs, 0.5, 1)
+    outputs = model(inputs)
+    with narrowed(model, inputs, coupling):
+        assert (len(model.stem.weight), len(model.head.weight)) == (16, 4)
+        torch.testing.assert_close(model(inputs), outputs)
+    assert torch.equal(model(inputs), outputs)
+
+
 def test_a_model_whose_code_counts_its_channels_stays_as_it_is() -> None:
     model = build("resnet20", 10, 3).eval()  # its shortcuts pad by a number
     inputs = torch.randn(2, 3, 32, 32)

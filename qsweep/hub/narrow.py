@@ -12,14 +12,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from qsweep.errors import ExportFailure
 from qsweep.hub.channels import couple
-from qsweep.hub.coupling import Coupling
+from qsweep.hub.coupling import Coupling, Part
 from qsweep.hub.export import traced
 from qsweep.hub.slim import dead_channels, left_of
 from qsweep.train import set_mode
 from qsweep.weights import keeps, weight_names
 
-Cuts = Mapping[Tensor, dict[int, Tensor]]
-"""Of each tensor that gets smaller, by dimension: the indices that stay."""
+Cuts = Mapping[str, dict[int, Tensor]]
+"""Of each parameter and buffer that gets smaller, under all of its names, by dimension: the indices that stay."""
 
 _SAME = 1e-3
 """Of the largest output: how far apart sums with and without zeros may be."""
@@ -39,15 +39,28 @@ def narrowed(model: nn.Module, example: Tensor, coupling: Coupling | None = None
     if not cuts:
         yield
         return
-    outputs, wide = _outputs(model, example), {tensor: tensor.data for tensor in cuts}
-    _replace(model, {tensor: _narrow(tensor.data, cut) for tensor, cut in cuts.items()})
+    wide = {name: tensor.data for name, tensor in _tensors(model).items() if name in cuts}
+    outputs, multiples = _outputs(model, example), _multiples(model)
+    _replace(model, {name: _narrow(tensor, cuts[name]) for name, tensor in wide.items()}, multiples)
     if not _gives(model, example, outputs):
-        _replace(model, wide)
+        _replace(model, wide, multiples)
         cuts = {}
     try:
         yield
     finally:
-        _replace(model, {tensor: _widened(wide[tensor], tensor.data, cut) for tensor, cut in cuts.items()})
+        now = _tensors(model)  # a move to a GPU and back makes other buffers
+        learned = {name: _widened(wide[name], now[name].data.cpu(), cut) for name, cut in cuts.items()}
+        _replace(model, learned, multiples)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _multiples(model: nn.Module) -> dict[_ConvNd, int]:
+    """Of each depthwise convolution, how many channels it gives for one that it reads."""
+    layers = [layer for layer in model.modules() if isinstance(layer, _ConvNd) and not layer.transposed]
+    return {layer: len(layer.weight) // layer.groups for layer in layers if layer.groups == layer.in_channels > 1}
 
 
 def _coupling(model: nn.Module, example: Tensor) -> Coupling | None:
@@ -61,16 +74,22 @@ def _coupling(model: nn.Module, example: Tensor) -> Coupling | None:
 
 
 def _cuts(model: nn.Module, coupling: Coupling) -> Cuts:
-    owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    made = {channel for part in coupling.parts if part.name not in owned for channel in part.channels}
-    known = Coupling(coupling.values, [part for part in coupling.parts if part.name in owned])
+    owned = _tensors(model)
+    known = Coupling(coupling.values, [part for part in coupling.parts if _lies_so(part, owned)])
+    made = {channel for part in coupling.parts if part not in known.parts for channel in part.channels}
     dead = dead_channels(known, owned.__getitem__, made | loose(model, coupling))
-    found: dict[Tensor, dict[int, Tensor]] = {}
+    found: dict[int, dict[int, Tensor]] = {}
     for part in known.parts:
         left = left_of(part.channels, dead)
         if len(left) < len(part.channels):
-            found.setdefault(owned[part.name], {})[part.dim] = torch.tensor(left)
-    return found
+            found.setdefault(id(owned[part.name]), {})[part.dim] = torch.tensor(left)
+    return {name: found[id(tensor)] for name, tensor in owned.items() if id(tensor) in found}
+
+
+def _lies_so(part: Part, owned: Mapping[str, Tensor]) -> bool:
+    """Whether the model has it with the dimensions that the graph has: one that is multiplied may lie transposed."""
+    shape = owned[part.name].shape if part.name in owned else ()
+    return len(shape) > part.dim and shape[part.dim] == len(part.channels)
 
 
 def loose(model: nn.Module, coupling: Coupling) -> set[int]:
@@ -95,14 +114,13 @@ def _widened(wide: Tensor, narrow: Tensor, cut: dict[int, Tensor]) -> Tensor:
     return wide.index_copy(dim, left, _widened(wide.index_select(dim, left), narrow, dict(rest)))
 
 
-def _replace(model: nn.Module, tensors: Mapping[Tensor, Tensor]) -> None:
-    """Give the keys the data of the values, and depthwise convolutions as many groups as they read channels."""
-    for module in model.modules():
-        if isinstance(module, _ConvNd) and module.groups == module.in_channels > 1 and module.weight in tensors:
-            rows = module.groups * len(tensors[module.weight]) // len(module.weight)
-            module.groups = module.in_channels = rows
-    for tensor, data in tensors.items():
-        tensor.data = data
+def _replace(model: nn.Module, data: Mapping[str, Tensor], multiples: Mapping[_ConvNd, int]) -> None:
+    """Give parameters and buffers `data` by name, and depthwise convolutions as many groups as they read channels."""
+    tensors = _tensors(model)
+    for name, values in data.items():
+        tensors[name].data = values
+    for layer, multiple in multiples.items():
+        layer.groups = layer.in_channels = len(layer.weight) // multiple
 
 
 @torch.no_grad()

@@ -278,6 +278,17 @@ def test_weights_of_the_users_code_that_changed_since_are_refused_whatever_file_
     assert len(sweep(tmp_path, more, weights="one")) == 5
 
 
+def test_what_is_unfinished_of_other_weights_is_done_again(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text("")
+    task: dict[str, Any] = {"method": "python", "file": "task.py:Task", "trained": True}
+    spec = small_spec(task=task, search={"trials": 1})
+    with pytest.raises(TrialFailure, match="fp32 baseline, to which all is compared, failed"):
+        sweep(tmp_path, spec, weights="one", measure_0000="nan")
+    built = tmp_path / "sweeps/small/trials/0000/build.json"  # as a driver that was killed leaves it
+    built.write_text(json.dumps({"metrics": {"size_bytes": 1.0}, "seconds": {}}))
+    assert sweep(tmp_path, spec, weights="other")[0].metrics.size_bytes == 4000.0
+
+
 def test_a_folder_of_sweeps_may_be_a_link_and_its_root_is_beside_the_link(tmp_path: Path) -> None:
     root, disk = tmp_path / "project", tmp_path / "disk"
     (disk / "small").mkdir(parents=True)

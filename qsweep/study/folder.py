@@ -99,11 +99,14 @@ class SweepFolder:
         return baselines
 
     def keep_model(self, key: str) -> None:
-        """Note the identity of the uncompressed model. Raises SweepError where there are records of another."""
+        """Note the identity of the uncompressed model. Raises SweepError where trials of another are finished or at
+        work; what those of another have left that are neither goes."""
         path = self.path / "spec.json"
         content = _read(path, json.loads)
-        if (complaint := self._changed(content.get("model", key), key)) and self.records():
-            raise SweepError(complaint)
+        if complaint := self._changed(content.get("model", key), key):
+            if self.records() or any(live.number is not None for live in self.live()):
+                raise SweepError(complaint)
+            shutil.rmtree(self.path / "trials", ignore_errors=True)
         write_atomically(path, json.dumps(content | {"model": key}, indent=1), durable=True)
 
     def threads(self) -> int:

@@ -188,6 +188,14 @@ def test_a_round_that_was_cut_short_is_the_same_round_when_it_goes_on(done: int)
     assert asked(spec, [again(r, 0.1) if r.number in first else r for r in records], 2, scores) == []
 
 
+def test_what_more_trials_have_made_less_open_still_counts() -> None:
+    records, scores = open_places(8)
+    everyone = asked(small_spec(search={"repeats": 99}), records, 1, scores)
+    before = [again(r, 0.1) if r.number in everyone[2:4] else r for r in records]
+    assert asked(small_spec(search={"repeats": 2}), before, 1, scores) == []
+    assert asked(small_spec(search={"repeats": 3}), before, 1, scores) == everyone[:1]
+
+
 def test_a_repetition_draws_anew_even_where_the_config_fixes_its_draw() -> None:
     spec = small_spec(search={"seed": 3})
     assert len({seed_of(spec, round) for round in range(ROUNDS + 1)}) == ROUNDS + 1

@@ -39,8 +39,9 @@ def due(
     found = Places.of(spec, past, scores(past)).contested()
     wanted = list(dict.fromkeys(record.compressed for record in found if _seeded(record)))
     done = [record for record in records if any(again.round == round for again in record.repetitions)]
-    strangers = {record.compressed for record in done}.difference(wanted)  # of a time when the sweep had fewer trials
-    turns = {network: turn for turn, network in enumerate(wanted[: max(0, left - len(strangers))])}
+    begun = {record.compressed for record in done}  # maybe of a time when the sweep had fewer trials
+    new = [network for network in wanted if network not in begun][: max(0, left - len(begun))]
+    turns = {network: turn for turn, network in enumerate(wanted) if network in begun.union(new)}
     mine = [record for record in records if record.compressed in turns and record not in done]
     open_places = {record.number for record in found}
     compared = [r for r in mine if r.number in open_places or feasible(r, spec.objectives, spec.constraints)]

@@ -45,7 +45,8 @@ def _own_memory(model: nn.Module) -> None:
 def weights_hash(model: nn.Module) -> str:
     """SHA-256, in hex, of the parameters and buffers of `model`, with their names, types and shapes."""
     found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    held = {**model.state_dict(), **dict(model.named_buffers(remove_duplicate=False))}  # those too that are not stored
+    for name, value in sorted(held.items()):
         if isinstance(value, Tensor):
             found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
             found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

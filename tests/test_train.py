@@ -286,15 +286,17 @@ def test_the_identity_of_a_baseline_holds_its_training_and_seed(tmp_path: Path) 
 def test_the_identity_of_weights_holds_their_names_numbers_types_and_shapes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    others = [copy.deepcopy(model) for _ in range(5)]
+    model.register_buffer("table", torch.zeros(2), persistent=False)
+    others = [copy.deepcopy(model) for _ in range(6)]
     with torch.no_grad():
         others[0][0].weight[1, 1] += 1e-6
         others[1][1].running_mean[0] += 1e-6
     others[2][0].weight.data = others[2][0].weight.data.reshape(2, 3)
     others[3].half()
     others[4] = nn.Sequential(nn.Identity(), *others[4])
+    others[5].table[0] = 1
     assert weights_hash(copy.deepcopy(model)) == weights_hash(model)
-    assert len({weights_hash(each) for each in (model, *others)}) == 6
+    assert len({weights_hash(each) for each in (model, *others)}) == 7
 
 
 class Broken(Toy):

@@ -207,6 +207,16 @@ def test_a_training_that_fails_leaves_the_model_as_wide_as_it_was() -> None:
     assert size(model) == wide
 
 
+def test_what_is_not_trained_is_not_narrowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("qsweep.hub.narrow.narrowed", refused)
+    found = context(tmp_path, teacher=lambda: Toy().model())
+    for stage in (Channels(sparsity=0.5, multiple_of=1, epochs=0), Logits(epochs=0)):
+        stage.apply(Toy().model(), dataclasses.replace(found, key=stage.method))
+
+
 @contextmanager
 def as_it_is(*_: Any) -> Iterator[None]:
     yield

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
@@ -45,7 +46,7 @@ class Distillation(Stage):
         from qsweep.train import fine_tune
 
         def compute(checkpoint: Path) -> None:
-            with narrowed(model, example_of(context)):
+            with narrowed(model, example_of(context)) if self.trains else nullcontext():
                 fine_tune(model, self, context, loss=self.loss(context), checkpoint=checkpoint)
 
         return kept(model, context.store, stage_key(self, context), compute)

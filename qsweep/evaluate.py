@@ -81,12 +81,6 @@ def judged(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
     return (whole + found - found.mean()).float()
 
 
-def of_classes(outputs: Tensor, labels: Tensor) -> bool:
-    """Whether outputs are scores of classes that labels number; else they are what labels are: numbers, images."""
-    several = outputs.dim() > 1 and outputs.shape[1] > 1
-    return several and not labels.is_floating_point() and outputs.shape[1:] != labels.shape[1:]
-
-
 def _defined(value: float | None, count: int) -> float:
     if value is None or math.isnan(value):
         raise TaskFailure(f"the task's `metric` must have a value for the {count} samples of a split (got NaN)")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from qsweep.engines import Runner
 from qsweep.errors import NotFinite, ParityFailure
-from qsweep.evaluate import of_classes
 from qsweep.spec import Measure
 from qsweep.tasks import SplitName, Task
 
@@ -42,7 +41,7 @@ def parity(deployed: Tensor, simulated: Tensor, labels: Tensor, settings: Measur
     Raises ParityFailure below the bound of the former.
     """
     difference = (deployed - simulated).abs()
-    if of_classes(simulated, labels):
+    if _of_classes(simulated, labels):
         what, same = "of the top classes", deployed.argmax(1) == simulated.argmax(1)
     else:
         others = [dimension for dimension in range(simulated.dim()) if dimension != 1]
@@ -54,3 +53,9 @@ def parity(deployed: Tensor, simulated: Tensor, labels: Tensor, settings: Measur
             f"artifact and simulation must agree on {settings.parity_top1:.1%} {what} (got {agree:.1%})"
         )
     return {"parity_top1": agree, "parity_max_abs": difference.max().item()}
+
+
+def _of_classes(outputs: Tensor, labels: Tensor) -> bool:
+    """Whether outputs are scores of classes that labels number; else they are what labels are: numbers, images."""
+    several = outputs.dim() > 1 and outputs.shape[1] > 1
+    return several and not labels.is_floating_point() and outputs.shape[1:] != labels.shape[1:]

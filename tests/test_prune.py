@@ -222,6 +222,30 @@ class OwnWeights(nn.Module):
         return logits
 
 
+class Turned(nn.Module):
+    """A square weight of a module that is multiplied as it lies: the graph has it transposed, under its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.turned, self.head = nn.Linear(16, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu(F.relu(self.stem(x.flatten(1))) @ self.turned.weight))
+        return logits
+
+
+def test_a_weight_that_lies_transposed_is_neither_cut_nor_asked_by_the_wrong_dimension() -> None:
+    torch.manual_seed(0)
+    model = Turned()
+    with torch.no_grad():
+        model.stem.weight.fill_(1.0)
+        model.stem.weight[4:] = 0.5
+        model.turned.weight[:, :4] = 100.0  # of what it gives, not of what it reads
+    zero_channels(model, IMAGES, 0.5, 1)
+    assert model.stem.weight.any(1).tolist() == [True] * 4 + [False] * 4
+    assert bool((model.turned.weight != 0).all())
+
+
 def test_channels_of_layers_that_are_no_modules_stay() -> None:
     with pytest.raises(TaskFailure, match="channel pruning needs"):
         zero_channels(OwnWeights(), IMAGES, 0.5, 1)

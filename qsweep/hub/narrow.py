@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -63,20 +65,34 @@ def _multiples(model: nn.Module) -> dict[_ConvNd, int]:
     return {layer: len(layer.weight) // layer.groups for layer in layers if layer.groups == layer.in_channels > 1}
 
 
+def coupling_of(model: nn.Module, example: Tensor) -> Coupling:
+    """Which channels of an eager model go together. Parts have the names of its parameters and buffers where they lie
+    as these do, and else none: the graph has weights that are multiplied (`x @ w`) transposed. Raises ExportFailure."""
+    live, owned = traced(model, example), _tensors(model)
+    coupling = couple(live)
+
+    def named(part: Part) -> Part:
+        value = attrgetter(part.name)(live.graph)
+        same = part.name in owned and owned[part.name].shape == value.shape and torch.equal(owned[part.name], value)
+        return part if same else replace(part, name="")
+
+    return Coupling(coupling.values, [named(part) for part in coupling.parts])
+
+
 def _coupling(model: nn.Module, example: Tensor) -> Coupling | None:
     """None where no layer has a row of zeros, and of models that cannot be traced."""
     if not any((model.get_parameter(name).flatten(1) == 0).all(1).any() for name in weight_names(model)):
         return None
     try:
-        return couple(traced(model, example))
+        return coupling_of(model, example)
     except ExportFailure:  # whoever needs the graph says so
         return None
 
 
 def _cuts(model: nn.Module, coupling: Coupling) -> Cuts:
     owned = _tensors(model)
-    known = Coupling(coupling.values, [part for part in coupling.parts if _lies_so(part, owned)])
-    made = {channel for part in coupling.parts if part not in known.parts for channel in part.channels}
+    known = Coupling(coupling.values, [part for part in coupling.parts if part.name])
+    made = {channel for part in coupling.parts if not part.name for channel in part.channels}
     dead = dead_channels(known, owned.__getitem__, made | loose(model, coupling))
     found: dict[int, dict[int, Tensor]] = {}
     for part in known.parts:
@@ -84,12 +100,6 @@ def _cuts(model: nn.Module, coupling: Coupling) -> Cuts:
         if len(left) < len(part.channels):
             found.setdefault(id(owned[part.name]), {})[part.dim] = torch.tensor(left)
     return {name: found[id(tensor)] for name, tensor in owned.items() if id(tensor) in found}
-
-
-def _lies_so(part: Part, owned: Mapping[str, Tensor]) -> bool:
-    """Whether the model has it with the dimensions that the graph has: one that is multiplied may lie transposed."""
-    shape = owned[part.name].shape if part.name in owned else ()
-    return len(shape) > part.dim and shape[part.dim] == len(part.channels)
 
 
 def loose(model: nn.Module, coupling: Coupling) -> set[int]:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qsweep.errors import TaskFailure
-from qsweep.hub.channels import couple
 from qsweep.hub.coupling import Coupling, Width
-from qsweep.hub.export import traced
-from qsweep.hub.narrow import loose
+from qsweep.hub.narrow import coupling_of, loose
 from qsweep.weights import check_finite
 
 
@@ -25,7 +23,7 @@ def zero_channels(model: nn.Module, example: Tensor, sparsity: float, multiple: 
     first. Raises NotFinite for weights that are not, TaskFailure for a model of which no channel can be taken out.
     """
     check_finite(model)
-    coupling = couple(traced(model, example))
+    coupling = coupling_of(model, example)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     free = loose(model, coupling)
     widths = [width for width in coupling.widths() if free.isdisjoint(width.channels)]

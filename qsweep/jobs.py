@@ -59,6 +59,7 @@ class Job:
         self.measure = Measure.model_validate(content["measure"])
         self.store = Store(Path(content["store"]))
         self.baseline = Path(content["baseline"]) if content["baseline"] else None
+        self.model: str | None = content.get("model")  # the key of what the sweep began with
         self.clock = Clock()
         torch.set_num_threads(content["threads"])
 
@@ -130,6 +131,8 @@ def _prepare(job: Job) -> Result:
 def _build(job: Job) -> Result:
     task = job.task()
     context = context_of(job.task_config, task, job.root, job.store, job.seed, job.progress)
+    if job.model not in (None, context.key):
+        raise TaskFailure("`model()` must give the weights that the sweep began with (they have changed since)")
     context = replace(context, seed=job.draw)  # the model that is compressed stays the same
     model = compress(job.config.compress, copy.deepcopy(context.teacher()), context, job.clock)
     job.progress("simulate")

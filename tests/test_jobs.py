@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from networks import DIGITS
+from torch import nn
 
 from qsweep import jobs
 
@@ -288,6 +289,21 @@ def test_whatever_is_raised_becomes_a_result(error: Exception, kind: str, root: 
 def test_a_job_tells_what_it_is_doing(root: Path, baseline: Path) -> None:
     assert (baseline / "progress.txt").read_text() == "latency"
     assert torch.get_num_threads() == 1
+
+
+def test_weights_that_changed_since_the_sweep_began_are_not_compressed(tmp_path: Path) -> None:
+    loaded = "torch.load(__file__ + '.pt', weights_only=False)"
+    (tmp_path / "task.py").write_text(TASK_FILE.replace("nn.Sequential(nn.Flatten(), nn.Linear(64, 10))", loaded))
+    task = {"method": "python", "file": "task.py:Task", "trained": True}
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    torch.save(model, tmp_path / "task.py.pt")
+    key = did(written(tmp_path / "trial", tmp_path, PTQ, task=task), "prepare")["model"]
+    assert "metrics" in did(written(tmp_path / "same", tmp_path, PTQ, task=task, model=key), "build")
+    with torch.no_grad():
+        model[1].bias[0] += 1e-3
+    torch.save(model, tmp_path / "task.py.pt")
+    failed = did(written(tmp_path / "other", tmp_path, PTQ, task=task, model=key), "build")["failure"]
+    assert (failed["kind"], "weights that the sweep began with" in failed["message"]) == ("TaskFailure", True)
 
 
 def test_another_draw_calibrates_anew_on_the_same_baseline(root: Path, baseline: Path, tmp_path: Path) -> None:

@@ -285,4 +285,5 @@ class Driver:
             "store": str(self.folder.store),
             "baseline": str(self._whole(baseline)) if baseline else None,
             "threads": self.threads,
+            "model": self.folder.model(),
         }

@@ -30,20 +30,8 @@ def notes(spec: Spec, folder: SweepFolder, records: Sequence[Record]) -> Iterato
         failed = read_result(folder.path / record.folder / "test.json").get("failure")
         if failed and record.duplicate_of is None:
             yield f"the test split of #{record.number} `{record.name}` failed: {failed['message']}"
-    sizes = {record.call.batch_size for record in records if record.state == "complete"}
-    if len(sizes) > 1 and "throughput" not in spec.objectives:
-        yield (
-            f"latencies are of calls of {', '.join(map(str, sorted(sizes)))} samples, and `× fp32` is held against "
-            "fp32 at the same batch size; what compares them is `throughput`, as an objective, too"
-        )
-    trials = [record for record in records if record.kind == "trial" and record.state == "complete"]
-    if fp32 is not None and len({record.engine for record in trials}) > 1:
-        yield f"`× fp32` is held against fp32 on `{fp32.engine}`, the first engine of the spec, on every engine"
-    if fp32 is not None and (apart := max(_apart(record, fp32) for record in records)) > _FAR:
-        yield (
-            f"milliseconds of two rows are of two processes, and up to {apart - 1:.0%} apart by what else the machine "
-            "did; `× fp32` was taken in turns with fp32, and is what is compared"
-        )
+    if fp32 is not None:
+        yield from _compared(spec, records, fp32)
 
 
 def unkept(spec: Spec, fp32: Record) -> Iterator[str]:
@@ -55,6 +43,24 @@ def unkept(spec: Spec, fp32: Record) -> Iterator[str]:
                 f"fp32 itself does not keep `constraints.{name}` (its {name} is {value:,.6g}): few compressed versions "
                 "will, if any"
             )
+
+
+def _compared(spec: Spec, records: Sequence[Record], fp32: Record) -> Iterator[str]:
+    """What latencies may and may not be held against."""
+    sizes = {record.call.batch_size for record in records if record.state == "complete"}
+    if len(sizes) > 1 and "throughput" not in spec.objectives:
+        yield (
+            f"latencies are of calls of {', '.join(map(str, sorted(sizes)))} samples, and `× fp32` is held against "
+            "fp32 at the same batch size; what compares them is `throughput`, as an objective, too"
+        )
+    trials = [record for record in records if record.kind == "trial" and record.state == "complete"]
+    if len({record.engine for record in trials}) > 1:
+        yield f"`× fp32` is held against fp32 on `{fp32.engine}`, the first engine of the spec, on every engine"
+    if (apart := max(_apart(record, fp32) for record in records)) > _FAR:
+        yield (
+            f"milliseconds of two rows are of two processes, and up to {apart - 1:.0%} apart by what else the machine "
+            "did; `× fp32` was taken in turns with fp32, and is what is compared"
+        )
 
 
 def _apart(record: Record, fp32: Record) -> float:

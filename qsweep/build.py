@@ -47,7 +47,7 @@ def context_of(
         return baseline(task, config, root=root, store=store, seed=seed, progress=progress)
 
     key = baseline_key(config, root, seed)
-    if config.pretrained:  # a class of the user's own may take its weights from where nobody knows
+    if config.own_weights:  # taken from where nobody knows
         key = store.key(key, weights_hash(teacher()))
     return Context(
         task=task,

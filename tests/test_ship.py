@@ -371,6 +371,7 @@ def test_a_promoted_trial_comes_back_by_its_alias(
     assert run.data.tags["qsweep.uid"] == version.tags["qsweep.uid"] == done.record.uid
     assert version.tags["qsweep.spec"] == published.spec().uid()
     assert version.tags["qsweep.front"] == "certain"
+    assert version.tags["qsweep.engine"] == "onnxruntime"
 
     again = promote(published.path, Selector(by="size_bytes"), "digits")
     assert (again.record.number, load("models:/digits@champion").manifest.number) == (3, 3)

@@ -79,11 +79,14 @@ class Watch:
             return
         known = self.records.get(record.number)
         if known is None:
-            say(line(record, self.spec.task.judged_by, self.sized))
+            say(self._line(record))
             if record.number == 0:  # there is time left to stop
                 say(*(f"note: {note}" for note in unkept(self.spec, record)))
         elif record.repetitions != known.repetitions:
             say(again(record, self.spec.task.judged_by, self.sized))
+
+    def _line(self, record: Record) -> str:
+        return line(record, self.spec.task.judged_by, self.sized)
 
     def _live(self) -> AbstractContextManager[Live | None]:
         if not sys.stdout.isatty():
@@ -120,13 +123,7 @@ class Watch:
         console().print(grid(front_table(records, self.spec)))
         say(*(f"note: {note}" for note in notes(self.spec, self.folder, records)))
         if sys.stdout.isatty():  # else each has had its line
-            say(
-                *(
-                    line(record, self.spec.task.judged_by, self.sized)
-                    for record in records
-                    if record.state != "complete"
-                )
-            )
+            say(*(self._line(record) for record in records if record.state != "complete"))
         if not finished:
             say(f"stopped; `qsweep run {shlex.quote(str(self.path))}` goes on")
             return

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from qsweep.cuda import conv, depthwise, linear
 from qsweep.cuda.arithmetic import Tile
-from qsweep.cuda.buffers import ALIGNED, Value, channels_last, up
+from qsweep.cuda.buffers import Value, channels_last, up
 from qsweep.cuda.numbers import requantize, residual
 from qsweep.cuda.place import IMAGE_CHANNELS, padding_of
 from qsweep.cuda.steps import Layer, RowLayer
@@ -93,7 +93,8 @@ def _linear(
         integers = integers[:, given.order.to(integers.device)]
     packed4 = weight_bits_of(source(layer.node, 1)) <= 4 and rows <= FEW_ROWS and depth < linear.W4_DEPTH
     pack, kernel = (linear.pack_weight4, linear.linear_w4) if packed4 else (linear.pack_weight, linear.linear)
-    x, weight = given.rows(up(depth, 32 if packed4 else ALIGNED)), pack(integers).to(out.device)
+    weight = pack(integers).to(out.device)
+    x = given.rows(weight.shape[1] * (2 if packed4 else 1))
     launch = partial(
         kernel,
         x,

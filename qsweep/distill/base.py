@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
@@ -41,13 +40,10 @@ class Distillation(Stage):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """Return `model`, changed in place, fine-tuned on `loss`. Zero weights of a pruned model stay zero."""
         from qsweep.baseline import kept
-        from qsweep.hub.export import example_of
-        from qsweep.hub.narrow import narrowed
-        from qsweep.train import fine_tune
+        from qsweep.hub.narrow import fine_tune_narrow
 
         def compute(checkpoint: Path) -> None:
-            with narrowed(model, example_of(context)) if self.trains else nullcontext():
-                fine_tune(model, self, context, loss=self.loss(context), checkpoint=checkpoint)
+            fine_tune_narrow(model, self, context, loss=self.loss(context), checkpoint=checkpoint)
 
         return kept(model, context.store, stage_key(self, context), compute)
 

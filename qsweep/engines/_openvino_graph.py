@@ -66,9 +66,8 @@ def _becomes_integers(value: Any) -> bool:
 _INTEGERS = {openvino.Type.i32, openvino.Type.i64}
 _MOVES = {"Gather", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit"}
 """Of what they are given first."""
-
-
 _RECURRENT = {"GRUSequence", "LSTMSequence"}
+"""Want their weights as constants."""
 
 
 def computed_constants(model: openvino.Model) -> None:
@@ -90,8 +89,9 @@ def computed_constants(model: openvino.Model) -> None:
             elif kind in ("Convolution", "GroupConvolution"):
                 ends.append(node.output(0))
         elif kind in _RECURRENT:
-            sources = [each.get_source_output() for each in node.inputs()]
-            ends += [each for each in sources if each.get_node().get_name() in fixed and not _is_constant(each)]
+            for each in (given.get_source_output() for given in node.inputs()):
+                if each.get_node().get_name() in fixed and each.get_node().get_type_name() != "Constant":
+                    ends.append(each)
     ends += [
         output
         for node in nodes
@@ -106,10 +106,6 @@ def computed_constants(model: openvino.Model) -> None:
     found = compute(np.zeros(model.input().shape, model.input().get_element_type().to_dtype()))
     for output, value in zip(ends, found.values(), strict=True):
         _replace(output, ops.constant(value).output(0))
-
-
-def _is_constant(output: Any) -> bool:
-    return bool(output.get_node().get_type_name() == "Constant")
 
 
 def _replace(output: Any, by: Any) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from torch.nn.modules.conv import _ConvNd
 from qsweep.errors import ExportFailure
 from qsweep.hub.channels import couple
 from qsweep.hub.coupling import Coupling, Part
-from qsweep.hub.export import traced
+from qsweep.hub.export import example_of, traced
 from qsweep.hub.slim import dead_channels, left_of
-from qsweep.train import set_mode
+from qsweep.stage import Context
+from qsweep.train import FineTuning, fine_tune, set_mode
 from qsweep.weights import keeps, weight_names
 
 Cuts = Mapping[str, dict[int, Tensor]]
@@ -53,6 +55,20 @@ def narrowed(model: nn.Module, example: Tensor, coupling: Coupling | None = None
         now = _tensors(model)  # a move to a GPU and back makes other buffers
         learned = {name: _widened(wide[name], now[name].data.cpu(), cut) for name, cut in cuts.items()}
         _replace(model, learned, multiples)
+
+
+def fine_tune_narrow(
+    model: nn.Module,
+    stage: FineTuning,
+    context: Context,
+    settings: dict[str, Any] | None = None,
+    *,
+    coupling: Coupling | None = None,
+    **options: Any,
+) -> None:
+    """`fine_tune` without the channels that are nothing but zeros."""
+    with narrowed(model, example_of(context), coupling) if stage.epochs else nullcontext():
+        fine_tune(model, stage, context, settings, **options)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

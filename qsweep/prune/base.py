@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field
@@ -44,13 +43,11 @@ class Pruning(Stage):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """Return `model`, changed in place, with some weights of its convolutions and linears exactly zero."""
         from qsweep.baseline import kept
-        from qsweep.hub.export import example_of
-        from qsweep.hub.narrow import narrowed
-        from qsweep.train import fine_tune
+        from qsweep.hub.narrow import fine_tune_narrow
 
         def compute(checkpoint: Path) -> None:
             coupling = self.cut(model, context)
-            with narrowed(model, example_of(context), coupling) if self.epochs else nullcontext():
-                fine_tune(model, self, context, self.settings(context), checkpoint=checkpoint)
+            settings = self.settings(context)
+            fine_tune_narrow(model, self, context, settings, coupling=coupling, checkpoint=checkpoint)
 
         return kept(model, context.store, stage_key(self, context), compute)

@@ -23,7 +23,7 @@ from qsweep.study.folder import SweepFolder
 from qsweep.track.bundle import bundle, verify
 from qsweep.track.client import answering, connect, sqlite_path, tracking_uri
 from qsweep.track.ledger import Ledger
-from qsweep.track.table import place_text
+from qsweep.track.table import engine_text, place_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -99,7 +99,7 @@ def _register(client: MlflowClient, name: str, run_id: str, record: Record, spec
         "qsweep.spec": spec.uid(),
         "qsweep.number": str(record.number),
         "qsweep.uid": record.uid,
-        "qsweep.engine": place_text(record),
+        "qsweep.engine": engine_text(record),
         "qsweep.front": record.front or "no",
         **{key: str(value) for key, value in record.metrics.model_dump(exclude_none=True).items()},
     }

@@ -97,6 +97,8 @@ class Driver:
         self.stopping = stopping
         self.known = known
         self.threads = folder.threads()
+        self.model: str | None = None
+        """The identity of the uncompressed model, once it is known."""
         self.pipeline = self._pipeline()
         self.records: dict[int, Record] = {}
         self.originals: dict[str, Record] = {}
@@ -149,7 +151,7 @@ class Driver:
     def _prepare(self) -> Evaluation:
         folder = self.folder.path / "prepare"
         outcome.forget_failure(folder, "prepare")
-        if self.spec.task.pretrained and self.spec.task.own_code and read_result(folder / "prepare.json"):
+        if self.spec.task.own_weights and read_result(folder / "prepare.json"):
             outcome.forget(folder, ["prepare"])  # are the weights still those that the sweep began with?
         evaluation = Evaluation(folder, self._job(accepted(self.known[0]).plain, baseline=None), jobs=("prepare",))
         self.pipeline.add(evaluation)
@@ -161,8 +163,9 @@ class Driver:
         if failed := evaluation.failure:
             names_its_file = failed.kind in (DataError.__name__, TaskFailure.__name__) and failed.message[0] == "`"
             raise failure(failed.kind, failed.message if names_its_file else f"`task`: {failed.message}")
-        if model := read_result(evaluation.folder / "prepare.json").get("model"):
-            self.folder.keep_model(model)
+        self.model = read_result(evaluation.folder / "prepare.json").get("model")
+        if self.model is not None:
+            self.folder.keep_model(self.model)
         return not self.stopping()
 
     # -- the trials
@@ -285,5 +288,5 @@ class Driver:
             "store": str(self.folder.store),
             "baseline": str(self._whole(baseline)) if baseline else None,
             "threads": self.threads,
-            "model": self.folder.model(),
+            "model": self.model,
         }

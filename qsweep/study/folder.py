@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, TypeVar
 
 from qsweep import alone
 from qsweep.config import content_hash
@@ -108,10 +108,6 @@ class SweepFolder:
                 raise SweepError(complaint)
             shutil.rmtree(self.path / "trials", ignore_errors=True)
         write_atomically(path, json.dumps(content | {"model": key}, indent=1), durable=True)
-
-    def model(self) -> str | None:
-        """The identity of the uncompressed model, once it is known."""
-        return cast(str | None, _read(self.path / "spec.json", json.loads).get("model"))
 
     def threads(self) -> int:
         """Threads of a job, the same for all of the sweep however many workers it is given later: the last bits of a

@@ -200,7 +200,7 @@ class TaskConfig(Config, ABC):
         """What it names of them, as the spec has them; relative ones start at its folder."""
 
     @property
-    def own_code(self) -> bool:
+    def own_weights(self) -> bool:
         """Whether weights are what the user's code makes of whatever it reads: every `qsweep run` looks whether they
         are still the same."""
         return False

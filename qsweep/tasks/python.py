@@ -53,8 +53,8 @@ class Python(TaskConfig):
         return [self.file.rsplit(":", 1)[0], *self.depends_on]
 
     @property
-    def own_code(self) -> bool:
-        return True
+    def own_weights(self) -> bool:
+        return self.trained
 
     @property
     def pretrained(self) -> bool:

@@ -288,6 +288,23 @@ def test_what_the_compiler_gets_wrong_it_does_not_get(tmp_path: Path) -> None:
     assert_close(run(INPUTS), IntegerInterpreter(model.graph)(INPUTS), within=0.02)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("biases", [None, 0.0, 0.5], ids=["none", "zeros", "one number"])
+def test_linears_without_biases_of_their_own_give_what_the_reference_gives(
+    biases: float | None, rows: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    first, second, last = (nn.Linear(64, width, bias=biases is not None) for width in (64, 64, 3))
+    if biases is not None:
+        nn.init.constant_(first.bias, biases)
+        nn.init.constant_(second.bias, biases)
+    layers = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.GELU(), last)
+    model = PTQ(calibration_samples=200, weight_granularity="tensor").apply(layers.eval(), context(tmp_path))
+    engine = lowered(model, tmp_path / "artifact", rows)
+    run = engine.load(tmp_path / "artifact")
+    assert_close(run(NOISE[:rows]), IntegerInterpreter(model.graph)(NOISE[:rows]), within=0.03)
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That of a small network."""

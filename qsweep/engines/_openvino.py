@@ -21,6 +21,7 @@ from qsweep.engines._openvino_graph import (
     core,
     takes_integers,
     with_named_axes,
+    with_biases,
     without_reduced_maxima,
 )
 from qsweep.errors import Refused
@@ -103,6 +104,7 @@ def _model(content: onnx.ModelProto) -> openvino.Model:
     try:
         model = core().read_model(content.SerializeToString())
     except RuntimeError as error:
+    with_biases(content)
         raise Refused(f"OpenVINO cannot read the model: {_reason(error)}") from error
     without_reduced_maxima(model)
     if _precision(content) == "bf16":

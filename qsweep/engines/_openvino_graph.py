@@ -9,6 +9,8 @@ import numpy as np
 import openvino
 from openvino import opset13 as ops
 
+from qsweep.engines._onnx_nodes import add, attribute
+
 if TYPE_CHECKING:
     import onnx
 
@@ -30,6 +32,30 @@ def with_named_axes(content: onnx.ModelProto) -> None:
             node.attribute.append(helper.make_attribute("axis", axis))
 
 
+def with_biases(content: onnx.ModelProto) -> None:
+    """Linears on integers whose biases are all alike, such as zeros or none, have one that differs by what rounds to
+    nothing, in place: of several without OpenVINO makes a kernel, for up to 8 rows, that gives anything."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in content.graph.initializer}
+    stored = {node.output[0]: node.input for node in content.graph.node if node.op_type == "DequantizeLinear"}
+    for node in content.graph.node:
+        if node.op_type != "Gemm" or node.input[1] not in stored:
+            continue
+        bias = np.zeros(constants[stored[node.input[1]][0]].dims[0 if attribute(node, "transB") else 1], np.float32)
+        if len(node.input) > 2:
+            integers, step = (numpy_helper.to_array(constants[name]) for name in stored[node.input[2]][:2])
+            bias += integers * step
+        if (bias == bias[0]).all():
+            bias[0] += _NOTHING if bias[0] == 0 else np.spacing(bias[0])
+            del node.input[2:]
+            node.input.append(add(content, f"{node.output[0]}.bias", bias))
+
+
+_NOTHING = 1e-30
+"""Less than any step of a grid."""
+
+
 def without_reduced_maxima(model: openvino.Model) -> None:
     """Maxima as the first of each sorted axis, in place: what OpenVINO fuses behind a ReduceMax of floats comes out
     wrong, such as a quantize op without its scale."""
@@ -47,9 +73,10 @@ def without_reduced_maxima(model: openvino.Model) -> None:
 def takes_integers(model: openvino.Model) -> None:
     """Inputs of which a model makes integers alone, such as numbers of words, are integers, in place: of floats bf16
     keeps the first 8 bits."""
-    if _becomes_integers(model.input()):
-        model.get_parameters()[0].set_element_type(openvino.Type.i64)
-        model.validate_nodes_and_infer_types()
+    for given in model.get_parameters():
+        if _becomes_integers(given.output(0)):
+            given.set_element_type(openvino.Type.i64)
+    model.validate_nodes_and_infer_types()
 
 
 def _becomes_integers(value: Any) -> bool:

@@ -99,10 +99,6 @@ class Crashed(TrialFailure):
     retry = True
 
 
-JOIN = "several become one, `torch.cat([a.flatten(1), b.flatten(1)], 1)`, which `loss` and `score` take apart again"
-"""What to do with a model that gives more than one tensor."""
-
-
 def causes(error: BaseException) -> Iterator[BaseException]:
     """`error`, if it is not qsweep's own, and what has led to it, the compiler's way of telling included."""
     found: BaseException | None = error

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from qsweep.errors import JOIN, NotFinite, QsweepError, TaskFailure
+from qsweep.errors import NotFinite, QsweepError, TaskFailure
 from qsweep.tasks.base import Metric, SplitName, Task
 
 _PART = 256
@@ -37,7 +37,7 @@ def predict(
             batch = task.transform(part)
             found = model(batch.to(device, memory_format=layout(batch)))
             if not isinstance(found, Tensor):
-                raise TaskFailure(f"the model must give one tensor (got {type(found).__name__}); {JOIN}")
+                raise TaskFailure(f"the model must give one tensor (got {type(found).__name__})")
             outputs.append(found.cpu())
     joined = torch.cat(outputs)
     if not torch.isfinite(joined).all():

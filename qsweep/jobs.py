@@ -36,6 +36,7 @@ from qsweep.spec import Measure, TrialConfig
 from qsweep.splits import doubts
 from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task, TaskConfig
+from qsweep.tasks._user import UserTask, several_outputs
 from qsweep.train import seeded
 
 SIMULATED = "simulated.safetensors"
@@ -60,11 +61,15 @@ class Job:
         self.store = Store(Path(content["store"]))
         self.baseline = Path(content["baseline"]) if content["baseline"] else None
         self.model: str | None = content.get("model")  # the key of what the sweep began with
+        self.interface: dict[str, Any] = content.get("interface") or {}  # what `prepare` has found the model to take
         self.clock = Clock()
         torch.set_num_threads(content["threads"])
 
     def task(self) -> Task:
-        return self.task_config.open(self.root)
+        task = self.task_config.open(self.root)
+        if isinstance(task, UserTask):
+            task.tell(self.interface)
+        return task
 
     def progress(self, text: str) -> None:
         """Say what it is doing now, and keep it in its log."""
@@ -124,6 +129,7 @@ def _prepare(job: Job) -> Result:
         "seconds": job.clock.seconds,
         "model": context.key,
         "about": about,
+        "interface": task.interface if isinstance(task, UserTask) else {},
         "doubts": list(doubts(task, job.task_config.judged_by)),
     }
 
@@ -187,7 +193,8 @@ def _measure(job: Job) -> Result:
         np.save(job.folder / "scores.npy", scores.numpy())
         metrics["accuracy"] = scores.mean().item()
     simulated = load_file(job.folder / SIMULATED)["outputs"]
-    metrics |= parity(deployed[: len(simulated)], simulated, labels[: len(simulated)], job.measure)
+    several = several_outputs(task) is not None
+    metrics |= parity(deployed[: len(simulated)], simulated, labels[: len(simulated)], job.measure, several=several)
     metrics["accuracy_drop_pp"] = _drop(job, metrics["accuracy"])
     job.progress("latency")
     with job.clock("latency"):

@@ -676,7 +676,12 @@ def test_numbers_of_tokens_are_refused_before_anything_is_spent() -> None:
             "must leave the samples as they are",
         ),
         ("nn.Linear(self.size, 2)", "nn.Sequential(nn.Threshold(2, 3, inplace=True), nn.Linear(3, 2))", "must leave"),
-        ("nn.Linear(self.size, 2)", "nn.LSTM(self.size, 2)", r"the model must give one tensor \(got tuple\)"),
+        (
+            "nn.Linear(self.size, 2)",
+            "nn.LSTM(self.size, 2)",
+            r"the model's output `1.0` must be floating point, of shape \(4, ...\) for 4 samples "
+            r"\(got torch.float32, \(1, 2\)\)",
+        ),
     ],
     ids=["model", "transform", "written", "written by the model", "outputs"],
 )

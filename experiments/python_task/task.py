@@ -3,11 +3,19 @@
 Data: Breast Cancer Wisconsin (Diagnostic), 569 rows, bundled with scikit-learn. qsweep needs four methods of a task,
 `model`, `samples`, `loss` and `score`, and takes `transform` where inputs need more than a cast to float32.
 
-What qsweep asks of them, and says before it trains where one does not hold: the model is float32, takes one float32
-tensor (N, ...) and gives one tensor (N, ...), such as logits (N, C), maps (N, C, H, W) or numbers (N,); numbers of
-tokens come as float32, too, and the model makes indices of them (`self.embedding(tokens.long())`). Scores go from 0 to
-1, one a sample, as their mean is shown in per cent. Data that are read from files belong into `depends_on`. Every job
-is a process of its own that opens the task anew: keep what takes long to prepare in a file.
+What qsweep asks of them, and says before it trains where one does not hold: the model's parameters are float32, and it
+takes and gives tensors (N, ...), such as logits (N, C), maps (N, C, H, W) or numbers (N,). Scores go from 0 to 1, one a
+sample, as their mean is shown in per cent. Data that are read from files belong into `depends_on`. Every job is a
+process of its own that opens the task anew: keep what takes long to prepare in a file.
+
+Inputs, labels and outputs may be several tensors, in tuples and dicts, and inputs whole numbers. A tuple of inputs is
+given to `forward` as its arguments, a dict by their names; None among outputs is left out:
+
+    def samples(self, split):  # as tokenizers and transformers have them
+        return {"input_ids": ids, "attention_mask": mask}, {"start": starts, "end": ends}
+
+    def loss(self, outputs, labels):  # values of dicts are attributes, too
+        return cross_entropy(outputs.start_logits, labels.start) + cross_entropy(outputs.end_logits, labels.end)
 
 What is no mean over samples is a `metric` of all of them, from 0 to 1 as well: AUC, mean IoU (of intersections and
 unions by class), F1 (of counts), or R2 of a regression:

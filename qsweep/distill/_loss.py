@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsweep.errors import TaskFailure
+from qsweep.tasks._parts import each
+
+_SMALL = 1e-12
+"""Mean square of outputs that are all but zero."""
 
 
 def with_teacher(
@@ -28,9 +32,14 @@ def with_teacher(
     return loss
 
 
-def check_classes(outputs: Tensor, labels: Tensor) -> None:
-    """Raises TaskFailure where labels are several real numbers a sample that are no shares of the classes: a softmax
-    over all outputs, logits and boxes, would be of no use."""
+def check_classes(outputs: Tensor, labels: Tensor, widths: list[int] | None = None) -> None:
+    """Raises TaskFailure where outputs are several, or labels several real numbers a sample that are no shares of the
+    classes: a softmax over all outputs, logits and boxes, would be of no use."""
+    if widths is not None:
+        raise TaskFailure(
+            f"`distill: {{method: logits}}` needs one output of logits (got {len(widths)} outputs); `method: outputs` "
+            "follows outputs of any kind"
+        )
     if labels.is_floating_point() and labels.dim() > 1 and labels.shape != outputs.shape:
         shapes = f"{tuple(outputs.shape)} and {tuple(labels.shape)}"
         raise TaskFailure(
@@ -54,9 +63,13 @@ def divergence(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
     return F.kl_div(found, wanted, reduction="none", log_target=True).sum(1).mean()
 
 
-def squared(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared difference. Raises TaskFailure for shapes that differ."""
+def squared(outputs: Tensor, targets: Tensor, widths: list[int] | None = None) -> Tensor:
+    """Mean squared difference; of several outputs, of so many columns each, the mean of theirs, each in units of the
+    mean square of `targets`. Raises TaskFailure for shapes that differ."""
     if outputs.shape != targets.shape:
         shapes = f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
         raise TaskFailure(f"distillation needs outputs alike from student and teacher (got {shapes})")
-    return F.mse_loss(outputs, targets)
+    if widths is None:
+        return F.mse_loss(outputs, targets)
+    pairs = zip(each(outputs, widths), each(targets, widths), strict=True)
+    return torch.stack([F.mse_loss(a, b) / b.square().mean().clamp_min(_SMALL) for a, b in pairs]).mean()

@@ -50,15 +50,22 @@ class Distillation(Stage):
     def loss(self, context: Context) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """`loss(inputs, outputs, labels)`, also used by quantization-aware training of the same trial."""
         from copy import deepcopy
+        from functools import partial
 
         from qsweep.distill._loss import with_teacher
+        from qsweep.tasks._user import several_outputs
 
         teacher = context.teacher()
+        parts = several_outputs(context.task)
         if context.device.type != "cpu":  # what others are given stays on the CPU
             teacher = deepcopy(teacher).to(context.device)
-        return with_teacher(teacher, context.task.loss, self.distance, self.alpha)
+        distance = partial(self.distance, widths=parts.widths if parts else None)
+        return with_teacher(teacher, context.task.loss, distance, self.alpha)
 
     @abstractmethod
-    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor, widths: list[int] | None = None) -> Tensor:
         """Scalar: how far the student's `outputs` are from the teacher's, for samples with these labels. Raises
-        TaskFailure where none is defined."""
+        TaskFailure where none is defined.
+
+        `widths`: columns of each, where these are several outputs side by side.
+        """

@@ -27,8 +27,8 @@ class Logits(Distillation):
     def label(self) -> str:
         return f"T{self.temperature:.0f}" if self.temperature.is_integer() else f"T{self.temperature:.1f}"
 
-    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor, widths: list[int] | None = None) -> Tensor:
         from qsweep.distill._loss import check_classes, divergence
 
-        check_classes(outputs, labels)
+        check_classes(outputs, labels, widths)
         return self.temperature**2 * divergence(outputs, targets, self.temperature)

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 class Outputs(Distillation):
     """Fine-tune on the uncompressed model's outputs as they are: numbers, maps, or logits.
 
-    The distance is the mean squared difference.
+    The distance is the mean squared difference; of several outputs the mean of theirs, each by the mean square of the
+    teacher's.
     Source: Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (2014), section 2.2.
     """
 
@@ -20,7 +21,7 @@ class Outputs(Distillation):
     def label(self) -> str:
         return "outputs"
 
-    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor, widths: list[int] | None = None) -> Tensor:
         from qsweep.distill._loss import squared
 
-        return squared(outputs, targets)
+        return squared(outputs, targets, widths)

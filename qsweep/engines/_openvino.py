@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from qsweep.engines._onnx import DTYPE, complete
 from qsweep.engines._onnx_nodes import attribute
+from qsweep.engines._onnx_parts import with_parts
 from qsweep.engines._onnx_weights import PACKED_PRODUCT, rounding
 from qsweep.engines._openvino_graph import (
     computed_constants,
     core,
     takes_integers,
-    with_named_axes,
     with_biases,
+    with_named_axes,
     without_reduced_maxima,
 )
 from qsweep.errors import Refused
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import onnx
 
     from qsweep.engines.base import EngineConfig
+    from qsweep.tasks._parts import Parts
 
 
 class OpenVINORunner:
@@ -76,11 +78,12 @@ class OpenVINORunner:
         return sum(_macs(cast(openvino.Node, node), packed) for node in nodes)
 
 
-def write_ir(artifact: Path, out: Path) -> None:
+def write_ir(artifact: Path, out: Path, parts: Mapping[str, Parts]) -> None:
     """Write `model.xml` and `model.bin`, which take batches of any size, and `settings.json`, with which OpenVINO
     computes what was measured: left to itself it takes bf16 where that is quicker, for numbers of words, too. In bf16
     these are integers."""
     content = complete(artifact)
+    with_parts(content, parts)
     openvino.save_model(_model(content), out / "model.xml", compress_to_fp16=False)
     (out / "settings.json").write_text(json.dumps({"CPU": _arithmetic(content)}, indent=2))
 
@@ -101,10 +104,10 @@ def _precision(content: onnx.ModelProto) -> str:
 
 def _model(content: onnx.ModelProto) -> openvino.Model:
     with_named_axes(content)
+    with_biases(content)
     try:
         model = core().read_model(content.SerializeToString())
     except RuntimeError as error:
-    with_biases(content)
         raise Refused(f"OpenVINO cannot read the model: {_reason(error)}") from error
     without_reduced_maxima(model)
     if _precision(content) == "bf16":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qsweep.hub.form import QuantizedModel
     from qsweep.spec import Compression
     from qsweep.store import Store
+    from qsweep.tasks._parts import Parts
 
 Runner = Callable[["Tensor"], "Tensor"]
 """Takes a float32 batch of exactly the target's batch size, gives the model's output; both on the engine's device.
@@ -81,11 +82,14 @@ class EngineConfig(Config, ABC):
         Raises Refused when the runtime cannot take it.
         """
 
-    def export(self, artifact: Path, out: Path) -> None:
-        """Write to the folder `out` what the runtime takes without qsweep; by default a program of `torch.export`."""
+    def export(self, artifact: Path, out: Path, parts: Mapping[str, Parts] | None = None) -> None:
+        """Write to the folder `out` what the runtime takes without qsweep; by default a program of `torch.export`.
+
+        `parts`: the `inputs` and `outputs` of the model, where they are more than the one tensor of the artifact.
+        """
         from qsweep.engines._program import write_program
 
-        write_program(artifact, out)
+        write_program(artifact, out, parts or {})
 
     @abstractmethod
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:

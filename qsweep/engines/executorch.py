@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from qsweep.hub.form import QuantizedModel
     from qsweep.spec import Compression
     from qsweep.store import Store
+    from qsweep.tasks._parts import Parts
 
 
 class ExecuTorch(EngineConfig):
@@ -41,12 +43,16 @@ class ExecuTorch(EngineConfig):
 
         return runner(folder, self)
 
-    def export(self, artifact: Path, out: Path) -> None:
+    def export(self, artifact: Path, out: Path, parts: Mapping[str, Parts] | None = None) -> None:
+        import json
         import shutil
 
         from qsweep.engines._executorch import PROGRAM
 
         shutil.copyfile(artifact / PROGRAM, out / PROGRAM)
+        if parts:
+            columns = {role: each.rows() for role, each in parts.items()}
+            (out / "interface.json").write_text(json.dumps(columns, indent=2) + "\n", encoding="utf-8")
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
         from qsweep.engines._executorch import integer_macs

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qsweep.spec import Compression
+    from qsweep.tasks._parts import Parts
 
 
 class OnnxRuntime(OnOnnx):
@@ -36,12 +38,15 @@ class OnnxRuntime(OnOnnx):
 
         return runner(folder, self)
 
-    def export(self, artifact: Path, out: Path) -> None:
+    def export(self, artifact: Path, out: Path, parts: Mapping[str, Parts] | None = None) -> None:
         import onnx
 
         from qsweep.engines._onnx import complete
+        from qsweep.engines._onnx_parts import with_parts
 
-        onnx.save(complete(artifact), out / "model.onnx")
+        content = complete(artifact)
+        with_parts(content, parts or {})
+        onnx.save(content, out / "model.onnx")
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
         from qsweep.engines._onnxruntime import integer_macs

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
     from qsweep.quantize import Quantization
     from qsweep.spec import Compression
+    from qsweep.tasks._parts import Parts
 
 
 class OpenVINO(OnOnnx):
@@ -36,10 +38,10 @@ class OpenVINO(OnOnnx):
 
         return OpenVINORunner(folder, self)
 
-    def export(self, artifact: Path, out: Path) -> None:
+    def export(self, artifact: Path, out: Path, parts: Mapping[str, Parts] | None = None) -> None:
         from qsweep.engines._openvino import write_ir
 
-        write_ir(artifact, out)
+        write_ir(artifact, out, parts or {})
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
         from qsweep.engines._openvino import OpenVINORunner

@@ -16,7 +16,7 @@ from qsweep.hub.fixed import fixed_nodes
 from qsweep.hub.form import DynamicGrid, Grid, QuantizedModel, RowGrid, layers_of
 from qsweep.hub.kinds import EMBEDDING, GATED, LINEARS, POOLS, RECTIFIERS, rectified
 from qsweep.hub.nodes import constant, nodes_of, source
-from qsweep.hub.readers import groups_of, moves, readers_on_grids, readers_that_are_layers
+from qsweep.hub.readers import groups_of, is_given, moves, readers_on_grids, readers_that_are_layers
 from qsweep.hub.weights import Stored
 
 OF_LAYERS = "_layers"
@@ -155,7 +155,7 @@ def _observe_weight(graph: fx.GraphModule, observer: nn.Module, readers: list[tu
 
 
 def _given(value: fx.Node) -> bool:
-    return value.op == "placeholder" or (moves(value) and all(map(_given, value.all_input_nodes)))
+    return is_given(value) or (moves(value) and all(map(_given, value.all_input_nodes)))
 
 
 def _nonnegative(value: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from qsweep.errors import JOIN, ExportFailure
+from qsweep.errors import ExportFailure
 from qsweep.hub.activations import with_activations
 from qsweep.hub.factors import with_factors
 from qsweep.hub.fixed import with_fixed_weights
@@ -74,7 +74,7 @@ def _one_in_one_out(graph: fx.GraphModule) -> None:
     result: Any = output.args[0]
     if isinstance(result, tuple | list):
         if len(result) != 1:
-            raise ExportFailure(f"the model must give one tensor (got {len(result)} outputs); {JOIN}")
+            raise ExportFailure(f"the model must give one tensor (got {len(result)} outputs)")
         output.args = (result[0],)
 
 

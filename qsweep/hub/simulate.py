@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE, RECURRENT, aten
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE, RECURRENT, aten, keeps_grid
 from qsweep.hub.nodes import is_real, set_constant
 from qsweep.hub.ops import QUANTIZE_DYNAMIC, QUANTIZE_ROWS, STORED, dynamic_fake_quantize, row_fake_quantize
 from qsweep.hub.weights import real_weight
@@ -83,6 +83,11 @@ def simulation(model: QuantizedModel) -> fx.GraphModule:
     return graph if model.dtype == torch.float32 else _in_dtype(graph, model.dtype, model.example)
 
 
+def _stays_real(node: fx.Node) -> bool:
+    """Whether it gives real numbers, of which not all that read it, moved or not, make indices or masks."""
+    return is_real(node) and not (keeps_grid(node) and node.users and not any(map(_stays_real, node.users)))
+
+
 def _in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.GraphModule:
     """`graph` with constants and arithmetic in `dtype`, in place; input and output stay float32.
 
@@ -95,7 +100,7 @@ def _in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.
     graph.to(dtype)
     with graph.graph.inserting_after(given):
         cast = graph.graph.call_function(_TO, (given, dtype))
-    given.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast and is_real(user))
+    given.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast and _stays_real(user))
     with torch.no_grad():
         _Typed(graph, dtype).run(example)
     output = graph.graph.output_node()

@@ -34,14 +34,16 @@ def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, device: 
     return joined
 
 
-def parity(deployed: Tensor, simulated: Tensor, labels: Tensor, settings: Measure) -> dict[str, float]:
+def parity(
+    deployed: Tensor, simulated: Tensor, labels: Tensor, settings: Measure, *, several: bool = False
+) -> dict[str, float]:
     """`parity_top1` and `parity_max_abs` of two outputs (N, C, ...) for samples with these labels (N, ...); see
-    `Measure.parity_top1`.
+    `Measure.parity_top1`. `several`: they hold several outputs, which are no scores of the same classes.
 
     Raises ParityFailure below the bound of the former.
     """
     difference = (deployed - simulated).abs()
-    if _of_classes(simulated, labels):
+    if not several and _of_classes(simulated, labels):
         what, same = "of the top classes", deployed.argmax(1) == simulated.argmax(1)
     else:
         others = [dimension for dimension in range(simulated.dim()) if dimension != 1]

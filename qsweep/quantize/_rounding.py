@@ -42,7 +42,7 @@ def round_weights(config: PostTraining, model: QuantizedModel, context: Context)
 
     same = config.model_copy(update={"bias_correction": False})
     parents = (context.key, same.uid(), *preparation(config), context.seed, torch.__version__)
-    key = context.store.key("rounded", 5, *parents)
+    key = context.store.key("rounded", 6, *parents)
     set_rounded(model.graph, _load(context.store.folder(key, compute)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from qsweep.quantize._observers import NearestWeight
 from qsweep.quantize._prepare import preparation
 from qsweep.quantize.mixed import Mixed
 from qsweep.stage import Context
+from qsweep.tasks._parts import each
+from qsweep.tasks._user import several_outputs
 from qsweep.tasks.base import Samples, Task
 
 Scores = dict[str, dict[int, float]]
@@ -61,7 +64,10 @@ def scored(config: Mixed, model: QuantizedModel, task: Task, samples: Samples) -
     if config.sensitivity == "fisher":
         found = _by_fisher(model.graph, rounded, task, samples)
     else:
-        distance = _divergence if config.sensitivity == "kl" else _error
+        parts = several_outputs(task)
+        distance = partial(
+            _divergence if config.sensitivity == "kl" else _error, widths=parts.widths if parts else None
+        )
         found = _by_outputs(model.graph, rounded, samples.inputs, distance)
     for name, scores in found.items():
         if not all(map(math.isfinite, scores.values())):
@@ -115,9 +121,9 @@ def _behind(graph: fx.GraphModule, name: str) -> set[fx.Node]:
     return found
 
 
-def _divergence(found: Tensor, wanted: Tensor) -> Tensor:
+def _divergence(found: Tensor, wanted: Tensor, widths: list[int] | None) -> Tensor:
     """KL(softmax(wanted) || softmax(found)) of logits (B, classes, ...), mean over all but the classes; float64."""
-    if wanted.dim() < 2 or wanted.shape[1] < 2:
+    if wanted.dim() < 2 or wanted.shape[1] < 2 or widths:
         raise Refused(
             "`sensitivity`: must be `output_error` or `fisher` for outputs that are not logits (batch, classes, ...) "
             f"(got `kl` for {tuple(wanted.shape)})"
@@ -126,10 +132,11 @@ def _divergence(found: Tensor, wanted: Tensor) -> Tensor:
     return F.kl_div(*logarithms, reduction="none", log_target=True).sum(1).mean().clamp(min=0)
 
 
-def _error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error over the squares of `wanted`."""
-    squares = wanted.double().square().sum()
-    return (found.double() - wanted.double()).square().sum() / squares.clamp(min=torch.finfo(torch.float32).tiny)
+def _error(found: Tensor, wanted: Tensor, widths: list[int] | None) -> Tensor:
+    """Squared error over the squares of `wanted`; of several outputs, of so many columns each, the mean."""
+    pairs = zip(each(found.double(), widths), each(wanted.double(), widths), strict=True)
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.stack([(a - b).square().sum() / b.square().sum().clamp(min=tiny) for a, b in pairs]).mean()
 
 
 @torch.enable_grad()

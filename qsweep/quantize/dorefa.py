@@ -24,7 +24,7 @@ class DoReFa(Trained):
     """
 
     method: Literal["dorefa"] = "dorefa"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     calibration: Calibration = "mse"
     """How ranges follow from what calibration saw: where activations are clipped."""
 

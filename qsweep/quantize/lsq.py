@@ -26,7 +26,7 @@ class LSQ(Trained):
     """
 
     method: Literal["lsq"] = "lsq"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     # The paper starts from 2 * mean|w| / sqrt(Qp). On a ResNet-20 with 8-bit activations that is 85.1 % (4 bits) and
     # 65.5 % (3 bits) before the first step of training, the least squared error 85.9 % and 70.3 %.
     weight_range: Literal["minmax", "mse"] = "mse"

@@ -24,7 +24,7 @@ class PACT(Trained):
     """
 
     method: Literal["pact"] = "pact"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     modes: ClassVar[tuple[str, ...]] = ("static",)
     clip_decay: Annotated[float, Field(ge=0)] = 2e-4
     """Weight of half the squared ends in the loss."""

@@ -51,7 +51,7 @@ class PTQ(PostTraining, Uniform):
     Source: Nagel et al., "A White Paper on Neural Network Quantization" (2021), section 3.
     """
 
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     method: Literal["ptq"] = "ptq"
 
     def apply(self, model: nn.Module, context: Context) -> QuantizedModel:

@@ -21,7 +21,7 @@ class QAT(Trained):
     """
 
     method: Literal["qat"] = "qat"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
 
     def activation(self, place: Place) -> FakeActivation:
         from qsweep.quantize._fake_activations import MovingRange

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def compress(
     model: nn.Module,
     config: TrialConfig | Mapping[str, Any] | str | Path,
-    task: Task,
+    task: object,
     out: str | Path | None = None,
     *,
     training: Training | None = None,
@@ -40,12 +40,12 @@ def compress(
     """`model` compressed as `config` says, deployed and loaded; with `out`, its bundle is written to that new folder.
 
     `config` is a TrialConfig, the same as plain data, a `config.yaml`, a bundle, or a registered one such as
-    `models:/NAME@champion` (at `uri`, as for `load`). `task` gives the data; its own model is not looked at, and
-    `model` is not changed. What a config leaves to the model, such as the bits by layer of `mixed`, is chosen for
-    `model` anew. `training` holds the settings of fine-tuning that a spec's task has, by default those of the bundle,
-    on the CPU where there is no GPU. What came of it is in `metrics` of the model. Raises SpecError for a config that
-    is none, BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the artifact
-    disagrees with its simulation.
+    `models:/NAME@champion` (at `uri`, as for `load`). `task`, an object with the methods of `qsweep.Task`, gives the
+    data; its own model is not looked at, and `model` is not changed. What a config leaves to the model, such as the
+    bits by layer of `mixed`, is chosen for `model` anew. `training` holds the settings of fine-tuning that a spec's
+    task has, by default those of the bundle, on the CPU where there is no GPU. What came of it is in `metrics` of the
+    model. Raises SpecError for a config that is none, BundleError where `out` is taken, and the TrialFailure of what
+    goes wrong; ParityFailure if the artifact disagrees with its simulation.
     """
     from torch import nn
 
@@ -54,7 +54,7 @@ def compress(
     asked, kept, judged_by = asked_for(config, uri)
     if kept.unavailable() is not None:
         kept = kept.model_copy(update={"device": "cpu"})
-    settings, task = training or kept, guarded(task)
+    settings, guarded_task = training or kept, guarded(task)
     if not isinstance(model, nn.Module):
         raise Refused(f"`model`: must be a torch.nn.Module (got {type(model).__name__})")
     reason = settings.unavailable() or asked.target.available() or asked.target.refuses(asked.compress)
@@ -64,7 +64,7 @@ def compress(
         raise BundleError(f"`{out}`: must not exist yet")
     with TemporaryDirectory() as place:
         sweep = Path(place) / "compress"
-        record = _built(model, asked, task, sweep, settings, judged_by, seed)
+        record = _built(model, asked, guarded_task, sweep, settings, judged_by, seed)
         if out is not None:
             return LoadedModel(bundle(record, sweep, Path(out)))
         return temporary(lambda folder: bundle(record, sweep, folder / "bundle"))
@@ -109,8 +109,11 @@ def _built(
     from qsweep.evaluate import check
     from qsweep.stage import Context
     from qsweep.store import Store
+    from qsweep.tasks._user import UserTask
 
     original = copy.deepcopy(model).eval()
+    if isinstance(task, UserTask):
+        original = task.whole(original)
     check(task, original)
     clock, store = build.Clock(), Store(sweep.parent / "store")
     context = Context(
@@ -124,6 +127,9 @@ def _built(
     quantized = build.compress(config.compress, copy.deepcopy(original), context, clock)
     artifact = sweep / "trials" / "0000" / "artifact"
     artifact.parent.mkdir(parents=True)
+    if isinstance(task, UserTask):
+        (sweep / "prepare").mkdir()
+        (sweep / "prepare" / "prepare.json").write_text(json.dumps({"interface": task.interface}), encoding="utf-8")
     kept = {"task": {"training": training.model_dump(mode="json"), "metric": judged_by.model_dump(mode="json")}}
     (sweep / "spec.json").write_text(json.dumps(kept), encoding="utf-8")  # for the manifest
     build.lower(quantized, config, artifact, store)
@@ -147,6 +153,7 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     from qsweep.hub.simulate import simulation
     from qsweep.measure.deployed import outputs, parity
     from qsweep.measure.sizes import file_sizes, work
+    from qsweep.tasks._user import several_outputs
 
     settings = Measure()
     inputs, labels = task.samples("validation")
@@ -155,7 +162,8 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     together = target.batch_size if quantized.dynamic else 256
     simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples], together)
     first = labels[: len(simulated)]
-    found = parity(deployed[: len(simulated)], simulated, first, settings)
+    several = several_outputs(task) is not None
+    found = parity(deployed[: len(simulated)], simulated, first, settings, several=several)
     found["accuracy"] = accuracy(task, deployed, labels)
     part = accuracy_of_part(task, simulated, first)
     metrics = found | {"accuracy_simulated": part} | work(quantized) | file_sizes(artifact)

@@ -17,7 +17,8 @@ def export(record: Record, sweep: Path, out: Path) -> Path:
 
     For `onnxruntime` that is one complete `model.onnx`; for `openvino` `model.xml`, `model.bin` and the settings to
     compile them with, `settings.json`; for `executorch` its `model.pte`; for engines that are PyTorch a `model.pt2`,
-    which `torch.export.load` reads once `torch.ao.quantization.fx._decomposed` has been imported.
+    which `torch.export.load` reads once `torch.ao.quantization.fx._decomposed` has been imported. All take and give the
+    tensors that the model does, but `model.pte`: its one tensor has their columns as `interface.json` lists them.
     Raises BundleError where there is no artifact or `out` exists.
     """
     if out.exists():
@@ -27,7 +28,11 @@ def export(record: Record, sweep: Path, out: Path) -> Path:
     unfinished.mkdir(parents=True)
     try:
         made = bundle(record, sweep, unfinished / "bundle")
-        engine_of(verify(made), made).export(made / "artifact", unfinished)
+        from qsweep.tasks._parts import Parts
+
+        manifest = verify(made)
+        parts = {role: Parts.read(rows) for role, rows in manifest.interface.items()}
+        engine_of(manifest, made).export(made / "artifact", unfinished, parts)
         shutil.rmtree(made)
         os.replace(unfinished, out)
     finally:

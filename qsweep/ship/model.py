@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,41 +18,41 @@ from qsweep.space import complaint
 from qsweep.track.bundle import Manifest, read_json, verify
 
 if TYPE_CHECKING:
-    from numpy import ndarray
     from torch import Tensor
-
-Batch = TypeVar("Batch", "Tensor", "ndarray")
 
 
 class LoadedModel:
     """The deployed model: call it on a float32 tensor or array (N, ...), preprocessed as the task does.
 
-    Any N: the engine runs at the batch size it was measured at, the last batch is filled up. Inputs may be on any
-    device; outputs are on the CPU. Engines that are PyTorch run on as many threads as the target has, and set that for
-    the process.
+    A model of several inputs takes them in a dict or a tuple, as its task gives them, and several outputs come so
+    (`manifest.interface`). Any N: the engine runs at the batch size it was measured at, the last batch is filled up.
+    Inputs may be on any device; outputs are on the CPU. Engines that are PyTorch run on as many threads as the target
+    has, and set that for the process.
     """
 
     def __init__(self, folder: Path) -> None:
         """Load the bundle in `folder`, which must stay: runtimes may map its files."""
+        from qsweep.ship._interface import Interface
+
         self.manifest = verify(folder)
         self._folder = folder
         engine = engine_of(self.manifest, folder)
         self._runner: Runner = engine.load(folder / "artifact")
         self._batch_size, self._device = engine.batch_size, engine.device
+        self._interface = Interface(self.manifest.interface)
 
     @property
     def metrics(self) -> Metrics:
         """Those of its trial; a model of `compress` has accuracy, agreement with the simulation and sizes."""
         return Metrics.model_validate(read_json(self._folder / "metrics.json").get("metrics", {}))
 
-    def __call__(self, inputs: Batch) -> Batch:
-        """The model's outputs, of the kind that came in. Raises DataError where shape or type do not fit, and for NaN:
-        integers know none, so it would come out as some class or other."""
-        import torch
+    def __call__(self, inputs: Any) -> Any:
+        """The model's outputs: tensors for tensors, else arrays. Raises DataError where shape or type do not fit, and
+        for NaN: integers know none, so it would come out as some class or other."""
+        from qsweep.ship._interface import has_tensors
 
-        if isinstance(inputs, torch.Tensor):
-            return self._run(inputs)
-        return self._run(_tensor(inputs)).numpy()
+        outputs = self._run(self._interface.joined(inputs))
+        return self._interface.shown(outputs, arrays=not has_tensors(inputs))
 
     def _run(self, inputs: Tensor) -> Tensor:
         import torch
@@ -79,19 +79,6 @@ class LoadedModel:
 
     def __repr__(self) -> str:
         return f"LoadedModel({self.manifest.name} on {self.manifest.engine.get('engine')})"
-
-
-def _tensor(inputs: object) -> Tensor:
-    """An array, or what NumPy takes for one, as a tensor; copied where PyTorch cannot share its memory."""
-    import numpy
-    import torch
-
-    try:
-        array = numpy.require(inputs, requirements=["C", "W"])
-        return torch.from_numpy(array)
-    except (TypeError, ValueError, RuntimeError):
-        kind = inputs.dtype if isinstance(inputs, numpy.ndarray) else type(inputs).__name__
-        raise DataError(f"inputs must be a tensor or an array of float32 (got {kind})") from None
 
 
 def load(source: str | Path, uri: str | None = None) -> LoadedModel:

@@ -8,7 +8,8 @@ import numpy
 
 
 def register() -> None:
-    """Tell MLflow what model this file is: arrays (N, ...) or nested lists of that shape in, an array out."""
+    """Tell MLflow what model this file is: an array (N, ...) or nested lists of that shape in, for several
+    inputs a dict of arrays; outputs as the model gives them, as arrays."""
     from mlflow.models import set_model
     from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
@@ -20,7 +21,9 @@ def register() -> None:
 
         def predict(  # MLflow looks up these hints among the module's globals
             self, context: Any, model_input: numpy.ndarray, params: dict[str, Any] | None = None
-        ) -> numpy.ndarray:
+        ) -> Any:
+            if isinstance(model_input, dict):  # of several inputs
+                return self.model(model_input)
             return self.model(numpy.asarray(model_input, dtype=numpy.float32))
 
     set_model(BundleModel())

@@ -139,10 +139,21 @@ def _signature(made: Path) -> ModelSignature | None:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    shape = verify(made).input.get("shape")
-    if shape is None:
+    from qsweep.tasks._parts import Parts
+
+    manifest = verify(made)
+    if rows := manifest.interface.get("inputs"):
+        parts = Parts.read(rows).parts
+        names = [part.called("input") if part.path else None for part in parts]
+        kinds = [str(part.dtype).removeprefix("torch.") for part in parts]
+        given = list(zip(kinds, [part.shape for part in parts], names, strict=True))
+    elif (shape := manifest.input.get("shape")) is not None:
+        given = [("float32", shape, None)]
+    else:
         return None
-    return ModelSignature(inputs=Schema([TensorSpec(numpy.dtype("float32"), (-1, *shape))]))
+    return ModelSignature(
+        inputs=Schema([TensorSpec(numpy.dtype(kind), (-1, *shape), name) for kind, shape, name in given])
+    )
 
 
 def _version(client: MlflowClient, source: str, uri: str, name: str, alias: str | None, number: str) -> ModelVersion:

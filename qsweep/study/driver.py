@@ -99,6 +99,8 @@ class Driver:
         self.threads = folder.threads()
         self.model: str | None = None
         """The identity of the uncompressed model, once it is known."""
+        self.interface: dict[str, Any] = {}
+        """The parts of what it takes and gives, where these are several tensors."""
         self.pipeline = self._pipeline()
         self.records: dict[int, Record] = {}
         self.originals: dict[str, Record] = {}
@@ -163,7 +165,8 @@ class Driver:
         if failed := evaluation.failure:
             names_its_file = failed.kind in (DataError.__name__, TaskFailure.__name__) and failed.message[0] == "`"
             raise failure(failed.kind, failed.message if names_its_file else f"`task`: {failed.message}")
-        self.model = read_result(evaluation.folder / "prepare.json").get("model")
+        result = read_result(evaluation.folder / "prepare.json")
+        self.model, self.interface = result.get("model"), result.get("interface", {})
         if self.model is not None:
             self.folder.keep_model(self.model)
         return not self.stopping()
@@ -289,4 +292,5 @@ class Driver:
             "baseline": str(self._whole(baseline)) if baseline else None,
             "threads": self.threads,
             "model": self.model,
+            "interface": self.interface,
         }

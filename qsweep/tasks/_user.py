@@ -7,16 +7,21 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Generator, Tensor, nn
 
 from qsweep.errors import QsweepError, TaskFailure
+from qsweep.tasks._parts import NotParts, Parts, countable, mapped, tensors
+from qsweep.tasks._whole import whole
 from qsweep.tasks.base import Samples, SplitName, Task, TaskMetric
 
+Role: TypeAlias = Literal["stored", "labels", "inputs", "outputs"]
+_OF_SAMPLES: tuple[Role, Role] = ("stored", "labels")
+_GIVES = "give a tensor, or tuples and dicts of tensors"
 METHODS = ("model", "samples", "loss", "score")
 
 
@@ -52,6 +57,12 @@ def check_arguments(kind: type, arguments: dict[str, Any], path: Path) -> None:
     _call(path, f"{kind.__name__}(...)", signature.bind, **arguments)
 
 
+def several_outputs(task: Task) -> Parts | None:
+    """The parts of what its model gives, where these are several, once it has run."""
+    parts = task.parts.get("outputs") if isinstance(task, UserTask) else None
+    return parts if parts and parts.several else None
+
+
 def guarded(task: Any) -> Any:
     """`task` as it is if it is qsweep's own, else guarded like those of specs, whatever it is judged by. Raises
     TaskFailure where it is none."""
@@ -68,12 +79,18 @@ def guarded(task: Any) -> Any:
 
 
 class UserTask:
-    """A `Task` of an object of the user's class; every call is guarded and its result checked."""
+    """A `Task` of an object of the user's class; every call is guarded and its result checked.
+
+    What its methods and its model take and give may be several tensors, in tuples and dicts: to all others these are
+    one.
+    """
 
     def __init__(self, task: Any, path: Path, judged_by: TaskMetric) -> None:
         """`path`: of the file that the class is in."""
         self._path, self._name, self._judged_by = path, type(task).__name__, judged_by
         self._loaded: dict[SplitName, Samples] = {}
+        self.parts: dict[Role, Parts] = {}
+        """Of stored samples and labels, and of what the model takes and gives, each known once it was seen."""
         self.any_device = bool(getattr(task, "any_device", False))
         self._task = task
         self.metric = self._metric if callable(getattr(task, "metric", None)) else None
@@ -86,7 +103,49 @@ class UserTask:
     def model(self) -> nn.Module:
         model = self._ask("model")
         self._must(isinstance(model, nn.Module), "model", "return a torch.nn.Module", type(model).__name__)
-        return model  # type: ignore[no-any-return]
+        return self.whole(model)
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        """`model`, in place, as one that takes and gives one tensor."""
+        return whole(model, lambda inputs: self._apart("inputs", inputs), self._given)
+
+    @property
+    def interface(self) -> dict[str, list[dict[str, Any]]]:
+        """The parts of what the model takes and gives, as plain data, where it takes or gives more than real numbers in
+        one tensor."""
+        roles: tuple[Role, ...] = ("inputs", "outputs")
+        found = {role: self.parts[role] for role in roles if role in self.parts}
+        return {role: parts.rows() for role, parts in found.items() if not parts.plain}
+
+    def tell(self, interface: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """What `interface` was where the model has run."""
+        self.parts |= {cast(Role, role): Parts.read(rows) for role, rows in interface.items()}
+
+    def _given(self, outputs: Any, inputs: Tensor) -> Tensor:
+        """What the model gives for `inputs` as one tensor."""
+        if torch.compiler.is_compiling():  # or tracing: it has been looked at, or will be
+            return (self.parts.get("outputs") or Parts.of(outputs)).joined(outputs, torch.float32)
+        parts = self._known("outputs", outputs, lambda got: TaskFailure(f"the model must {_GIVES} (got {got})"))
+        if parts.plain:
+            return outputs  # type: ignore[no-any-return]
+        count = len(inputs)
+        for part, value in zip(parts.parts, (each for _, each in tensors(outputs)), strict=True):
+            if not value.is_floating_point() or value.shape[:1] != (count,):
+                must = f"must be floating point, of shape ({count}, ...) for {count} samples"
+                got = f"{value.dtype}, {tuple(value.shape)}"
+                raise TaskFailure(f"the model's output `{part.name}` {must} (got {got})")
+        return parts.joined(outputs, torch.float32)
+
+    def _known(self, role: Role, value: Any, complaint: Callable[[str], TaskFailure]) -> Parts:
+        """The parts of `value`, which stay the same. Raises what `complaint` makes of what came instead."""
+        try:
+            parts = Parts.of(value)
+        except NotParts as error:
+            raise complaint(str(error)) from None
+        known = self.parts.setdefault(role, parts)
+        if not known.alike(parts):
+            raise complaint(f"{parts}, and {known} before")
+        return parts
 
     def samples(self, split: SplitName) -> Samples:
         if split not in self._loaded:
@@ -94,27 +153,38 @@ class UserTask:
         return self._loaded[split]
 
     def _samples(self, split: SplitName) -> Samples:
-        found = self._ask("samples", split)
-        pair = isinstance(found, tuple) and len(found) == 2 and all(isinstance(item, Tensor) for item in found)
-        self._must(pair, f"samples({split!r})", "return two tensors, inputs and labels", _describe(found))
-        inputs, labels = found
-        lengths = [len(item) if item.dim() else 0 for item in (inputs, labels)]
-        same = lengths[0] == lengths[1] > 0
-        self._must(same, f"samples({split!r})", "return as many inputs as labels, at least one", _describe(found))
-        return Samples(inputs.detach(), labels.detach())
+        found, method = self._ask("samples", split), f"samples({split!r})"
+        what = "return two tensors, inputs and labels, or tuples and dicts of tensors for each"
+        self._must(isinstance(found, tuple) and len(found) == 2, method, what, _describe(found))
+        stored, labels = (
+            self._known(role, value, lambda got: self._complaint(method, what, got))
+            for role, value in zip(_OF_SAMPLES, found, strict=True)
+        )
+        same = len({len(each) if each.dim() else 0 for _, each in tensors(found)} | {0}) == 2
+        self._must(same, method, "return as many inputs as labels, at least one", _describe(found))
+        return Samples(stored.joined(found[0]).detach(), labels.joined(found[1]).detach())
 
     def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
-        own = getattr(self._task, "transform", None)
+        own, taken = getattr(self._task, "transform", None), self._apart("stored", inputs)
         if own is None or getattr(own, "__func__", None) is Task.transform:
-            # other whole numbers stay, for `check` to refuse
-            return inputs.float() if inputs.is_floating_point() or inputs.dtype == torch.uint8 else inputs
-        found = self._ask("transform", inputs, generator)
-        fits = isinstance(found, Tensor) and found.dim() > 0 and len(found) == len(inputs)
-        self._must(fits, "transform", f"return a tensor of {len(inputs)} samples", _describe(found))
-        return found  # type: ignore[no-any-return]
+            found = mapped(taken, _real)
+        else:
+            found = self._ask("transform", taken, generator)
+        what = f"return a tensor of {len(inputs)} samples, or tuples and dicts of such"
+        parts = self._known("inputs", found, lambda got: self._complaint("transform", what, got))
+        fits = all(each.shape[:1] == (len(inputs),) for _, each in tensors(found))
+        self._must(fits, "transform", what, _describe(found))
+        if parts.plain:
+            return found  # type: ignore[no-any-return]
+        for part in parts.parts:
+            fits = part.dtype == torch.float32 or not part.dtype.is_floating_point
+            self._must(fits, "transform", "return float32 and whole numbers", f"`{part.name}` in {part.dtype}")
+        few = "return whole numbers up to 2^24, which float32 tells apart"
+        self._must(inputs.is_cuda or countable(found), "transform", few, "larger ones")
+        return parts.joined(found, torch.float32)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        found = self._ask("loss", outputs, labels)
+        found = self._ask("loss", self._apart("outputs", outputs), self._apart("labels", labels))
         self._must(isinstance(found, Tensor) and found.dim() == 0, "loss", "return a scalar tensor", _describe(found))
         if found.is_cuda:  # a look at it would wait for the GPU; the training looks now and then
             return found  # type: ignore[no-any-return]
@@ -123,7 +193,7 @@ class UserTask:
         return found  # type: ignore[no-any-return]
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        found = self._ask("score", outputs, labels)
+        found = self._ask("score", self._apart("outputs", outputs), self._apart("labels", labels))
         if self.metric is not None:
             fits = isinstance(found, Tensor) and found.dim() == 2 and len(found) == len(labels)
             shape = f"({len(labels)}, K), of which `metric` makes the accuracy"
@@ -136,6 +206,10 @@ class UserTask:
         least, most = found.min().item(), found.max().item()
         self._must(self._may_be(least, most), "score", f"return values {self._range}", f"{least} to {most}")
         return found  # type: ignore[no-any-return]
+
+    def _apart(self, role: Role, joined: Tensor) -> Any:
+        """What the user's code takes for the one tensor that all others see."""
+        return self.parts[role].apart(joined, own_types=role != "outputs") if role in self.parts else joined
 
     def _metric(self, scores: Tensor) -> float:
         found = self._ask("metric", scores)
@@ -160,7 +234,10 @@ class UserTask:
 
     def _must(self, holds: bool, method: str, what: str, got: str) -> None:
         if not holds:
-            raise TaskFailure(f"`{self._path}`: `{self._name}.{method}` must {what} (got {got})")
+            raise self._complaint(method, what, got)
+
+    def _complaint(self, method: str, what: str, got: str) -> TaskFailure:
+        return TaskFailure(f"`{self._path}`: `{self._name}.{method}` must {what} (got {got})")
 
 
 def _call(path: Path, what: str, function: Callable[..., Any], *arguments: object, **keywords: object) -> Any:
@@ -182,9 +259,16 @@ def _line(error: Exception, path: Path) -> int | None:
     return lines[-1] if lines else None
 
 
+def _real(value: Tensor) -> Tensor:
+    """Pixels as real numbers; other whole numbers stay."""
+    return value.float() if value.is_floating_point() or value.dtype == torch.uint8 else value
+
+
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple):
         return f"({', '.join(_describe(item) for item in value)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_describe(item)}' for key, item in value.items())}}}"
     return type(value).__name__

@@ -24,7 +24,10 @@ Precision = Literal["fp32", "bf16"]
 
 
 class Samples(NamedTuple):
-    """A split in memory: `inputs` (N, ...) as stored (uint8 images, say) and `labels` (N, ...)."""
+    """A split in memory: `inputs` (N, ...) as stored (uint8 images, say) and `labels` (N, ...).
+
+    A class of the user's own may have several of each, in tuples and dicts.
+    """
 
     inputs: Tensor
     labels: Tensor
@@ -32,6 +35,9 @@ class Samples(NamedTuple):
 
 class Task(Protocol):
     """What a sweep needs of its user.
+
+    A class of the user's own may store, take and give several tensors wherever one stands here, in tuples and dicts (a
+    tuple of inputs is given to `forward` as its arguments, a dict by their names), and its inputs may be whole numbers.
 
     All tensors are on the CPU but those of a training on a GPU: `loss` is given tensors of that device then, and so is
     `transform`, with a generator of that device, if the task has an attribute `any_device` that is true.

@@ -53,6 +53,10 @@ class Manifest(Config):
     """The target of the TrialConfig: which engine loads `artifact/`, and how."""
     input: dict[str, Any] = {}
     """`shape` of one sample and `dtype`, as the model takes them: after the task's preprocessing."""
+    interface: dict[str, list[dict[str, Any]]] = {}
+    """`inputs` and `outputs` where the model takes or gives several tensors, or whole numbers: `path` (keys and
+    places), `shape` of one sample and `dtype` of each. The artifact takes and gives one tensor (N, columns) of float32,
+    in which they lie side by side."""
     task: dict[str, Any] = {}
     """The task's config, and what it says of its classes and its preprocessing."""
     versions: dict[str, str] = {}
@@ -107,7 +111,7 @@ def _describe(record: Record, sweep: Path, folder: Path) -> None:
     about = {"metrics": measured, "seconds": record.seconds, "machine": record.machine, "front": record.front}
     about["layer_bits"] = record.layer_bits
     (folder / "metrics.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    spec = read_json(sweep / "spec.json")
+    spec, prepared = read_json(sweep / "spec.json"), read_json(sweep / "prepare" / "prepare.json")
     manifest = Manifest(
         name=record.name,
         trial=record.uid,
@@ -115,7 +119,8 @@ def _describe(record: Record, sweep: Path, folder: Path) -> None:
         number=record.number,
         engine=record.config["target"],
         input=_input(folder / "artifact"),
-        task=spec.get("spec", spec).get("task", {}) | read_json(sweep / "prepare" / "prepare.json").get("about", {}),
+        interface=prepared.get("interface", {}),
+        task=spec.get("spec", spec).get("task", {}) | prepared.get("about", {}),
         versions=versions(),
         files={name: _file(path) for name, path in _walk(folder)},
     )

@@ -226,6 +226,27 @@ def resolve(tree: Any, suggest: Suggest, path: str = "") -> Any:
     return tree
 
 
+def behind(tree: Any, plain: Any, path: str = "") -> Iterator[dict[str, Any]]:
+    """Every combination of suggested values for which `resolve` gives what is in `plain`, which may have keys that the
+    tree leaves to their defaults."""
+    if isinstance(tree, Choice):
+        for option, label in zip(tree.options, tree.labels, strict=True):
+            yield from ({path: label} | found for found in behind(option, plain, _join(path, label)))
+    elif isinstance(tree, Range):
+        if _number(plain) and tree.low <= plain <= tree.high and tree.snap(plain) == plain:
+            yield {path: plain}
+    elif isinstance(tree, dict):
+        if isinstance(plain, dict) and tree.keys() <= plain.keys():
+            parts = [list(behind(value, plain[key], _join(path, key))) for key, value in tree.items()]
+            for taken in itertools.product(*parts):
+                yield {where: value for part in taken for where, value in part.items()}
+    elif isinstance(tree, list):
+        if isinstance(plain, list) and len(tree) == len(plain):
+            yield from behind(dict(enumerate(tree)), dict(enumerate(plain)), path)
+    elif tree == plain:
+        yield {}
+
+
 def assignments(tree: Any, path: str = "") -> Iterator[dict[str, Any]]:
     """Every combination of suggested values, each once, the last domain turning fastest.
 

@@ -193,8 +193,8 @@ def _measure(job: Job) -> Result:
         np.save(job.folder / "scores.npy", scores.numpy())
         metrics["accuracy"] = scores.mean().item()
     simulated = load_file(job.folder / SIMULATED)["outputs"]
-    several = several_outputs(task) is not None
-    metrics |= parity(deployed[: len(simulated)], simulated, labels[: len(simulated)], job.measure, several=several)
+    first = labels[: len(simulated)]
+    metrics |= parity(deployed[: len(simulated)], simulated, first, job.measure, several_outputs(task))
     metrics["accuracy_drop_pp"] = _drop(job, metrics["accuracy"])
     job.progress("latency")
     with job.clock("latency"):

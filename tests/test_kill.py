@@ -14,6 +14,7 @@ import pytest
 from small_sweep import calls, small_spec, start, states, told, until
 
 from qsweep import alone
+from qsweep.errors import SweepError
 from qsweep.executors.local import LOCK, holder
 from qsweep.executors.orphans import DRIVER_LOCK, SECONDS, resume
 from qsweep.study import SweepFolder, run
@@ -78,6 +79,28 @@ def test_a_driver_that_is_killed_is_replaced_by_the_same_command(tmp_path: Path,
         number: record.metrics.accuracy for number, record in finished.items()
     }
     assert set(calls(tmp_path).values()) == {1}  # finished ones were salvaged, live workers adopted
+
+
+def test_another_space_is_searched_once_the_workers_of_the_one_before_are_done(tmp_path: Path) -> None:
+    told(tmp_path, build_0004="held")
+    driver = start(tmp_path)
+    folder = tmp_path / "sweeps/small/trials/0004"
+    until(lambda: folder.exists() and holder(folder))
+    driver.kill()
+    driver.wait()
+    finished = {record.number for record in SweepFolder(tmp_path, "small").records()}
+    wider = small_spec({"method": "ptq", "weight_bits": {"choice": [2, 3, 4, 6]}}, search={"trials": 9})
+    with pytest.raises(SweepError, match=r"workers of the `compress` before must be done .* \(.*#4.*\)"):
+        list(run(wider, tmp_path, jobs="arithmetic_jobs", preload=("numpy",)))
+    told(tmp_path)
+    until(lambda: not processes_of(tmp_path))
+    records = {r.number: r for r in run(wider, tmp_path, jobs="arithmetic_jobs", preload=("numpy",))}
+    assert 4 not in finished
+    assert calls(tmp_path)["build 0004"] == 2  # what was built of another config is not taken for it
+    assert finished < records.keys()
+    trials = [record for record in records.values() if record.kind == "trial" and record.duplicate_of is None]
+    assert {3} < {record.config["compress"]["quantize"]["weight_bits"] for record in trials}
+    assert len({record.uid for record in trials}) == len(trials)
 
 
 def test_workers_left_paused_by_a_killed_driver_go_on(tmp_path: Path) -> None:

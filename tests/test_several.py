@@ -283,7 +283,7 @@ def test_a_model_of_whole_numbers_is_given_whole_numbers(tmp_path: Path) -> None
     torch.testing.assert_close(found, shipped(inputs))
 
 
-def test_a_sweep_promotes_what_mlflow_and_qsweep_load(tmp_path: Path) -> None:
+def test_a_sweep_promotes_what_mlflow_and_qsweep_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
     spec = {
@@ -306,7 +306,7 @@ def test_a_sweep_promotes_what_mlflow_and_qsweep_load(tmp_path: Path) -> None:
     inputs, labels = Words().samples("test")
     found = qsweep.load(promoted.uri, promoted.tracking_uri)(inputs)
     assert Words().score(found, labels).mean().item() == pytest.approx(record.metrics.accuracy_test)
-    mlflow.set_tracking_uri(promoted.tracking_uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", promoted.tracking_uri)
     model = mlflow.pyfunc.load_model(promoted.uri)
     assert model.metadata.signature.inputs.input_names() == ["input_ids", "attention_mask"]
     arrays = model.predict({name: value.numpy() for name, value in inputs.items()})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
 from qsweep.config import Config
-from qsweep.domains import DomainError, ranges
+from qsweep.domains import DomainError, behind, ranges
 from qsweep.space import Choice, Domain, Range, Space, assignments, complaint, corners, parse, resolve
 
 
@@ -98,8 +98,17 @@ def test_assignments_hold_every_point_once_and_resolve_to_it(tree: Any) -> None:
             asked.append(path)
             return point[path]
 
-        resolve(tree, suggest)
+        plain = resolve(tree, suggest)
         assert asked == list(point)  # every path once: no two domains share a name
+        assert point in behind(tree, plain)
+
+
+def test_what_is_behind_a_config_may_be_left_to_defaults_but_must_be_in_the_space() -> None:
+    tree = parse({"choice": [{"method": "a", "x": {"range": [1, 9], "step": 2}}, {"method": "b"}, None]})
+    assert list(behind(tree, {"method": "a", "x": 5, "seed": 0})) == [{"": "a", "a.x": 5}]
+    assert list(behind(tree, None)) == [{"": None}]
+    for outside in ({"method": "a", "x": 4}, {"method": "a", "x": 11}, {"method": "a"}, {"method": "c"}, 3):
+        assert not list(behind(tree, outside))
 
 
 @given(trees)

@@ -248,6 +248,51 @@ def test_more_trials_and_workers_may_be_given_to_a_sweep_that_goes_on(tmp_path: 
     assert threads == {SweepFolder(tmp_path, "small").threads()}  # a training gives the same bits
 
 
+def test_a_wider_space_runs_what_is_new_in_it(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec())
+    quantize = {
+        "method": "ptq",
+        "weight_bits": {"choice": [2, 3, 4, 6]},
+        "activation_scheme": {"choice": ["symmetric", "asymmetric"]},
+    }
+    wider = small_spec(quantize, search={"trials": 8})
+    second = sweep(tmp_path, wider)
+    assert {number: second[number].uid for number in first} == {number: record.uid for number, record in first.items()}
+    new = [second[number] for number in second.keys() - first.keys()]
+    assert sorted(record.config["compress"]["quantize"]["weight_bits"] for record in new) == [3, 3]
+    assert max(calls(tmp_path).values()) == 1
+    assert states(tmp_path) == {"COMPLETE": 8}
+    assert SweepFolder(tmp_path, "small").spec() == wider
+
+
+def test_a_sampler_knows_what_was_found_in_the_space_before(tmp_path: Path) -> None:
+    import optuna
+
+    first = sweep(tmp_path, small_spec(REAL, search={"trials": 3}))
+    wider = REAL | {"weight_bits": {"choice": [4, 6]}, "calibration_samples": {"range": [1, 200000]}}
+    second = sweep(tmp_path, small_spec(wider, search={"trials": 5, "sampler": "nsga2"}))
+    assert {number: second[number].uid for number in first} == {number: record.uid for number, record in first.items()}
+    assert len([r for r in second.values() if r.kind == "trial" and r.duplicate_of is None]) == 5
+    study = optuna.load_study(study_name="small", storage=f"sqlite:///{tmp_path}/sweeps/small/optuna.db")
+    for trial in study.trials[:3]:
+        record = second[trial.number + BASELINES]
+        quantize = record.config["compress"]["quantize"]
+        assert trial.params == {
+            f"compress.quantize.{name}": quantize[name] for name in ("weight_bits", "calibration_samples")
+        }
+        assert trial.values == [getattr(record.metrics, name) for name in small_spec().objectives]
+
+
+def test_what_is_not_in_the_space_any_more_stays_on_record(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec())
+    narrower = {"method": "ptq", "weight_bits": {"choice": [4, 8]}, "activation_scheme": "symmetric"}
+    second = sweep(tmp_path, small_spec(narrower, search={"trials": 2}))  # of what is in the space
+    assert {number: second[number].uid for number in first} == {number: record.uid for number, record in first.items()}
+    (new,) = [record for number, record in second.items() if number not in first and record.duplicate_of is None]
+    assert new.config["compress"]["quantize"]["weight_bits"] == 8
+    assert states(tmp_path) == {"COMPLETE": 2, "FAIL": 5}
+
+
 def test_model_or_data_that_changed_since_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"one")

@@ -9,6 +9,7 @@ from qsweep.engines import Runner
 from qsweep.errors import NotFinite, ParityFailure
 from qsweep.spec import Measure
 from qsweep.tasks import SplitName, Task
+from qsweep.tasks._parts import Parts, tensors
 
 _ALIKE = 0.02
 """Of the range of an output: two numbers that differ by less agree."""
@@ -35,26 +36,35 @@ def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, device: 
 
 
 def parity(
-    deployed: Tensor, simulated: Tensor, labels: Tensor, settings: Measure, *, several: bool = False
+    deployed: Tensor, simulated: Tensor, labels: Tensor, settings: Measure, parts: Parts | None = None
 ) -> dict[str, float]:
-    """`parity_top1` and `parity_max_abs` of two outputs (N, C, ...) for samples with these labels (N, ...); see
-    `Measure.parity_top1`. `several`: they hold several outputs, which are no scores of the same classes.
+    """`parity_top1` and `parity_max_abs` of two outputs (N, C, ...) for samples with these labels (N, ...), or of the
+    several `parts` that lie side by side in them; see `Measure.parity_top1`.
 
     Raises ParityFailure below the bound of the former.
     """
-    difference = (deployed - simulated).abs()
-    if not several and _of_classes(simulated, labels):
+    if parts is None and _of_classes(simulated, labels):
         what, same = "of the top classes", deployed.argmax(1) == simulated.argmax(1)
     else:
-        others = [dimension for dimension in range(simulated.dim()) if dimension != 1]
-        reach = simulated.amax(others, keepdim=True) - simulated.amin(others, keepdim=True)
-        what, same = "of the outputs", difference <= _ALIKE * reach
+        pairs = zip(*(_outputs(each, parts) for each in (deployed, simulated)), strict=True)
+        what, same = "of the outputs", torch.cat([_alike(one, other).flatten() for one, other in pairs])
     agree = same.double().mean().item()
     if agree < settings.parity_top1:
         raise ParityFailure(
             f"artifact and simulation must agree on {settings.parity_top1:.1%} {what} (got {agree:.1%})"
         )
-    return {"parity_top1": agree, "parity_max_abs": difference.max().item()}
+    return {"parity_top1": agree, "parity_max_abs": (deployed - simulated).abs().max().item()}
+
+
+def _outputs(joined: Tensor, parts: Parts | None) -> list[Tensor]:
+    return [value for _, value in tensors(parts.apart(joined, own_types=False))] if parts else [joined]
+
+
+def _alike(deployed: Tensor, simulated: Tensor) -> Tensor:
+    """Which numbers of (N, C, ...) are within a share of the range of theirs of C."""
+    others = [dimension for dimension in range(simulated.dim()) if dimension != 1]
+    reach = simulated.amax(others, keepdim=True) - simulated.amin(others, keepdim=True)
+    return (deployed - simulated).abs() <= _ALIKE * reach
 
 
 def _of_classes(outputs: Tensor, labels: Tensor) -> bool:

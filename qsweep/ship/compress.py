@@ -162,8 +162,7 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     together = target.batch_size if quantized.dynamic else 256
     simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples], together)
     first = labels[: len(simulated)]
-    several = several_outputs(task) is not None
-    found = parity(deployed[: len(simulated)], simulated, first, settings, several=several)
+    found = parity(deployed[: len(simulated)], simulated, first, settings, several_outputs(task))
     found["accuracy"] = accuracy(task, deployed, labels)
     part = accuracy_of_part(task, simulated, first)
     metrics = found | {"accuracy_simulated": part} | work(quantized) | file_sizes(artifact)

@@ -112,6 +112,8 @@ class Driver:
         self.waiting: dict[str, list[Pending]] = {}
         """Trials whose config is just being evaluated for another number, by uid."""
         self.queue: list[Pending] = []
+        self.outside: set[int] = set()
+        """Numbers of trials of a space that was searched before, and is not now."""
         self.idle = 0
 
     def run(self) -> Generator[Record, None, bool]:
@@ -122,7 +124,9 @@ class Driver:
         from qsweep.study.search import Search  # imports Optuna while the fork server imports torch
 
         self.search = Search(self.spec, self.folder.path / "optuna.db")
-        self.search.reach(max(self.records, default=-1) - len(self.known))
+        trials = [record for record in self.records.values() if record.kind == "trial"]
+        self.search.recall(trials, len(self.known))
+        self.outside = {record.number for record in trials if self.search.point(record) is None}
         if not self._prepared(preparing):
             return False
         yield from self._trials()
@@ -213,7 +217,8 @@ class Driver:
         return next((e for e in self.pipeline.active if self.evaluating[id(e)].number == 0), None)
 
     def _may_ask(self) -> bool:
-        done = sum(r.kind == "trial" and r.duplicate_of is None and r.state != "refused" for r in self.records.values())
+        evaluated = (r for r in self.records.values() if r.duplicate_of is None and r.state != "refused")
+        done = sum(r.kind == "trial" and r.number not in self.outside for r in evaluated)
         begun = sum(pending.trial is not None for pending in self.evaluating.values())
         room = done + begun < self.spec.search.trials
         patient = self.search.every_point or self.idle < PATIENCE

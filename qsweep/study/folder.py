@@ -24,7 +24,9 @@ from qsweep.machine import cores
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 
-MAY_CHANGE = ("search.trials", "search.timeout", "search.repeats", "run", "track")
+MAY_CHANGE = (
+    "compress", "search.sampler", "search.trials", "search.timeout", "search.repeats", "run", "track",
+)  # fmt: skip
 """What a sweep that goes on may have different from the spec it began with: no result depends on it."""
 
 
@@ -91,6 +93,8 @@ class SweepFolder:
             if complaint:  # nothing was finished: what was wrong has been mended
                 self._clear()
             else:
+                if _as_now(kept["spec"])["compress"] != new["compress"]:
+                    self._search_anew()
                 own |= {name: kept[name] for name in ("threads", "model") if name in kept}
                 baselines = [TrialConfig.model_validate(config) for config in kept["baselines"]]
         plain = [config.model_dump(mode="json") for config in baselines]
@@ -134,6 +138,21 @@ class SweepFolder:
             f"`{self.path}`: holds a sweep of the same name and another spec: {'; '.join(differences)}. "
             "Give the spec another `name`, or move the folder away"
         )
+
+    def _search_anew(self) -> None:
+        """Leave the records and what the store has: another space is searched from here on. Raises SweepError where
+        workers are still at trials of the old one."""
+        if live := self.live():
+            doing = ", ".join(f"#{each.number}" if each.number is not None else each.job for each in live)
+            raise SweepError(
+                f"`{self.path}`: workers of the `compress` before must be done for another to be searched ({doing}); "
+                "wait for them, or run the spec as it was"
+            )
+        for folder in self.path.glob("trials/*"):
+            if not (folder / "record.json").exists():  # its number is never given again
+                shutil.rmtree(folder)
+        for path in self.path.glob("optuna.db*"):
+            path.unlink()
 
     def _clear(self) -> None:
         """Begin anew: all but the lock goes."""

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsweep.domains import Choice, Domain
+from qsweep.domains import Choice, Domain, behind
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
 from qsweep.study.folder import sqlite_url
-from qsweep.study.points import Candidate, Point, at, candidate, drawn, enumerated, listed
+from qsweep.study.points import Candidate, Point, at, candidate, drawn, enumerated, listed, tree
 
 if TYPE_CHECKING:
     import optuna
@@ -57,13 +57,28 @@ class Search:
             self.study.enqueue_trial(self._encoded(point))
         return self.study.ask()
 
-    def reach(self, number: int) -> None:
-        """Never give `number` or one below it again. Where the database lost the end of its file, or all of it, the
-        records are still there: empty trials stand for them."""
+    def recall(self, records: Sequence[Record], baselines: int) -> None:
+        """Let the study have a trial for each of `records`, numbered from `baselines` on, and no number be given twice:
+        where the database lost the end of its file, or all of it, or another space was searched, the records are still
+        there. Those that this space has teach the sampler again; empty trials stand for the others."""
         from optuna.trial import TrialState, create_trial
 
-        for _ in range(self.told, number + 1):
-            self.study.add_trial(create_trial(state=TrialState.FAIL))
+        trials = {record.number - baselines: record for record in records}
+        for number in range(self.told, max(trials, default=-1) + 1):
+            record = trials.get(number)
+            point = self.point(record) if record else None
+            if record is None or point is None or self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                self.study.add_trial(create_trial(state=TrialState.FAIL))
+                continue
+            self.study.enqueue_trial(self._encoded(point))
+            trial = self.study.ask()
+            self.candidate(trial)
+            self.tell(trial, record, records)
+
+    def point(self, record: Record) -> Point | None:
+        """The point of the space that became `record`; None where it has none."""
+        points = behind(tree(self.spec), record.config)
+        return next((point for point in points if candidate(self.spec, at(point)).uid == record.uid), None)
 
     def orphans(self) -> list[optuna.Trial]:
         """Trials that a dead driver left RUNNING: there is one driver, so all of them. They keep their numbers."""

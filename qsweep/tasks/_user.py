@@ -209,7 +209,10 @@ class UserTask:
 
     def _apart(self, role: Role, joined: Tensor) -> Any:
         """What the user's code takes for the one tensor that all others see."""
-        return self.parts[role].apart(joined, own_types=role != "outputs") if role in self.parts else joined
+        parts = self.parts.get(role)
+        if parts is None:
+            return joined
+        return parts.apart(joined, own_types=role == "inputs" or (parts.several and role != "outputs"))
 
     def _metric(self, scores: Tensor) -> float:
         found = self._ask("metric", scores)

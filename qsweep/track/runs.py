@@ -68,6 +68,8 @@ class Runs:
         if parents:
             self.parent = str(parents[0].info.run_id)
             self.client.update_run(self.parent, status="RUNNING")
+            if parents[0].data.tags.get("qsweep.spec") != self.spec.uid():
+                self._log_spec(self.parent)
         else:
             self.ledger.save(durable=True)  # before the first run is made: its tag must never be lost
             self.parent = self._new_parent()
@@ -81,17 +83,18 @@ class Runs:
         return list(self.client.search_runs([self.experiment_id], wanted, max_results=50_000))
 
     def _new_parent(self) -> str:
-        tags = self.common | {
-            "qsweep.kind": "sweep",
-            "qsweep.sweep_id": self.ledger.sweep_id,
-            "qsweep.spec": self.spec.uid(),
-        }
+        tags = self.common | {"qsweep.kind": "sweep", "qsweep.sweep_id": self.ledger.sweep_id}
         run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=self.spec.name).info.run_id)
         settings = self.spec.model_dump(mode="json", include={"objectives", "search", "measure", "run"})
         self._log(run_id, params=dict(flat.leaves(settings)))
-        self.client.log_text(run_id, yaml_text(self.spec.model_dump(mode="json", exclude_unset=True)), "spec.yaml")
         self.client.log_text(run_id, json.dumps(self.environment, indent=2), "environment.json")
+        self._log_spec(run_id)
         return run_id
+
+    def _log_spec(self, run_id: str) -> None:
+        """The spec that the sweep is run with now."""
+        self.client.log_text(run_id, yaml_text(self.spec.model_dump(mode="json", exclude_unset=True)), "spec.yaml")
+        self.client.set_tag(run_id, "qsweep.spec", self.spec.uid())
 
     def check_alive(self) -> None:
         """Raises where the server does not answer."""

@@ -36,7 +36,7 @@ from qsweep.spec import Measure, TrialConfig
 from qsweep.splits import doubts
 from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task, TaskConfig
-from qsweep.tasks._user import UserTask, several_outputs
+from qsweep.tasks._user import UserTask, parts_of
 from qsweep.train import seeded
 
 SIMULATED = "simulated.safetensors"
@@ -194,7 +194,7 @@ def _measure(job: Job) -> Result:
         metrics["accuracy"] = scores.mean().item()
     simulated = load_file(job.folder / SIMULATED)["outputs"]
     first = labels[: len(simulated)]
-    metrics |= parity(deployed[: len(simulated)], simulated, first, job.measure, several_outputs(task))
+    metrics |= parity(deployed[: len(simulated)], simulated, first, job.measure, parts_of(task, "outputs"))
     metrics["accuracy_drop_pp"] = _drop(job, metrics["accuracy"])
     job.progress("latency")
     with job.clock("latency"):

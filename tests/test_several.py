@@ -328,10 +328,53 @@ def test_trainings_may_be_compiled(compiler: None) -> None:
 def test_distillation_follows_each_output_alike() -> None:
     outputs, targets = torch.tensor([[1.0, 100.0], [1.0, 100.0]]), torch.tensor([[2.0, 200.0], [2.0, 200.0]])
     labels = torch.zeros(2)
-    assert Outputs().distance(outputs, targets, labels, [1, 1]) == pytest.approx(0.25)
+    parts = Parts.of({"a": outputs[:, 0], "b": outputs[:, 1]})
+    assert Outputs().distance(outputs, targets, labels, parts) == pytest.approx(0.25)
     assert Outputs().distance(outputs, targets, labels) == pytest.approx((1 + 100**2) / 2)
-    with pytest.raises(TaskFailure, match=r"needs one output of logits \(got 2 outputs\)"):
-        Logits().distance(outputs, targets, labels, [1, 1])
+
+
+def test_distillation_by_logits_follows_the_outputs_that_are_logits() -> None:
+    draw = torch.Generator().manual_seed(0)
+    outputs, targets = (
+        {"start": torch.randn(4, 3, generator=draw), "end": torch.randn(4, 5, generator=draw)} for _ in "12"
+    )
+    parts, labels = Parts.of(outputs), torch.zeros(4)
+
+    def distance(*names: str) -> Tensor:
+        return Logits(outputs=names).distance(parts.joined(outputs), parts.joined(targets), labels, parts)
+
+    alone = {name: Logits().distance(outputs[name], targets[name], labels.long()) for name in outputs}
+    assert distance("end") == pytest.approx(alone["end"].item())
+    assert distance("start", "end") == pytest.approx(sum(alone.values()).item() / 2)  # type: ignore[union-attr]
+    with pytest.raises(TaskFailure, match="needs `outputs`, those of `start`, `end` that are logits"):
+        distance()
+    with pytest.raises(TaskFailure, match=r"must be outputs of the model, `start`, `end` \(got `middle`\)"):
+        distance("middle")
+    with pytest.raises(TaskFailure, match=r"must be outputs of the model, one, without a name \(got `end`\)"):
+        Logits(outputs=("end",)).distance(outputs["end"], targets["end"], labels.long())
+    one = Parts.of({"end": outputs["end"]})
+    for names in ((), ("end",)):
+        found = Logits(outputs=names).distance(outputs["end"], targets["end"], labels.long(), one)
+        assert found == pytest.approx(alone["end"].item())
+
+
+class Weighed(Tokens):
+    """Several labels of one output."""
+
+    def samples(self, split: str) -> tuple[Any, Any]:
+        inputs, labels = super().samples(split)
+        return inputs, {"kind": labels, "weight": torch.ones(len(labels))}
+
+    def loss(self, outputs: Any, labels: Any) -> Tensor:
+        return (F.cross_entropy(outputs, labels.kind, reduction="none") * labels.weight).mean()
+
+
+def test_several_labels_do_not_keep_one_output_from_being_logits(tmp_path: Path) -> None:
+    task = guarded(Weighed())
+    inputs, labels = task.samples("train")
+    given, model = task.transform(inputs), task.model().eval()
+    loss = Logits(alpha=0.5).loss(context(tmp_path, "model", task))
+    assert loss(given, model(given), labels).item() > 0
 
 
 def test_bits_by_layer_are_told_by_each_output_alike(learnt: tuple[UserTask, nn.Module], tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ Data: Breast Cancer Wisconsin (Diagnostic), 569 rows, bundled with scikit-learn.
 What qsweep asks of them, and says before it trains where one does not hold: the model's parameters are float32, and it
 takes and gives tensors (N, ...), such as logits (N, C), maps (N, C, H, W) or numbers (N,). Scores go from 0 to 1, one a
 sample, as their mean is shown in per cent. Data that are read from files belong into `depends_on`. Every job is a
-process of its own that opens the task anew: keep what takes long to prepare in a file.
+process of its own that opens the task anew: keep what takes long to prepare in a file. Inputs that do not fit into
+memory may be a memory-mapped array, `torch.from_numpy(numpy.load(file, mmap_mode="c"))`.
 
 Inputs, labels and outputs may be several tensors, in tuples and dicts, and inputs whole numbers. A tuple of inputs is
 given to `forward` as its arguments, a dict by their names; None among outputs is left out:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsweep.errors import TaskFailure
-from qsweep.tasks._parts import each
+from qsweep.tasks._parts import Parts, by_name
 
 _SMALL = 1e-12
 """Mean square of outputs that are all but zero."""
@@ -32,14 +32,24 @@ def with_teacher(
     return loss
 
 
-def check_classes(outputs: Tensor, labels: Tensor, widths: list[int] | None = None) -> None:
-    """Raises TaskFailure where outputs are several, or labels several real numbers a sample that are no shares of the
-    classes: a softmax over all outputs, logits and boxes, would be of no use."""
-    if widths is not None:
+def chosen(outputs: Tensor, parts: Parts | None, names: Sequence[str]) -> list[Tensor]:
+    """Those of several outputs, or the one. Raises TaskFailure for names that the model does not give, and for none
+    where it gives several."""
+    found = by_name(outputs, parts)
+    known = ", ".join(f"`{name}`" for name in found) if parts else "one, without a name"
+    if len(found) > 1 and not names:
         raise TaskFailure(
-            f"`distill: {{method: logits}}` needs one output of logits (got {len(widths)} outputs); `method: outputs` "
+            f"`distill: {{method: logits}}` needs `outputs`, those of {known} that are logits; `method: outputs` "
             "follows outputs of any kind"
         )
+    if unknown := [name for name in names if name not in found]:
+        raise TaskFailure(f"`distill.outputs`: must be outputs of the model, {known} (got `{unknown[0]}`)")
+    return [found[name] for name in names or found]
+
+
+def check_classes(outputs: Tensor, labels: Tensor) -> None:
+    """Raises TaskFailure where labels are several real numbers a sample that are no shares of the classes: a softmax
+    over all outputs, logits and boxes, would be of no use."""
     if labels.is_floating_point() and labels.dim() > 1 and labels.shape != outputs.shape:
         shapes = f"{tuple(outputs.shape)} and {tuple(labels.shape)}"
         raise TaskFailure(
@@ -63,13 +73,13 @@ def divergence(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
     return F.kl_div(found, wanted, reduction="none", log_target=True).sum(1).mean()
 
 
-def squared(outputs: Tensor, targets: Tensor, widths: list[int] | None = None) -> Tensor:
-    """Mean squared difference; of several outputs, of so many columns each, the mean of theirs, each in units of the
-    mean square of `targets`. Raises TaskFailure for shapes that differ."""
+def squared(outputs: Tensor, targets: Tensor, parts: Parts | None = None) -> Tensor:
+    """Mean squared difference; of several outputs the mean of theirs, each in units of the mean square of `targets`.
+    Raises TaskFailure for shapes that differ."""
     if outputs.shape != targets.shape:
         shapes = f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
         raise TaskFailure(f"distillation needs outputs alike from student and teacher (got {shapes})")
-    if widths is None:
+    if parts is None or not parts.several:
         return F.mse_loss(outputs, targets)
-    pairs = zip(each(outputs, widths), each(targets, widths), strict=True)
+    pairs = zip(*(by_name(each, parts).values() for each in (outputs, targets)), strict=True)
     return torch.stack([F.mse_loss(a, b) / b.square().mean().clamp_min(_SMALL) for a, b in pairs]).mean()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from qsweep.tasks._parts import Parts
+
 
 class Distillation(Stage):
     """Trains the compressed model to follow the uncompressed one.
@@ -50,22 +52,24 @@ class Distillation(Stage):
     def loss(self, context: Context) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """`loss(inputs, outputs, labels)`, also used by quantization-aware training of the same trial."""
         from copy import deepcopy
-        from functools import partial
 
         from qsweep.distill._loss import with_teacher
-        from qsweep.tasks._user import several_outputs
+        from qsweep.tasks._user import parts_of
 
         teacher = context.teacher()
-        parts = several_outputs(context.task)
         if context.device.type != "cpu":  # what others are given stays on the CPU
             teacher = deepcopy(teacher).to(context.device)
-        distance = partial(self.distance, widths=parts.widths if parts else None)
+        parts, labelled = (parts_of(context.task, role) for role in ("outputs", "labels"))
+
+        def distance(outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+            return self.distance(outputs, targets, None if labelled else labels, parts)
+
         return with_teacher(teacher, context.task.loss, distance, self.alpha)
 
     @abstractmethod
-    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor, widths: list[int] | None = None) -> Tensor:
+    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor | None, parts: Parts | None = None) -> Tensor:
         """Scalar: how far the student's `outputs` are from the teacher's, for samples with these labels. Raises
         TaskFailure where none is defined.
 
-        `widths`: columns of each, where these are several outputs side by side.
+        `labels`: None where they are several. `parts`: of outputs that have names, side by side where they are several.
         """

@@ -4,10 +4,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field
 
+from qsweep.config import Listed
 from qsweep.distill.base import Distillation
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from qsweep.tasks._parts import Parts
 
 
 class Logits(Distillation):
@@ -20,15 +23,21 @@ class Logits(Distillation):
     method: Literal["logits"] = "logits"
     temperature: Annotated[float, Field(gt=0)] = 4.0
     """T: a higher one shows the student more of how the teacher ranks the wrong classes."""
+    outputs: Listed[tuple[str, ...]] = ()
+    """Which of several outputs are logits, by their keys, as in `[start_logits, end_logits]`: the distance is the mean
+    of theirs."""
 
     def canonical(self) -> Self:
-        return super().canonical().with_defaults(*["temperature"] * (self.alpha == 0))
+        return super().canonical().with_defaults(*["temperature", "outputs"] * (self.alpha == 0))
 
     def label(self) -> str:
         return f"T{self.temperature:.0f}" if self.temperature.is_integer() else f"T{self.temperature:.1f}"
 
-    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor, widths: list[int] | None = None) -> Tensor:
-        from qsweep.distill._loss import check_classes, divergence
+    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor | None, parts: Parts | None = None) -> Tensor:
+        from qsweep.distill._loss import check_classes, chosen, divergence
 
-        check_classes(outputs, labels, widths)
-        return self.temperature**2 * divergence(outputs, targets, self.temperature)
+        students, teachers = (chosen(each, parts, self.outputs) for each in (outputs, targets))
+        if labels is not None and not self.outputs:
+            check_classes(students[0], labels)
+        found = [divergence(one, other, self.temperature) for one, other in zip(students, teachers, strict=True)]
+        return self.temperature**2 * sum(found[1:], found[0]) / len(found)

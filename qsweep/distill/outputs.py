@@ -7,6 +7,8 @@ from qsweep.distill.base import Distillation
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qsweep.tasks._parts import Parts
+
 
 class Outputs(Distillation):
     """Fine-tune on the uncompressed model's outputs as they are: numbers, maps, or logits.
@@ -21,7 +23,7 @@ class Outputs(Distillation):
     def label(self) -> str:
         return "outputs"
 
-    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor, widths: list[int] | None = None) -> Tensor:
+    def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor | None, parts: Parts | None = None) -> Tensor:
         from qsweep.distill._loss import squared
 
-        return squared(outputs, targets, widths)
+        return squared(outputs, targets, parts)

@@ -9,7 +9,7 @@ from qsweep.engines import Runner
 from qsweep.errors import NotFinite, ParityFailure
 from qsweep.spec import Measure
 from qsweep.tasks import SplitName, Task
-from qsweep.tasks._parts import Parts, tensors
+from qsweep.tasks._parts import Parts, by_name
 
 _ALIKE = 0.02
 """Of the range of an output: two numbers that differ by less agree."""
@@ -43,10 +43,10 @@ def parity(
 
     Raises ParityFailure below the bound of the former.
     """
-    if parts is None and _of_classes(simulated, labels):
+    if not (parts and parts.several) and _of_classes(simulated, labels):
         what, same = "of the top classes", deployed.argmax(1) == simulated.argmax(1)
     else:
-        pairs = zip(*(_outputs(each, parts) for each in (deployed, simulated)), strict=True)
+        pairs = zip(*(by_name(each, parts).values() for each in (deployed, simulated)), strict=True)
         what, same = "of the outputs", torch.cat([_alike(one, other).flatten() for one, other in pairs])
     agree = same.double().mean().item()
     if agree < settings.parity_top1:
@@ -54,10 +54,6 @@ def parity(
             f"artifact and simulation must agree on {settings.parity_top1:.1%} {what} (got {agree:.1%})"
         )
     return {"parity_top1": agree, "parity_max_abs": (deployed - simulated).abs().max().item()}
-
-
-def _outputs(joined: Tensor, parts: Parts | None) -> list[Tensor]:
-    return [value for _, value in tensors(parts.apart(joined, own_types=False))] if parts else [joined]
 
 
 def _alike(deployed: Tensor, simulated: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from qsweep.quantize._observers import NearestWeight
 from qsweep.quantize._prepare import preparation
 from qsweep.quantize.mixed import Mixed
 from qsweep.stage import Context
-from qsweep.tasks._parts import each
-from qsweep.tasks._user import several_outputs
+from qsweep.tasks._parts import Parts, by_name
+from qsweep.tasks._user import parts_of
 from qsweep.tasks.base import Samples, Task
 
 Scores = dict[str, dict[int, float]]
@@ -64,10 +64,7 @@ def scored(config: Mixed, model: QuantizedModel, task: Task, samples: Samples) -
     if config.sensitivity == "fisher":
         found = _by_fisher(model.graph, rounded, task, samples)
     else:
-        parts = several_outputs(task)
-        distance = partial(
-            _divergence if config.sensitivity == "kl" else _error, widths=parts.widths if parts else None
-        )
+        distance = partial(_divergence if config.sensitivity == "kl" else _error, parts=parts_of(task, "outputs"))
         found = _by_outputs(model.graph, rounded, samples.inputs, distance)
     for name, scores in found.items():
         if not all(map(math.isfinite, scores.values())):
@@ -121,9 +118,9 @@ def _behind(graph: fx.GraphModule, name: str) -> set[fx.Node]:
     return found
 
 
-def _divergence(found: Tensor, wanted: Tensor, widths: list[int] | None) -> Tensor:
+def _divergence(found: Tensor, wanted: Tensor, parts: Parts | None) -> Tensor:
     """KL(softmax(wanted) || softmax(found)) of logits (B, classes, ...), mean over all but the classes; float64."""
-    if wanted.dim() < 2 or wanted.shape[1] < 2 or widths:
+    if wanted.dim() < 2 or wanted.shape[1] < 2 or (parts and parts.several):
         raise Refused(
             "`sensitivity`: must be `output_error` or `fisher` for outputs that are not logits (batch, classes, ...) "
             f"(got `kl` for {tuple(wanted.shape)})"
@@ -132,9 +129,9 @@ def _divergence(found: Tensor, wanted: Tensor, widths: list[int] | None) -> Tens
     return F.kl_div(*logarithms, reduction="none", log_target=True).sum(1).mean().clamp(min=0)
 
 
-def _error(found: Tensor, wanted: Tensor, widths: list[int] | None) -> Tensor:
-    """Squared error over the squares of `wanted`; of several outputs, of so many columns each, the mean."""
-    pairs = zip(each(found.double(), widths), each(wanted.double(), widths), strict=True)
+def _error(found: Tensor, wanted: Tensor, parts: Parts | None) -> Tensor:
+    """Squared error over the squares of `wanted`; of several outputs the mean."""
+    pairs = zip(*(by_name(each.double(), parts).values() for each in (found, wanted)), strict=True)
     tiny = torch.finfo(torch.float32).tiny
     return torch.stack([(a - b).square().sum() / b.square().sum().clamp(min=tiny) for a, b in pairs]).mean()
 

@@ -153,7 +153,7 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     from qsweep.hub.simulate import simulation
     from qsweep.measure.deployed import outputs, parity
     from qsweep.measure.sizes import file_sizes, work
-    from qsweep.tasks._user import several_outputs
+    from qsweep.tasks._user import parts_of
 
     settings = Measure()
     inputs, labels = task.samples("validation")
@@ -162,7 +162,7 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     together = target.batch_size if quantized.dynamic else 256
     simulated = predict(simulation(quantized), task, inputs[: settings.parity_samples], together)
     first = labels[: len(simulated)]
-    found = parity(deployed[: len(simulated)], simulated, first, settings, several_outputs(task))
+    found = parity(deployed[: len(simulated)], simulated, first, settings, parts_of(task, "outputs"))
     found["accuracy"] = accuracy(task, deployed, labels)
     part = accuracy_of_part(task, simulated, first)
     metrics = found | {"accuracy_simulated": part} | work(quantized) | file_sizes(artifact)

@@ -71,9 +71,14 @@ class Parts:
         return len(self.parts) > 1
 
     @property
+    def unnamed(self) -> bool:
+        """Whether it is one tensor, in no dict or tuple."""
+        return not self.parts[0].path
+
+    @property
     def plain(self) -> bool:
-        """Whether it is one tensor of real numbers, in no dict or tuple."""
-        return not self.parts[0].path and self.parts[0].dtype.is_floating_point
+        """Whether it is one such tensor, of real numbers."""
+        return self.unnamed and self.parts[0].dtype.is_floating_point
 
     @property
     def widths(self) -> list[int]:
@@ -155,9 +160,12 @@ def as_dicts(value: Any) -> Any:
     return tuple(map(as_dicts, value)) if isinstance(value, tuple) else value
 
 
-def each(joined: Tensor, widths: list[int] | None) -> tuple[Tensor, ...]:
-    """The columns of each of several tensors side by side, or `joined` alone."""
-    return torch.split(joined, widths, 1) if widths else (joined,)
+def by_name(joined: Tensor, parts: Parts | None) -> dict[str, Tensor]:
+    """The tensors that lie side by side in `joined`, in its type; without `parts` it alone, which has no name."""
+    if parts is None:
+        return {"": joined}
+    values = tensors(parts.apart(joined, own_types=False))
+    return {part.name: value for part, (_, value) in zip(parts.parts, values, strict=True)}
 
 
 def countable(value: object) -> bool:

@@ -57,10 +57,11 @@ def check_arguments(kind: type, arguments: dict[str, Any], path: Path) -> None:
     _call(path, f"{kind.__name__}(...)", signature.bind, **arguments)
 
 
-def several_outputs(task: Task) -> Parts | None:
-    """The parts of what its model gives, where these are several, once it has run."""
-    parts = task.parts.get("outputs") if isinstance(task, UserTask) else None
-    return parts if parts and parts.several else None
+def parts_of(task: Task, role: Role) -> Parts | None:
+    """The parts of what its model takes or gives, or of its labels, once these were seen; None where it is one tensor
+    without a name."""
+    parts = task.parts.get(role) if isinstance(task, UserTask) else None
+    return None if parts is None or parts.unnamed else parts
 
 
 def guarded(task: Any) -> Any:

@@ -12,7 +12,7 @@ demo: venv  ## run the demo sweep, print its front and where to look
 	.venv/bin/qsweep run $(SPEC)
 
 test: venv-test  ## run the test suite, files side by side
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: venv-test  ## lint, format, types, layers, import weight
 	scripts/check

@@ -143,7 +143,8 @@ def run(bench: Bench, rows: Rows, options: argparse.Namespace) -> None:
 
     torch.backends.cudnn.benchmark = True  # baselines are to be as fast as cuDNN can be
     session = Session(bench, rows)
-    watch(max(0.0, bench.left) + _GRACE, rows, session.stop)
+    grace = _GRACE if bench.device.type == "cuda" else 10 * _GRACE  # no figure comes of an interpreter, however slow
+    watch(max(0.0, bench.left) + grace, rows, session.stop)
     parts = [part for part in PARTS if part in (options.parts or PARTS)]
     session.prepare(parts)
     try:

@@ -289,10 +289,7 @@ def test_a_sweep_promotes_what_mlflow_and_qsweep_load(tmp_path: Path, monkeypatc
     spec = {
         "name": "words",
         "task": {"method": "python", "file": "several_task.py:Words", "training": TRAINING.model_dump()},
-        "compress": {
-            "distill": {"method": "outputs", "epochs": 1},
-            "quantize": {"method": "qat", "weight_bits": 4, "epochs": 1},
-        },
+        "compress": {"distill": {"method": "outputs", "epochs": 1}, "quantize": {"method": "ptq"}},
         "target": {"engine": "onnxruntime", "batch_size": 8},
         "measure": {"latency_pairs": 5},
         "standard_baselines": [],

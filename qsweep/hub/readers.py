@@ -102,7 +102,7 @@ def moves(node: fx.Node) -> bool:
 def is_given(node: fx.Node) -> bool:
     """Whether it is what the model takes, or some columns of that, whose values may have nothing in common with
     others."""
-    if node.target is aten.slice.Tensor and node.args[1:2] == (1,):
+    if node.target is aten.slice.Tensor and node.args[1:2] in ((1,), (-1,)):
         return source(node).op == "placeholder" and len(shape_seen(node)) == 2
     return node.op == "placeholder"
 

@@ -283,6 +283,15 @@ def test_a_sampler_knows_what_was_found_in_the_space_before(tmp_path: Path) -> N
         assert trial.values == [getattr(record.metrics, name) for name in small_spec().objectives]
 
 
+def test_a_sweep_of_an_earlier_version_of_the_code_is_not_run_again(tmp_path: Path) -> None:
+    sweep(tmp_path, small_spec())
+    for path in tmp_path.glob("sweeps/small/trials/*/record.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"uid": "0" * 63 + path.parent.name[-1]}))
+    again = sweep(tmp_path, small_spec())
+    assert len(again) == BASELINES + 6
+    assert max(calls(tmp_path).values()) == 1
+
+
 def test_what_is_not_in_the_space_any_more_stays_on_record(tmp_path: Path) -> None:
     first = sweep(tmp_path, small_spec())
     narrower = {"method": "ptq", "weight_bits": {"choice": [4, 8]}, "activation_scheme": "symmetric"}

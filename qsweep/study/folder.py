@@ -149,7 +149,7 @@ class SweepFolder:
                 "wait for them, or run the spec as it was"
             )
         for folder in self.path.glob("trials/*"):
-            if not (folder / "record.json").exists():  # its number is never given again
+            if not (folder / "record.json").exists():  # another config may be given its number
                 shutil.rmtree(folder)
         for path in self.path.glob("optuna.db*"):
             path.unlink()

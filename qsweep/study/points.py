@@ -68,7 +68,11 @@ class Candidate:
 
 def candidate(spec: Spec, suggest: Suggest) -> Candidate:
     """The point that `suggest` describes."""
-    plain = resolve(tree(spec), suggest)
+    return read(resolve(tree(spec), suggest))
+
+
+def read(plain: dict[str, Any]) -> Candidate:
+    """What a config as plain data is here and now."""
     try:
         config = TrialConfig.model_validate(plain)
     except ValidationError as error:

@@ -14,7 +14,7 @@ from qsweep.domains import Choice, Domain, behind
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
 from qsweep.study.folder import sqlite_url
-from qsweep.study.points import Candidate, Point, at, candidate, drawn, enumerated, listed, tree
+from qsweep.study.points import Candidate, Point, at, candidate, drawn, enumerated, listed, read, tree
 
 if TYPE_CHECKING:
     import optuna
@@ -76,9 +76,10 @@ class Search:
             self.tell(trial, record, records)
 
     def point(self, record: Record) -> Point | None:
-        """The point of the space that became `record`; None where it has none."""
+        """The point of the space that became `record`, of whatever version of the code; None where it has none."""
+        uid = read(record.config).uid
         points = behind(tree(self.spec), record.config)
-        return next((point for point in points if candidate(self.spec, at(point)).uid == record.uid), None)
+        return next((point for point in points if candidate(self.spec, at(point)).uid == uid), None)
 
     def orphans(self) -> list[optuna.Trial]:
         """Trials that a dead driver left RUNNING: there is one driver, so all of them. They keep their numbers."""

@@ -283,6 +283,33 @@ def test_a_model_of_whole_numbers_is_given_whole_numbers(tmp_path: Path) -> None
     torch.testing.assert_close(found, shipped(inputs))
 
 
+class Rated(nn.Module):
+    """The number of one thing and a row of numbers, as recommenders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.things = nn.Embedding(7000, 16)
+        self.rest = nn.Linear(4, 16)
+
+    def forward(self, item: Tensor, dense: Tensor) -> Tensor:
+        return self.things(item) + self.rest(dense)
+
+
+class Ratings(Tokens):
+    def samples(self, split: str) -> tuple[Any, Any]:
+        draw = torch.Generator().manual_seed(0)
+        items, dense = torch.randint(0, 7000, (64,), generator=draw), torch.randn(64, 4, generator=draw)
+        return {"item": items, "dense": dense}, items % 16
+
+
+def test_a_number_a_sample_is_not_rounded_by_bf16() -> None:
+    torch.manual_seed(0)
+    model, (inputs, _) = Rated().eval(), Ratings().samples("test")
+    target = {"engine": "float", "batch_size": 8, "compile": False}
+    found = qsweep.compress(model, {"compress": {"quantize": {"method": "cast"}}, "target": target}, Ratings())(inputs)
+    torch.testing.assert_close(found, called(model, inputs), atol=0.05, rtol=0.05)
+
+
 def test_a_sweep_promotes_what_mlflow_and_qsweep_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 

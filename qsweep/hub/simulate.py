@@ -85,7 +85,8 @@ def simulation(model: QuantizedModel) -> fx.GraphModule:
 
 def _stays_real(node: fx.Node) -> bool:
     """Whether it gives real numbers, of which not all that read it, moved or not, make indices or masks."""
-    return is_real(node) and not (keeps_grid(node) and node.users and not any(map(_stays_real, node.users)))
+    moves = keeps_grid(node) or node.target is aten.select.int
+    return is_real(node) and not (moves and node.users and not any(map(_stays_real, node.users)))
 
 
 def _in_dtype(graph: fx.GraphModule, dtype: torch.dtype, example: Tensor) -> fx.GraphModule:

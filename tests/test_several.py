@@ -310,6 +310,31 @@ def test_a_number_a_sample_is_not_rounded_by_bf16() -> None:
     torch.testing.assert_close(found, called(model, inputs), atol=0.05, rtol=0.05)
 
 
+class Masked(nn.Module):
+    """Whole numbers alone, of which one is nothing but a mask, as transformers make it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(900, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        words = self.words(input_ids).masked_fill(~attention_mask.bool()[..., None], 0)
+        return {"logits": self.head(words.mean(1))}
+
+
+def test_whole_numbers_that_are_only_masks_run_on_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    config = {"compress": {"quantize": {"method": "ptq"}}, "target": {"engine": "openvino", "batch_size": 8}}
+    torch.manual_seed(0)
+    shipped = qsweep.compress(Masked().eval(), config, Words(), tmp_path / "bundle")
+    inputs, _ = Words().samples("test")
+    parts = {role: Parts.read(rows) for role, rows in shipped.manifest.interface.items()}
+    engine_of(shipped.manifest, tmp_path).export(tmp_path / "bundle" / "artifact", tmp_path, parts)
+    (found,) = run_openvino(tmp_path / "model.xml", list(inputs.values()), list(inputs)).values()
+    torch.testing.assert_close(found, shipped(inputs).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_a_sweep_promotes_what_mlflow_and_qsweep_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 

@@ -22,6 +22,7 @@ from qsweep.engines._openvino_graph import (
     core,
     takes_integers,
     with_biases,
+    with_compared_masks,
     with_named_axes,
     without_reduced_maxima,
 )
@@ -110,6 +111,7 @@ def _model(content: onnx.ModelProto) -> openvino.Model:
     except RuntimeError as error:
         raise Refused(f"OpenVINO cannot read the model: {_reason(error)}") from error
     without_reduced_maxima(model)
+    with_compared_masks(model)
     if _precision(content) == "bf16":
         takes_integers(model)
     return model

@@ -70,6 +70,15 @@ def without_reduced_maxima(model: openvino.Model) -> None:
         _replace(node.output(0), value)
 
 
+def with_compared_masks(model: openvino.Model) -> None:
+    """Masks of whole numbers by comparison with zero, in place: the compiler stops at one made of a part of several."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Convert" and node.get_output_element_type(0) == openvino.Type.boolean:
+            kind = node.get_input_element_type(0)
+            if kind.is_integral() and kind != openvino.Type.boolean:
+                _replace(node.output(0), ops.not_equal(node.input_value(0), ops.constant(0, kind)).output(0))
+
+
 def takes_integers(model: openvino.Model) -> None:
     """Inputs of which a model makes integers alone, such as numbers of words, are integers, in place: of floats bf16
     keeps the first 8 bits."""

@@ -121,6 +121,8 @@ def test_what_ships_takes_and_gives_what_the_model_does(shipped: tuple[type, Loa
     assert torch.equal(found.logits, found["logits"])
     arrays = model(mapped(inputs, lambda value: value.numpy()))
     assert isinstance(arrays.logits, np.ndarray)
+    if isinstance(inputs, tuple):
+        assert isinstance(model(list(inputs)).logits, Tensor)
     np.testing.assert_array_equal(arrays.logits, found.logits)
 
 
@@ -510,6 +512,7 @@ def test_inputs_that_a_loaded_model_does_not_take_are_told(shipped: tuple[type, 
             (inputs | {"input_ids": inputs["input_ids"][:, :3]}, r"`input_ids` must have the shape \['N', 12\] \(got"),
             (inputs | {"attention_mask": inputs["attention_mask"][:3]}, r"as many in each tensor \(got \[20, 3\]\)"),
             (inputs | {"input_ids": "text"}, "`input_ids` must be a tensor or an array"),
+            (inputs | {"input_ids": inputs["input_ids"] + 2**24}, r"`input_ids` must be whole numbers up to 2\^24"),
         ]
     else:
         image, numbers = inputs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsweep.errors import DataError
-from qsweep.tasks._parts import Part, Parts, mapped
+from qsweep.tasks._parts import Part, Parts, countable, mapped
 
 
 class Interface:
@@ -44,6 +44,8 @@ class Interface:
             raise DataError(f"{said} must have the shape {['N', *part.shape]} (got {list(value.shape)})")
         if part.dtype.is_floating_point and not value.is_floating_point():
             raise DataError(f"{said} must be float32, preprocessed as the task does (got {value.dtype})")
+        if not countable(value):
+            raise DataError(f"{said} must be whole numbers up to 2^24, of which float32 holds all (got larger ones)")
         return value
 
     def shown(self, outputs: Tensor, *, arrays: bool) -> Any:
@@ -56,7 +58,7 @@ def has_tensors(inputs: Any) -> bool:
     """Whether there is a tensor in `inputs`, arrays otherwise."""
     if isinstance(inputs, Mapping):
         return any(map(has_tensors, inputs.values()))
-    return isinstance(inputs, Tensor) or (isinstance(inputs, tuple) and any(map(has_tensors, inputs)))
+    return isinstance(inputs, Tensor) or (isinstance(inputs, tuple | list) and any(map(has_tensors, inputs)))
 
 
 def _tensor(inputs: object, name: str) -> Tensor:

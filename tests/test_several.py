@@ -312,6 +312,13 @@ def test_a_number_a_sample_is_not_rounded_by_bf16() -> None:
     torch.testing.assert_close(found, called(model, inputs), atol=0.05, rtol=0.05)
 
 
+def test_where_openvino_would_round_whole_numbers_beside_real_ones_bf16_is_refused() -> None:
+    pytest.importorskip("openvino")
+    config = {"compress": {"quantize": {"method": "cast"}}, "target": {"engine": "openvino"}}
+    with pytest.raises(Refused, match="OpenVINO rounds whole numbers that are given beside real ones|bf16"):
+        qsweep.compress(Rated(), config, Ratings())
+
+
 class Masked(nn.Module):
     """Whole numbers alone, of which one is nothing but a mask, as transformers make it."""
 
@@ -382,6 +389,8 @@ def test_distillation_follows_each_output_alike() -> None:
     parts = Parts.of({"a": outputs[:, 0], "b": outputs[:, 1]})
     assert Outputs().distance(outputs, targets, labels, parts) == pytest.approx(0.25)
     assert Outputs().distance(outputs, targets, labels) == pytest.approx((1 + 100**2) / 2)
+    targets[:, 0] = 0
+    assert Outputs().distance(outputs, targets, labels, parts) == pytest.approx((1 / (1e-6 * 200**2) + 0.25) / 2)
 
 
 def test_distillation_by_logits_follows_the_outputs_that_are_logits() -> None:
@@ -553,7 +562,13 @@ def test_parts_come_back_in_their_places_and_types() -> None:
 
 @pytest.mark.parametrize(
     ("value", "got"),
-    [(3, "int"), (None, "NoneType"), ({"a": torch.ones(2), "b": "text"}, "str at `b`"), ((), "no tensor")],
+    [
+        ({"a.b": {"c": torch.ones(2)}, "a": {"b.c": torch.ones(2)}}, "two that are called `a.b.c`"),
+        (3, "int"),
+        (None, "NoneType"),
+        ({"a": torch.ones(2), "b": "text"}, "str at `b`"),
+        ((), "no tensor"),
+    ],
 )
 def test_what_holds_anything_but_tensors_is_told(value: object, got: str) -> None:
     with pytest.raises(NotParts, match=got):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qsweep.errors import TaskFailure
 from qsweep.tasks._parts import Parts, by_name
 
-_SMALL = 1e-12
-"""Mean square of outputs that are all but zero."""
+_LEAST = 1e-6
+"""Of the largest mean square: outputs that are all but zero would outweigh the others."""
 
 
 def with_teacher(
@@ -81,5 +81,7 @@ def squared(outputs: Tensor, targets: Tensor, parts: Parts | None = None) -> Ten
         raise TaskFailure(f"distillation needs outputs alike from student and teacher (got {shapes})")
     if parts is None or not parts.several:
         return F.mse_loss(outputs, targets)
-    pairs = zip(*(by_name(each, parts).values() for each in (outputs, targets)), strict=True)
-    return torch.stack([F.mse_loss(a, b) / b.square().mean().clamp_min(_SMALL) for a, b in pairs]).mean()
+    students, teachers = (by_name(each, parts).values() for each in (outputs, targets))
+    squares = torch.stack([teacher.square().mean() for teacher in teachers])
+    errors = torch.stack([F.mse_loss(a, b) for a, b in zip(students, teachers, strict=True)])
+    return (errors / squares.clamp_min(_LEAST * squares.max())).mean()

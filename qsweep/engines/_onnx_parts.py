@@ -57,10 +57,12 @@ def _joined(content: onnx.ModelProto, parts: Parts, names: list[str]) -> Iterato
     for part, own, width in zip(parts.parts, names, parts.widths, strict=True):
         kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=part.dtype).numpy().dtype)
         content.graph.input.append(helper.make_tensor_value_info(own, kind, [_BATCH, *part.shape]))
-        yield helper.make_node("Cast", [own], [f"{own}.cast"], to=TensorProto.INT64 if whole else TensorProto.FLOAT)
-        shape = add(content, f"{own}.flat", np.array([-1, width] if parts.several else [-1, *part.shape]))
-        columns.append(f"{own}.columns" if parts.several else name)
-        yield helper.make_node("Reshape", [f"{own}.cast", shape], columns[-1:])
+        yield helper.make_node(
+            "Cast", [own], [f"parts/{own}/cast"], to=TensorProto.INT64 if whole else TensorProto.FLOAT
+        )
+        shape = add(content, f"parts/{own}/flat", np.array([-1, width] if parts.several else [-1, *part.shape]))
+        columns.append(f"parts/{own}/columns" if parts.several else name)
+        yield helper.make_node("Reshape", [f"parts/{own}/cast", shape], columns[-1:])
     if parts.several:
         yield helper.make_node("Concat", columns, [name], axis=1)
 
@@ -71,11 +73,11 @@ def _apart(content: onnx.ModelProto, parts: Parts, names: list[str]) -> Iterator
 
     name = content.graph.output[0].name
     del content.graph.output[:]
-    columns = [f"{own}.columns" for own in names] if parts.several else [name]
+    columns = [f"parts/{own}/columns" for own in names] if parts.several else [name]
     if parts.several:
-        widths = add(content, f"{name}.widths", np.array(parts.widths))
+        widths = add(content, "parts/widths", np.array(parts.widths))
         yield helper.make_node("Split", [name, widths], columns, axis=1)
     for part, own, given in zip(parts.parts, names, columns, strict=True):
         content.graph.output.append(helper.make_tensor_value_info(own, TensorProto.FLOAT, [_BATCH, *part.shape]))
-        shape = add(content, f"{own}.shape", np.array([-1, *part.shape]))
+        shape = add(content, f"parts/{own}/shape", np.array([-1, *part.shape]))
         yield helper.make_node("Reshape", [given, shape], [own])

@@ -85,7 +85,11 @@ def write_ir(artifact: Path, out: Path, parts: Mapping[str, Parts]) -> None:
     these are integers."""
     content = complete(artifact)
     with_parts(content, parts)
-    openvino.save_model(_model(content), out / "model.xml", compress_to_fp16=False)
+    model = _model(content)
+    for ports, named in ((model.inputs, content.graph.input), (model.outputs, content.graph.output)):
+        for port, value in zip(ports, named, strict=True):
+            port.get_tensor().set_names({value.name})
+    openvino.save_model(model, out / "model.xml", compress_to_fp16=False)
     (out / "settings.json").write_text(json.dumps({"CPU": _arithmetic(content)}, indent=2))
 
 

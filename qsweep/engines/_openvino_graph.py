@@ -10,6 +10,7 @@ import openvino
 from openvino import opset13 as ops
 
 from qsweep.engines._onnx_nodes import add, attribute
+from qsweep.errors import Refused
 
 if TYPE_CHECKING:
     import onnx
@@ -81,22 +82,33 @@ def with_compared_masks(model: openvino.Model) -> None:
 
 def takes_integers(model: openvino.Model) -> None:
     """Inputs of which a model makes integers alone, such as numbers of words, are integers, in place: of floats bf16
-    keeps the first 8 bits."""
+    keeps the first 8 bits. Raises Refused for inputs of which it makes integers of a part."""
     for given in model.get_parameters():
         if _becomes_integers(given.output(0)):
             given.set_element_type(openvino.Type.i64)
+        elif given.get_element_type().is_real() and any(map(_moves_integers, _readers(given.output(0)))):
+            raise Refused("in bf16 OpenVINO rounds whole numbers that are given beside real ones; use `float`")
     model.validate_nodes_and_infer_types()
+
+
+def _readers(value: Any) -> list[Any]:
+    """The nodes that read `value`."""
+    return [each.get_node() for each in value.get_target_inputs()]
 
 
 def _becomes_integers(value: Any) -> bool:
     """Whether all that reads `value` makes integers of it, asks for its shape, or moves it to what does."""
-    readers = [each.get_node() for each in value.get_target_inputs()]
+    readers = _readers(value)
     return bool(readers) and all(
-        all(map(_becomes_integers, reader.outputs()))
-        if reader.get_type_name() in _MOVES
-        else reader.get_type_name() in ("Convert", "ShapeOf") and reader.get_output_element_type(0) in _INTEGERS
+        _moves_integers(reader)
+        or (reader.get_type_name() in ("Convert", "ShapeOf") and reader.get_output_element_type(0) in _INTEGERS)
         for reader in readers
     )
+
+
+def _moves_integers(node: Any) -> bool:
+    """Whether it moves what it is given to what makes integers of it."""
+    return node.get_type_name() in _MOVES and all(map(_becomes_integers, node.outputs()))
 
 
 _INTEGERS = {openvino.Type.i32, openvino.Type.i64}

@@ -39,7 +39,7 @@ class Interface:
             except (LookupError, TypeError):
                 raise DataError(f"inputs must be {self._inputs} (there is no `{part.name}`)") from None
         said = f"`{part.name}`" if part.path else "inputs"
-        value = _tensor(inputs, said)
+        value = _tensor(inputs, said, str(part.dtype).removeprefix("torch."))
         if not value.dim() or value.shape[1:] != part.shape:
             raise DataError(f"{said} must have the shape {['N', *part.shape]} (got {list(value.shape)})")
         if part.dtype.is_floating_point and not value.is_floating_point():
@@ -61,7 +61,7 @@ def has_tensors(inputs: Any) -> bool:
     return isinstance(inputs, Tensor) or (isinstance(inputs, tuple | list) and any(map(has_tensors, inputs)))
 
 
-def _tensor(inputs: object, name: str) -> Tensor:
+def _tensor(inputs: object, name: str, type_name: str = "float32") -> Tensor:
     """An array, or what NumPy takes for one, as a tensor; copied where PyTorch cannot share its memory."""
     if isinstance(inputs, Tensor):
         return inputs
@@ -70,4 +70,4 @@ def _tensor(inputs: object, name: str) -> Tensor:
         return torch.from_numpy(array)
     except (TypeError, ValueError, RuntimeError):
         kind = inputs.dtype if isinstance(inputs, numpy.ndarray) else type(inputs).__name__
-        raise DataError(f"{name} must be a tensor or an array of float32 (got {kind})") from None
+        raise DataError(f"{name} must be a tensor or an array of {type_name} (got {kind})") from None

@@ -64,7 +64,11 @@ class Parts:
         found = list(tensors(value))
         if not found:
             raise NotParts("no tensor")
-        return cls(tuple(Part(path, tuple(value.shape[1:]), value.dtype) for path, value in found))
+        parts = tuple(Part(path, tuple(value.shape[1:]), value.dtype) for path, value in found)
+        names = [part.name for part in parts]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise NotParts(f"two that are called `{twice}`")
+        return cls(parts)
 
     @property
     def several(self) -> bool:

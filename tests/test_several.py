@@ -315,7 +315,7 @@ def test_a_number_a_sample_is_not_rounded_by_bf16() -> None:
 def test_where_openvino_would_round_whole_numbers_beside_real_ones_bf16_is_refused() -> None:
     pytest.importorskip("openvino")
     config = {"compress": {"quantize": {"method": "cast"}}, "target": {"engine": "openvino"}}
-    with pytest.raises(Refused, match="OpenVINO rounds whole numbers that are given beside real ones|bf16"):
+    with pytest.raises(Refused, match="bf16"):
         qsweep.compress(Rated(), config, Ratings())
 
 

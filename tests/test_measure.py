@@ -155,6 +155,21 @@ def test_outputs_that_are_no_classes_agree_where_they_differ_little_by_what_each
         parity(far, simulated, labels, Measure())
 
 
+def test_outputs_that_are_the_same_for_all_samples_agree_but_for_rounding() -> None:
+    labels, one = torch.zeros(4, 2), torch.tensor([[1.35, 2.0], [1.35, 3.0], [1.35, 4.0], [1.35, 5.0]])
+    rounded = one + torch.tensor([1e-7, 0.0])
+    assert parity(rounded, one, labels, Measure())["parity_top1"] == 1.0
+    with pytest.raises(ParityFailure):
+        parity(one + torch.tensor([1e-3, 0.0]), one, labels, Measure())
+
+
+def test_of_one_sample_all_outputs_tell_the_range() -> None:
+    one = torch.tensor([[1.0, 2.0, 3.0]])
+    assert parity(one + 0.03, one, torch.zeros(1, 3), Measure())["parity_top1"] == 1.0
+    with pytest.raises(ParityFailure):
+        parity(one + 0.05, one, torch.zeros(1, 3), Measure())
+
+
 def test_outputs_by_place_agree_in_the_class_of_each_place() -> None:
     simulated = torch.eye(4).repeat(2, 1, 1)  # (2, classes, places)
     deployed = simulated.clone()

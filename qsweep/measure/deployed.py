@@ -13,6 +13,8 @@ from qsweep.tasks._parts import Parts, by_name
 
 _ALIKE = 0.02
 """Of the range of an output: two numbers that differ by less agree."""
+_ROUNDING = 1e-6
+"""Of a number, such as one that is the same for all samples."""
 
 
 def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, device: str = "cpu") -> Tensor:
@@ -57,10 +59,10 @@ def parity(
 
 
 def _alike(deployed: Tensor, simulated: Tensor) -> Tensor:
-    """Which numbers of (N, C, ...) are within a share of the range of theirs of C."""
-    others = [dimension for dimension in range(simulated.dim()) if dimension != 1]
+    """Which numbers of (N, C, ...) are within a share of the range of theirs of C, or are the same but for rounding."""
+    others = [dimension for dimension in range(simulated.dim()) if dimension != 1 or len(simulated) == 1]
     reach = simulated.amax(others, keepdim=True) - simulated.amin(others, keepdim=True)
-    return (deployed - simulated).abs() <= _ALIKE * reach
+    return (deployed - simulated).abs() <= _ALIKE * reach + _ROUNDING * simulated.abs()
 
 
 def _of_classes(outputs: Tensor, labels: Tensor) -> bool:

@@ -319,6 +319,41 @@ def test_where_openvino_would_round_whole_numbers_beside_real_ones_bf16_is_refus
         qsweep.compress(Rated(), config, Ratings())
 
 
+class Scaled(nn.Module):
+    """An output that no sample changes: beside it OpenVINO computes the other wrongly, for batches of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        found = self.second(self.first(pixel_values).relu())
+        return {"out": found.mean((2, 3)), "scale": self.scale.exp().expand(pixel_values.shape[0])}
+
+
+class Scales(Maps):
+    def samples(self, split: str) -> tuple[Any, Any]:
+        inputs, labels = super().samples(split)
+        return inputs, labels.flatten(1)[:, 0]
+
+    def score(self, outputs: Any, labels: Any) -> Tensor:
+        return (outputs["out"].argmax(1) == labels).float()
+
+
+def test_what_openvino_is_given_computes_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    config = {"compress": {"quantize": {"method": "ptq"}}, "target": {"engine": "openvino", "batch_size": 8}}
+    shipped = qsweep.compress(Scaled().eval(), config, Scales(), tmp_path / "bundle")
+    parts = {role: Parts.read(rows) for role, rows in shipped.manifest.interface.items()}
+    engine_of(shipped.manifest, tmp_path).export(tmp_path / "bundle" / "artifact", tmp_path, parts)
+    inputs = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found, wanted = run_openvino(tmp_path / "model.xml", [inputs], ["pixel_values"]), shipped({"pixel_values": inputs})
+    for name in ("out", "scale"):
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-3, rtol=1e-3)
+
+
 class Masked(nn.Module):
     """Whole numbers alone, of which one is nothing but a mask, as transformers make it."""
 

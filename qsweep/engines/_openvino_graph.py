@@ -43,6 +43,8 @@ def with_biases(content: onnx.ModelProto) -> None:
     for node in content.graph.node:
         if node.op_type != "Gemm" or node.input[1] not in stored:
             continue
+        if len(node.input) > 2 and node.input[2] not in stored:  # a real one
+            continue
         bias = np.zeros(constants[stored[node.input[1]][0]].dims[0 if attribute(node, "transB") else 1], np.float32)
         if len(node.input) > 2:
             integers, step = (numpy_helper.to_array(constants[name]) for name in stored[node.input[2]][:2])

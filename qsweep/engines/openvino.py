@@ -41,7 +41,7 @@ class OpenVINO(OnOnnx):
     def export(self, artifact: Path, out: Path, parts: Mapping[str, Parts] | None = None) -> None:
         from qsweep.engines._openvino import write_ir
 
-        write_ir(artifact, out, parts or {})
+        write_ir(artifact, out, parts or {}, self)
 
     def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
         from qsweep.engines._openvino import OpenVINORunner

@@ -23,6 +23,7 @@ from qsweep.executors.orphans import DRIVER_LOCK
 from qsweep.machine import cores
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
+from qsweep.study.specs import as_now, differences
 
 MAY_CHANGE = (
     "compress", "search.sampler", "search.trials", "search.timeout", "search.repeats", "run", "track",
@@ -87,13 +88,14 @@ class SweepFolder:
         own = {"threads": max(1, cores() // spec.run.workers)}
         if path.exists():
             kept = _read(path, json.loads)
-            complaint = self._changes(_as_now(kept["spec"]), new) or self._changed(kept["fingerprint"], fingerprint)
+            before = as_now(kept["spec"])
+            complaint = self._changes(before, new) or self._changed(kept["fingerprint"], fingerprint)
             if complaint and (self.records() or self.live()):
                 raise SweepError(complaint)
             if complaint:  # nothing was finished: what was wrong has been mended
                 self._clear()
             else:
-                if _as_now(kept["spec"])["compress"] != new["compress"]:
+                if before["compress"] != new["compress"]:
                     self._search_anew()
                 own |= {name: kept[name] for name in ("threads", "model") if name in kept}
                 baselines = [TrialConfig.model_validate(config) for config in kept["baselines"]]
@@ -127,15 +129,15 @@ class SweepFolder:
         )
 
     def _changes(self, old: dict[str, Any], new: dict[str, Any]) -> str | None:
-        differences = [
+        changed = [
             f"`{path}` was {before!r} and is {after!r}"
-            for path, before, after in _differences(old, new)
+            for path, before, after in differences(old, new)
             if not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
         ]
-        if not differences:
+        if not changed:
             return None
         return (
-            f"`{self.path}`: holds a sweep of the same name and another spec: {'; '.join(differences)}. "
+            f"`{self.path}`: holds a sweep of the same name and another spec: {'; '.join(changed)}. "
             "Give the spec another `name`, or move the folder away"
         )
 
@@ -172,7 +174,7 @@ class SweepFolder:
     def is_of(self, spec: Spec) -> bool:
         """Whether the sweep was last run with `spec`."""
         old, new = (json.loads(each.model_dump_json()) for each in (self.spec(), spec))
-        return not any(_differences(old, new))
+        return not any(differences(old, new))
 
     def records(self) -> list[Record]:
         """All records, by number."""
@@ -219,14 +221,6 @@ def _read(path: Path, read: Callable[[str], Read]) -> Read:
         ) from None
 
 
-def _as_now(spec: dict[str, Any]) -> dict[str, Any]:
-    """A spec of an earlier version with the fields that have come since at their defaults."""
-    try:
-        return dict(json.loads(Spec.model_validate(spec).model_dump_json()))
-    except ValueError:  # no longer a spec: the differences will say why
-        return spec
-
-
 def _locked(file: IO[str]) -> bool:
     """Take the lock, which the kernel frees however its driver dies. Who only asks whether there is a driver holds it
     for an instant: that is waited for."""
@@ -236,17 +230,6 @@ def _locked(file: IO[str]) -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(set(old) | set(new)):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (one, other) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(one, other, f"{path}.{index}")
-    elif old != new:
-        yield path, old, new
 
 
 def write_atomically(path: Path, text: str, durable: bool = False) -> None:

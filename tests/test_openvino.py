@@ -22,6 +22,7 @@ from test_odd_networks import INPUTS, ODD
 from test_odd_networks import made as odd
 from test_recurrent import INPUTS as SOUNDS
 from test_recurrent import Gated, Spoken
+from test_tokens import Attention
 from test_words import Classifier, texts
 from torch import Tensor, nn
 from written_networks import WRITTEN
@@ -128,6 +129,39 @@ def test_transformers_and_recurrent_networks_run(
     assert_close(run(inputs), IntegerInterpreter(model.graph)(inputs), within=0.02)
     found = engine.integer_macs(tmp_path / "artifact", run, inputs) / (len(inputs) * model.macs)
     assert share <= found <= 1
+
+
+ROWS = {"zeros": 0.0, "denormal": 1e-40, "large": 1e30}
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, COUNT])
+@pytest.mark.parametrize(("name", "bits"), [("mlp", 8), ("mlp", 3), ("digits_cnn", 8)])
+def test_rows_that_set_their_grids_give_what_the_reference_gives(
+    name: str, bits: int, count: int, tmp_path: Path
+) -> None:
+    model = PTQ(activation_mode="token", activation_bits=bits).apply(network(name), shared(name, NOISE))
+    inputs = torch.cat([NOISE, *(factor * NOISE[:1] for factor in ROWS.values())])[-count:]
+    engine = lowered(model, tmp_path / "artifact", count)
+    run, reference = engine.load(tmp_path / "artifact"), IntegerInterpreter(model.graph)
+    torch.testing.assert_close(run(inputs), reference(inputs), atol=1e-5, rtol=1e-5)
+    assert engine.integer_macs(tmp_path / "artifact", run, inputs) == reference.integer_macs > 0
+
+
+@pytest.mark.parametrize("kind", [Attention, Tokens])
+def test_every_linear_of_a_transformer_multiplies_the_integers_of_tokens(kind: type[nn.Module], tmp_path: Path) -> None:
+    model = PTQ(activation_mode="token").apply(made(kind), shared(kind.__name__, NOISE))
+    engine = lowered(model, tmp_path / "artifact")
+    run, reference = engine.load(tmp_path / "artifact"), IntegerInterpreter(model.graph)
+    torch.testing.assert_close(run(NOISE), reference(NOISE), atol=1e-4, rtol=0)
+    assert engine.integer_macs(tmp_path / "artifact", run, NOISE) == reference.integer_macs > 0
+
+
+def test_a_token_that_is_not_finite_touches_no_other(tmp_path: Path) -> None:
+    model = PTQ(activation_mode="token").apply(network("mlp"), shared("mlp", NOISE))
+    run = lowered(model, tmp_path / "artifact").load(tmp_path / "artifact")
+    broken = NOISE.clone()
+    broken[1, 0, 0, 3] = torch.nan
+    torch.testing.assert_close(run(broken)[[0, 2]], IntegerInterpreter(model.graph)(NOISE)[[0, 2]], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", [Gated, Spoken])
@@ -356,7 +390,6 @@ def test_what_it_cannot_compile_is_refused_with_the_reason(artifact: Path, tmp_p
         (Cast(dtype="fp16"), "`float`"),
         (Codebook(), "`float`"),
         (PTQ(activation_mode="dynamic"), "`float`"),
-        (PTQ(activation_mode="token"), "`onnxruntime`"),
         (PTQ(weight_scheme="asymmetric"), "`float`"),
         (PTQ(weight_bits=4, group_size=8), "`float`"),
     ],

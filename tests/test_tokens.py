@@ -20,6 +20,7 @@ from qsweep.engines.cuda import Cuda
 from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
+from qsweep.engines.openvino import OpenVINO
 from qsweep.engines.reference import Reference
 from qsweep.errors import Refused
 from qsweep.evaluate import predict
@@ -122,7 +123,7 @@ def test_it_keeps_the_accuracy_of_a_trained_network() -> None:
 
 def test_every_engine_of_integers_takes_it() -> None:
     config = Compression(quantize=PTQ(activation_mode="token"))
-    assert all(engine().refuses(config) is None for engine in (Cuda, Inductor, OnnxRuntime, Reference))
+    assert all(engine().refuses(config) is None for engine in (Cuda, Inductor, OnnxRuntime, OpenVINO, Reference))
     assert Float().refuses(config)
     assert Float(simulate=True).refuses(config) is None
 

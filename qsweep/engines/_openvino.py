@@ -24,6 +24,7 @@ from qsweep.engines._openvino_graph import (
     with_biases,
     with_compared_masks,
     with_named_axes,
+    with_real_products,
     without_reduced_maxima,
 )
 from qsweep.errors import Refused
@@ -127,6 +128,7 @@ def _precision(content: onnx.ModelProto) -> str:
 def _model(content: onnx.ModelProto) -> openvino.Model:
     with_named_axes(content)
     with_biases(content)
+    with_real_products(content)
     try:
         model = core().read_model(content.SerializeToString())
     except RuntimeError as error:
@@ -148,8 +150,8 @@ def _reason(error: RuntimeError) -> str:
 
 _ENOUGH = 200
 """Characters of the beginning and of the end of a long message."""
-_INTEGER = "_I8"
-"""How the names of integer kernels end."""
+_INTEGER = "_i8"
+"""How the names of integer kernels end, of uint8 in capitals."""
 
 
 def _macs(node: openvino.Node, packed: Collection[tuple[int, int]]) -> int:
@@ -160,7 +162,7 @@ def _macs(node: openvino.Node, packed: Collection[tuple[int, int]]) -> int:
     told = {name: value.astype(str) for name, value in node.get_rt_info().items()}
     given: list[list[int]] = [list(each.get_shape()) for each in node.inputs()[:2]]
     few_bits = len(given) > 1 and not node.input(1).get_element_type().is_real()
-    if not told["primitiveType"].endswith(_INTEGER) and not (few_bits and tuple(given[1]) in packed):
+    if not told["primitiveType"].lower().endswith(_INTEGER) and not (few_bits and tuple(given[1]) in packed):
         return 0
     result: list[int] = list(node.output(0).get_shape())
     match told["layerType"]:

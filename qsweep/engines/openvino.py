@@ -52,12 +52,9 @@ class OpenVINO(OnOnnx):
 
 def _reason(quantize: Quantization | None) -> str | None:
     from qsweep.machine import features
-    from qsweep.quantize.base import Grids
     from qsweep.quantize.cast import Cast
 
     if isinstance(quantize, Cast) and quantize.dtype == "bf16":
         known = {"avx512_bf16", "amx_bf16"}.intersection(features())
         return None if known else "this processor does not compute in bf16; use `float`"
-    if isinstance(quantize, Grids) and quantize.by_token:
-        return "it multiplies rows with ranges of their own in floats (`activation_mode: token`); use `onnxruntime`"
     return no_kernels_for(quantize)

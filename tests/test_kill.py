@@ -90,7 +90,7 @@ def test_another_space_is_searched_once_the_workers_of_the_one_before_are_done(t
     driver.wait()
     finished = {record.number for record in SweepFolder(tmp_path, "small").records()}
     wider = small_spec({"method": "ptq", "weight_bits": {"choice": [2, 3, 4, 6]}}, search={"trials": 9})
-    with pytest.raises(SweepError, match=r"workers of the `compress` before must be done .* \(.*#4.*\)"):
+    with pytest.raises(SweepError, match=r"workers of the spec before must be done .* \(.*#4.*\)"):
         list(run(wider, tmp_path, jobs="arithmetic_jobs", preload=("numpy",)))
     told(tmp_path)
     until(lambda: not processes_of(tmp_path))

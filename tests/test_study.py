@@ -26,6 +26,7 @@ from qsweep.records import Record
 from qsweep.spec import TrialConfig
 from qsweep.study import SweepFolder, baselines, plan, run
 from qsweep.study.search import encode, suggested, violations
+from qsweep.study.specs import differences
 
 BASELINES = 3
 
@@ -218,14 +219,15 @@ def test_a_sweep_says_that_it_waits_for_another(tmp_path: Path) -> None:
 
 def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_path: Path) -> None:
     sweep(tmp_path, small_spec(search={"trials": 1}))
-    with pytest.raises(SweepError, match=r"`search.seed` was 0 and is 3.*`target.engine` was .onnxruntime."):
-        sweep(tmp_path, small_spec(search={"trials": 1, "seed": 3}, target={"engine": "inductor"}))
+    with pytest.raises(
+        SweepError, match=r"another spec: `measure.latency_pairs` was 50 and is 7; `search.seed` was 0 and"
+    ):
+        sweep(tmp_path, small_spec(search={"trials": 1, "seed": 3}, measure={"latency_pairs": 7}))
 
 
-def test_what_differs_in_a_list_is_told_by_its_place(tmp_path: Path) -> None:
-    sweep(tmp_path, small_spec(objectives=["accuracy", "latency_ms"], search={"trials": 1}))
-    with pytest.raises(SweepError, match=r"another spec: `objectives.1` was 'latency_ms' and is 'size_bytes'\."):
-        sweep(tmp_path, small_spec(objectives=["accuracy", "size_bytes"], search={"trials": 1}))
+def test_what_differs_in_a_list_is_told_by_its_place() -> None:
+    old, new = ({"objectives": ["accuracy", name]} for name in ("latency_ms", "size_bytes"))
+    assert list(differences(old, new)) == [("objectives.1", "latency_ms", "size_bytes")]
 
 
 def test_fields_that_a_later_version_adds_do_not_make_it_another_spec(tmp_path: Path) -> None:
@@ -300,6 +302,84 @@ def test_what_is_not_in_the_space_any_more_stays_on_record(tmp_path: Path) -> No
     (new,) = [record for number, record in second.items() if number not in first and record.duplicate_of is None]
     assert new.config["compress"]["quantize"]["weight_bits"] == 8
     assert states(tmp_path) == {"COMPLETE": 2, "FAIL": 5}
+
+
+BOTH = {"choice": [{"engine": "onnxruntime"}, {"engine": "reference"}]}
+
+
+def test_another_engine_may_be_added_when_one_has_run(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec())
+    second = sweep(tmp_path, small_spec(target=BOTH, search={"trials": 12}))
+    assert {number: second[number].config for number in first} == {n: record.config for n, record in first.items()}
+    new = [second[number] for number in sorted(second.keys() - first.keys()) if second[number].duplicate_of is None]
+    told = [(record.kind, record.engine) for record in new]
+    assert told == [("baseline", "float"), ("baseline", "reference"), *[("trial", "reference")] * 6]
+    assert max(calls(tmp_path).values()) == 1
+    baseline = {json.loads(path.read_text())["baseline"] for path in tmp_path.glob("sweeps/small/trials/*/job.json")}
+    assert baseline == {None, str(SweepFolder(tmp_path, "small").trial(0))}
+    assert sweep(tmp_path, small_spec(target=BOTH, search={"trials": 12})) == second
+
+
+def test_another_engine_in_place_of_the_one_before_is_held_against_the_same_baseline(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec())
+    target = {"engine": "reference", "batch_size": 8}
+    second = sweep(tmp_path, small_spec(target=target))
+    assert {number: second[number].config for number in first} == {n: record.config for n, record in first.items()}
+    new = [second[number] for number in second.keys() - first.keys() if second[number].duplicate_of is None]
+    assert {record.config["target"]["batch_size"] for record in new} == {8}
+    assert Counter(record.kind for record in new) == {"baseline": 3, "trial": 6}
+
+
+def test_a_sweep_that_was_killed_at_its_baselines_forgets_those_of_another_target(tmp_path: Path) -> None:
+    told(tmp_path, measure_0001="held")
+    driver = start(tmp_path)
+    folder = SweepFolder(tmp_path, "small")
+    until(lambda: [record.number for record in folder.records()] == [0])
+    os.kill(driver.pid, signal.SIGINT)  # in order: what it runs is killed
+    driver.wait(timeout=60)
+    second = sweep(tmp_path, small_spec(target={"engine": "reference"}))
+    assert [(record.name, record.engine) for record in second.values() if record.kind == "baseline"] == [
+        ("fp32", "onnxruntime"),
+        ("bf16", "float"),
+        ("fp32", "float"),
+        ("ptq-w8s-a8a", "reference"),
+    ]
+    assert sorted(second) == list(range(4 + 6))
+
+
+def test_bounds_and_objectives_may_change_when_a_sweep_has_run(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec(search={"trials": 4, "sampler": "random"}))
+    spec = small_spec(
+        objectives=["accuracy", "size_bytes"],
+        constraints={"size_bytes": {"max": 1e9}},
+        search={"trials": 6, "sampler": "random"},
+    )
+    second = sweep(tmp_path, spec)
+    assert {n: second[n].metrics.accuracy for n in first} == {n: record.metrics.accuracy for n, record in first.items()}
+    assert len([r for r in second.values() if r.kind == "trial" and r.duplicate_of is None]) == 6
+    assert max(calls(tmp_path).values()) == 1
+    study = optuna.load_study(study_name="small", storage=f"sqlite:///{tmp_path}/sweeps/small/optuna.db")
+    assert {len(trial.values) for trial in study.trials} == {2}
+    assert all("size_bytes.max" in trial.constraints for trial in study.trials)
+
+
+def test_a_baseline_of_ones_own_may_be_added_though_a_trial_was_it(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec())
+    trial = next(record for record in first.values() if record.kind == "trial")
+    second = sweep(tmp_path, small_spec(baselines=[trial.config]))
+    (added,) = [second[number] for number in second.keys() - first.keys()]
+    assert (added.kind, added.duplicate_of) == ("baseline", trial.number)
+    assert max(calls(tmp_path).values()) == 1
+
+
+def test_baselines_of_an_earlier_version_are_known(tmp_path: Path) -> None:
+    first = sweep(tmp_path, small_spec(search={"trials": 2}))
+    path = tmp_path / "sweeps" / "small" / "spec.json"
+    content = json.loads(path.read_text())
+    content["baselines"] = list(content["baselines"].values())
+    path.write_text(json.dumps(content))
+    second = sweep(tmp_path, small_spec(search={"trials": 3}))
+    assert sorted(second.keys() - first.keys()) == [BASELINES + 2]
 
 
 def test_model_or_data_that_changed_since_is_refused(tmp_path: Path) -> None:

@@ -145,6 +145,19 @@ def test_runs_of_several_engines_are_told_apart_by_their_names(tmp_path: Path) -
     assert [run.info.run_name for run in runs_of(tmp_path)][1:] == [f"{r.name} on {r.engine}" for r in records()[:2]]
 
 
+def test_runs_are_called_after_their_engine_once_the_sweep_has_another(tmp_path: Path) -> None:
+    fp32, bf16 = records()[:2]
+    for engines, names in (
+        (["onnxruntime"], [fp32.name, bf16.name]),
+        (["onnxruntime", "executorch"], [f"{fp32.name} on onnxruntime", f"{bf16.name} on float"]),
+    ):
+        target = {"engine": {"choice": engines}}
+        list(publish(drive(tmp_path, [fp32, bf16]), small_spec(target=target), tmp_path))
+        parent, *children = runs_of(tmp_path)
+        assert [run.info.run_name for run in children] == names
+        assert {name.split(".")[0] for name in parent.data.params} == {"measure", "search"}
+
+
 def test_runs_of_several_batch_sizes_are_told_apart_by_their_names(tmp_path: Path) -> None:
     asked = small_spec(target={"engine": "onnxruntime", "batch_size": {"choice": [1, 4]}})
     list(publish(drive(tmp_path, records()[:2]), asked, tmp_path))

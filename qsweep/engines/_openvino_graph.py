@@ -67,7 +67,7 @@ def with_real_products(content: onnx.ModelProto) -> None:
 
     for tensor in content.graph.initializer:
         if tensor.name == MIDDLE:
-            tensor.CopyFrom(numpy_helper.from_array(np.int8(0), MIDDLE))
+            tensor.CopyFrom(numpy_helper.from_array(np.array(0, np.int8), MIDDLE))
     producers, nodes, made = producers_of(content), list[Any](), set[str]()
 
     def emit(kind: str, given: list[str], result: str, **more: Any) -> str:

@@ -19,7 +19,8 @@ class OpenVINO(OnOnnx):
     """OpenVINO on the CPU: the artifact of `onnxruntime` on the kernels of oneDNN; bf16 where the processor has it.
 
     Biases are added in floating point, and sums behind convolutions to what has not been rounded: apart from these its
-    integers are the reference's. Weights that are quantized alone are read as by `onnxruntime`.
+    integers are the reference's, as are all of rows that set their own grids. Weights that are quantized alone are read
+    as by `onnxruntime`.
     """
 
     packages: ClassVar[tuple[str, ...]] = ("openvino",)

@@ -40,6 +40,26 @@ def _on(engine: EngineConfig, content: dict[str, Any]) -> TrialConfig | None:
     return None
 
 
+def numbered(kept: Any) -> dict[int, TrialConfig]:
+    """Baselines by number, as `spec.json` has them; of earlier versions a list."""
+    pairs = enumerate(kept) if isinstance(kept, list) else kept.items()
+    return {int(number): TrialConfig.model_validate(config) for number, config in pairs}
+
+
+def with_new(
+    baselines: list[TrialConfig], before: dict[int, TrialConfig], recorded: set[int]
+) -> dict[int, TrialConfig]:
+    """`baselines` with the numbers that they had `before`, or those after all that are `recorded`, and of `before` what
+    has been evaluated and what all are compared to."""
+    if not recorded:
+        return dict(enumerate(baselines))
+    wanted = {config.uid(): config for config in baselines}
+    left = {n: config for n, config in before.items() if n == 0 or n in recorded or config.uid() in wanted}
+    known = {config.uid() for config in left.values()}
+    new = [config for uid, config in wanted.items() if uid not in known]
+    return left | dict(enumerate(new, max(recorded | left.keys()) + 1))
+
+
 def refusal(engine: str, baselines: Iterable[Record]) -> str | None:
     """Why `engine` takes no version of the model, or None: it has refused the model as it is, and each baseline."""
     own = [record for record in baselines if record.engine == engine]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +20,14 @@ from qsweep.study.folder import SweepFolder, disk_full_is_said, read_result
 from qsweep.study.interrupt import interruptible
 from qsweep.study.pipeline import Evaluation, Pipeline
 from qsweep.study.plan import check
-from qsweep.study.points import Candidate, accepted, working
+from qsweep.study.points import Candidate, accepted
+from qsweep.study.preloads import preloads
 
 if TYPE_CHECKING:
     import optuna
 
     from qsweep.study.search import Search
 
-PRELOAD = (
-    "torch",
-    "torch._inductor.compile_fx",
-    "sympy.physics.units",  # Inductor's compilation
-    "qsweep.jobs",
-)
-"""What workers of `qsweep.jobs` need and what takes long to import."""
 STUCK = 10
 """A sampler that proposes so many known or refused configs in a row, as GP does, is given points of others' choice."""
 PATIENCE = 100
@@ -57,16 +52,12 @@ def run(
     folder = SweepFolder(root, spec.name)
     with disk_full_is_said(folder.path), folder.lock():
         known = folder.claim(spec, spec.task.fingerprint(folder.root), baselines(spec))
-        executor = Local(_preloads(spec) if preload is None else preload, folder.path / "server.log")
+        executor = Local(preloads(spec) if preload is None else preload, folder.path / "server.log")
         try:
             with interruptible() as stopping:
                 return (yield from Driver(spec, folder, executor, jobs, known, stopping).run())
         finally:
             executor.shutdown()
-
-
-def _preloads(spec: Spec) -> list[str]:
-    return list(dict.fromkeys([*(name for engine in working(spec) for name in engine.preload), *PRELOAD]))
 
 
 @dataclass
@@ -90,12 +81,15 @@ class Driver:
         folder: SweepFolder,
         executor: Local,
         jobs: str,
-        known: list[TrialConfig],
+        known: dict[int, TrialConfig],
         stopping: Callable[[], bool],
     ) -> None:
         self.spec, self.folder, self.executor, self.jobs = spec, folder, executor, jobs
         self.stopping = stopping
         self.known = known
+        """Baselines by number."""
+        self.first = next(number for number in count() if number not in known)
+        """The number of the first trial of the study."""
         self.threads = folder.threads()
         self.model: str | None = None
         """The identity of the uncompressed model, once it is known."""
@@ -125,7 +119,7 @@ class Driver:
 
         self.search = Search(self.spec, self.folder.path / "optuna.db")
         trials = [record for record in self.records.values() if record.kind == "trial"]
-        self.search.recall(trials, len(self.known))
+        self.search.recall(trials, self.first, last=max(self.known))
         self.outside = {record.number for record in trials if self.search.point(record) is None}
         if not self._prepared(preparing):
             return False
@@ -179,9 +173,9 @@ class Driver:
 
     def _trials(self) -> Iterator[Record]:
         self.ends = time.monotonic() + (self.spec.search.timeout or float("inf"))
-        self.queue = [Pending(i, accepted(config)) for i, config in enumerate(self.known) if i not in self.records]
+        self.queue = [Pending(i, accepted(config)) for i, config in self.known.items() if i not in self.records]
         for trial in self.search.orphans():
-            pending = Pending(len(self.known) + trial.number, self.search.candidate(trial), trial)
+            pending = Pending(self.first + trial.number, self.search.candidate(trial), trial)
             done = self.records.get(pending.number)
             if done is not None:  # durable, but the driver died before it could tell
                 self.search.tell(trial, done, list(self.records.values()))
@@ -210,7 +204,7 @@ class Driver:
             return self.queue.pop(0)
         if not self._may_ask() or (trial := self.search.ask(self.asked, self.idle >= STUCK)) is None:
             return None
-        return Pending(len(self.known) + trial.number, self.search.candidate(trial), trial)
+        return Pending(self.first + trial.number, self.search.candidate(trial), trial)
 
     def _reference(self) -> Evaluation | None:
         """The evaluation of the first baseline while it runs."""
@@ -267,10 +261,11 @@ class Driver:
 
     def _record(self, pending: Pending, evaluation: Evaluation | None) -> Record:
         reference = self.records.get(0)
-        record = outcome.record(self.spec, pending.number, pending.candidate, evaluation, reference)
-        return record if pending.trial is not None else record.model_copy(update={"kind": "baseline"})
+        return outcome.record(self.spec, pending.number, pending.candidate, evaluation, reference)
 
     def _conclude(self, pending: Pending, record: Record) -> Record:
+        kind = "baseline" if pending.trial is None else "trial"
+        record = record.model_copy(update={"kind": kind})
         self.folder.write(record)  # first of all
         if pending.trial is not None:
             self.search.tell(pending.trial, record, list(self.records.values()))

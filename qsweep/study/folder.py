@@ -23,12 +23,8 @@ from qsweep.executors.orphans import DRIVER_LOCK
 from qsweep.machine import cores
 from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
-from qsweep.study.specs import as_now, differences
-
-MAY_CHANGE = (
-    "compress", "search.sampler", "search.trials", "search.timeout", "search.repeats", "run", "track",
-)  # fmt: skip
-"""What a sweep that goes on may have different from the spec it began with: no result depends on it."""
+from qsweep.study.baselines import numbered, with_new
+from qsweep.study.specs import as_now, differences, refused, searched_anew
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,9 @@ class SweepFolder:
             file.flush()
             yield
 
-    def claim(self, spec: Spec, fingerprint: str, baselines: list[TrialConfig]) -> list[TrialConfig]:
-        """Make the folder that of `spec`, or check that it is; return the baselines it began with.
+    def claim(self, spec: Spec, fingerprint: str, baselines: list[TrialConfig]) -> dict[int, TrialConfig]:
+        """Make the folder that of `spec`, or check that it is; return its baselines by number: those it began with, and
+        after all that was run by then those that another spec has added.
 
         Raises SweepError with the difference where the spec, or the content of model and data, is another, and
         something of the sweep is there already.
@@ -86,6 +83,7 @@ class SweepFolder:
         path = self.path / "spec.json"
         new = json.loads(spec.model_dump_json())
         own = {"threads": max(1, cores() // spec.run.workers)}
+        known = dict(enumerate(baselines))
         if path.exists():
             kept = _read(path, json.loads)
             before = as_now(kept["spec"])
@@ -95,14 +93,15 @@ class SweepFolder:
             if complaint:  # nothing was finished: what was wrong has been mended
                 self._clear()
             else:
-                if before["compress"] != new["compress"]:
-                    self._search_anew()
                 own |= {name: kept[name] for name in ("threads", "model") if name in kept}
-                baselines = [TrialConfig.model_validate(config) for config in kept["baselines"]]
-        plain = [config.model_dump(mode="json") for config in baselines]
+                known = numbered(kept["baselines"])
+                if searched_anew(before, new):
+                    self._search_anew()
+                    known = with_new(baselines, known, {record.number for record in self.records()})
+        plain = {number: config.model_dump(mode="json") for number, config in known.items()}
         content = {"hash": content_hash(new), "spec": new, "fingerprint": fingerprint, "baselines": plain}
         write_atomically(path, json.dumps(content | own, indent=1), durable=True)
-        return baselines
+        return known
 
     def keep_model(self, key: str) -> None:
         """Note the identity of the uncompressed model. Raises SweepError where trials of another are finished or at
@@ -129,11 +128,7 @@ class SweepFolder:
         )
 
     def _changes(self, old: dict[str, Any], new: dict[str, Any]) -> str | None:
-        changed = [
-            f"`{path}` was {before!r} and is {after!r}"
-            for path, before, after in differences(old, new)
-            if not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
-        ]
+        changed = refused(old, new)
         if not changed:
             return None
         return (
@@ -142,12 +137,12 @@ class SweepFolder:
         )
 
     def _search_anew(self) -> None:
-        """Leave the records and what the store has: another space is searched from here on. Raises SweepError where
-        workers are still at trials of the old one."""
+        """Leave the records and what the store has: something else is searched from here on. Raises SweepError where
+        workers are still at trials of before."""
         if live := self.live():
             doing = ", ".join(f"#{each.number}" if each.number is not None else each.job for each in live)
             raise SweepError(
-                f"`{self.path}`: workers of the `compress` before must be done for another to be searched ({doing}); "
+                f"`{self.path}`: workers of the spec before must be done for another to be searched ({doing}); "
                 "wait for them, or run the spec as it was"
             )
         for folder in self.path.glob("trials/*"):

@@ -85,7 +85,6 @@ def duplicate(original: Record, number: int) -> Record:
     return original.model_copy(
         update={
             "number": number,
-            "kind": "trial",
             "duplicate_of": original.number,
             "front": None,
             "repetitions": (),

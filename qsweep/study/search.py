@@ -57,14 +57,14 @@ class Search:
             self.study.enqueue_trial(self._encoded(point))
         return self.study.ask()
 
-    def recall(self, records: Sequence[Record], baselines: int) -> None:
-        """Let the study have a trial for each of `records`, numbered from `baselines` on, and no number be given twice:
-        where the database lost the end of its file, or all of it, or another space was searched, the records are still
-        there. Those that this space has teach the sampler again; empty trials stand for the others."""
+    def recall(self, records: Sequence[Record], first: int, last: int) -> None:
+        """Let the study have a trial for each of `records`, numbered from `first` on, and give no number again, none up
+        to `last`: where the database lost the end of its file, or all of it, or another space was searched, the records
+        are still there. Those that this space has teach the sampler again; empty trials stand for all others."""
         from optuna.trial import TrialState, create_trial
 
-        trials = {record.number - baselines: record for record in records}
-        for number in range(self.told, max(trials, default=-1) + 1):
+        trials = {record.number - first: record for record in records}
+        for number in range(self.told, max(last - first, *trials, -1) + 1):
             record = trials.get(number)
             point = self.point(record) if record else None
             if record is None or point is None or self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):

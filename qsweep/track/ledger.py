@@ -59,12 +59,13 @@ class Ledger:
         return set(self.content["members"])
 
     def entry(self, number: int) -> dict[str, Any]:
-        """What is known of a record's run: `run_id`, `content` (hash of the record), `bundle`; empty if nothing."""
+        """What is known of a record's run: `run_id`, `content` (hash of the record and its name there), `bundle`; empty
+        if nothing."""
         return dict(self.content["runs"].get(str(number), {}))
 
-    def note(self, record: Record, run_id: str) -> None:
-        """Remember that `run_id` holds `record` as it is now."""
-        entry = self.entry(record.number) | {"run_id": run_id, "content": digest(record)}
+    def note(self, record: Record, run_id: str, name: str) -> None:
+        """Remember that `run_id`, called `name`, holds `record` as it is now."""
+        entry = self.entry(record.number) | {"run_id": run_id, "content": _digest(record, name)}
         self.content["runs"][str(record.number)] = entry
         self.save()
 
@@ -73,11 +74,11 @@ class Ledger:
         self.content["runs"][str(number)]["bundle"] = True
         self.save()
 
-    def has(self, record: Record) -> bool:
-        """Whether the record was published as it is now."""
-        return self.entry(record.number).get("content") == digest(record)
+    def has(self, record: Record, name: str) -> bool:
+        """Whether the record was published as it is now, under this name."""
+        return self.entry(record.number).get("content") == _digest(record, name)
 
 
-def digest(record: Record) -> str:
-    """Hash of everything in a record."""
-    return content_hash(record.model_dump(mode="json"))
+def _digest(record: Record, name: str) -> str:
+    """Hash of everything in a record, and of the name of its run."""
+    return content_hash([record.model_dump(mode="json"), name])

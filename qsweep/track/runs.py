@@ -85,8 +85,10 @@ class Runs:
     def _new_parent(self) -> str:
         tags = self.common | {"qsweep.kind": "sweep", "qsweep.sweep_id": self.ledger.sweep_id}
         run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=self.spec.name).info.run_id)
-        settings = self.spec.model_dump(mode="json", include={"objectives", "search", "measure", "run"})
-        self._log(run_id, params=dict(flat.leaves(settings)))
+        fixed = self.spec.model_dump(
+            mode="json", include={"measure": True, "search": {"seed"}}
+        )  # a param cannot change
+        self._log(run_id, params=dict(flat.leaves(fixed)))
         self.client.log_text(run_id, json.dumps(self.environment, indent=2), "environment.json")
         self._log_spec(run_id)
         return run_id
@@ -103,7 +105,7 @@ class Runs:
 
     def has(self, record: Record) -> bool:
         """Whether MLflow has the record as it is now, or had it and somebody deleted it there."""
-        return self.ledger.has(record) or record.number in self.deleted
+        return self.ledger.has(record, self._name(record)) or record.number in self.deleted
 
     def put(self, record: Record) -> None:
         """Make the record's run, or bring it up to date, and end it."""
@@ -131,6 +133,8 @@ class Runs:
     def _update(self, run_id: str, record: Record) -> None:
         """Log what differs; a metric logged twice would be drawn as a curve."""
         run = self.client.get_run(run_id)
+        if run.info.run_name != self._name(record):  # the sweep has more engines, or batch sizes, than it had
+            self.client.update_run(run_id, name=self._name(record))
         self._fill(run_id, record, run.info.end_time or self._finished_at(record), run.data.metrics)
 
     def _fill(self, run_id: str, record: Record, end: int, known: Mapping[str, float] | None = None) -> None:
@@ -147,7 +151,7 @@ class Runs:
             if record.state == "failed" and (self.folder / record.folder / "log.txt").is_file():
                 self.client.log_artifact(run_id, str(self.folder / record.folder / "log.txt"))
         self.client.set_terminated(run_id, "FINISHED" if record.state == "complete" else "FAILED", end)
-        self.ledger.note(record, run_id)
+        self.ledger.note(record, run_id, self._name(record))
 
     def _log(
         self,

@@ -54,7 +54,7 @@ def main() -> None:
         task = task_config.open(root)
         labels = [task.samples(split).labels for split in ("train", "validation")][1]
         context = context_of(task_config, task, root, Store(root / "store"), 0, lambda text: None)
-        model = context.teacher()
+        model = context.original()
         start = time.perf_counter()
         with clock("compress"):
             quantized = compress(config.compress, model, context, clock)

@@ -40,24 +40,27 @@ class Clock:
 def context_of(
     config: TaskConfig, task: Task, root: Path, store: Store, seed: int, progress: Callable[[str], None]
 ) -> Context:
-    """The context of a trial's first stage. Its `teacher()` is the uncompressed model, made once."""
+    """The context of a trial's first stage. Its `original()` is made once."""
 
     @cache
-    def teacher() -> nn.Module:
+    def original() -> nn.Module:
         return baseline(task, config, root=root, store=store, seed=seed, progress=progress)
 
     key = baseline_key(config, root, seed)
     if config.own_weights:  # taken from where nobody knows
-        key = store.key(key, weights_hash(teacher()))
-    return Context(
+        key = store.key(key, weights_hash(original()))
+    context = Context(
         task=task,
         store=store,
         key=key,
         seed=seed,
-        teacher=teacher,
+        original=original,
         training=config.training,
         progress=progress,
     )
+    if getattr(task, "teacher", None) is None:
+        return context
+    return replace(context, key=store.key(key, "teacher", weights_hash(context.teacher())))
 
 
 def compress(config: Compression, model: nn.Module, context: Context, clock: Clock) -> QuantizedModel:

@@ -108,6 +108,8 @@ def check(task: Task, model: nn.Module) -> None:
         outputs = _check_samples(task, model, split, inputs[:4], labels[:4])
         if split != "train" and (metric := _metric(task)) is not None:  # which may need samples of all classes
             metric(task.score(outputs[torch.arange(len(labels)) % len(outputs)], labels))
+    if (teacher := getattr(task, "teacher", None)) is not None:
+        _check_teacher(task, teacher(), inputs[:4], outputs.shape)
 
 
 def _check_inputs(task: Task, split: SplitName, inputs: Tensor) -> None:
@@ -150,6 +152,15 @@ def _check_samples(task: Task, model: nn.Module, split: SplitName, inputs: Tenso
         raise NotFinite(f"the loss of the first samples of `{split}` must be finite")
     task.score(outputs, labels)
     return outputs
+
+
+def _check_teacher(task: Task, teacher: nn.Module, inputs: Tensor, shape: torch.Size) -> None:
+    try:
+        found = _outputs(teacher, task, inputs).shape
+    except TaskFailure as error:
+        raise TaskFailure(f"`teacher()`: {error}") from error
+    if found != shape:
+        raise TaskFailure(f"`teacher()` must give outputs {tuple(shape)}, as the model does (got {tuple(found)})")
 
 
 def layout(inputs: Tensor) -> torch.memory_format:

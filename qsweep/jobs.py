@@ -118,7 +118,7 @@ def _prepare(job: Job) -> Result:
         check(task, untrained)
         export(untrained, example_of(context))
     with job.clock("baseline"):
-        model = context.teacher()
+        model = context.original()
     if job.task_config.pretrained:
         check(task, model)
     with job.clock("export"):
@@ -128,6 +128,7 @@ def _prepare(job: Job) -> Result:
         "metrics": metrics,
         "seconds": job.clock.seconds,
         "model": context.key,
+        "own_teacher": getattr(task, "teacher", None) is not None,
         "about": about,
         "interface": task.interface if isinstance(task, UserTask) else {},
         "doubts": list(doubts(task, job.task_config.judged_by)),
@@ -138,9 +139,11 @@ def _build(job: Job) -> Result:
     task = job.task()
     context = context_of(job.task_config, task, job.root, job.store, job.seed, job.progress)
     if job.model not in (None, context.key):
-        raise TaskFailure("`model()` must give the weights that the sweep began with (they have changed since)")
+        raise TaskFailure(
+            "`model()` and `teacher()` must give the weights that the sweep began with (some have changed since)"
+        )
     context = replace(context, seed=job.draw)  # the model that is compressed stays the same
-    model = compress(job.config.compress, copy.deepcopy(context.teacher()), context, job.clock)
+    model = compress(job.config.compress, copy.deepcopy(context.original()), context, job.clock)
     job.progress("simulate")
     with job.clock("simulate"):
         samples = task.samples("validation")

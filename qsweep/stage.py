@@ -29,7 +29,7 @@ class Context:
     key: str
     """Identity of the model the stage is given: its key in `store`."""
     seed: int
-    teacher: Callable[[], nn.Module]
+    original: Callable[[], nn.Module]
     """The uncompressed model, in eval mode."""
     training: Training
     """How every training is done; a stage brings its own epochs and learning rate."""
@@ -37,6 +37,11 @@ class Context:
     """Takes a short line of what is going on, for the person who watches."""
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """`loss(inputs, outputs, labels)` of the trainings of this trial; None means the task's own."""
+
+    def teacher(self) -> nn.Module:
+        """What distillation follows, in eval mode: the task's own teacher, else the uncompressed model."""
+        own = getattr(self.task, "teacher", None)
+        return self.original() if own is None else own()
 
     @property
     def device(self) -> torch.device:

@@ -25,7 +25,7 @@ def prepare(folder: Path) -> None:
     else:
         doubts = ["as told"] if _told(job, "prepare") == "doubt" else []
         content = {"metrics": {}, "seconds": {"prepare": 0.0}, "doubts": doubts, "model": _told(job, "weights") or None}
-        _write(folder, "prepare", content)
+        _write(folder, "prepare", content | {"own_teacher": bool(_told(job, "teacher"))})
 
 
 def build(folder: Path) -> None:

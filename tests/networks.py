@@ -207,7 +207,7 @@ def context(root: Path, key: str = "model", task: Task | None = None, seed: int 
         store=Store(root / "store"),
         key=key,
         seed=seed,
-        teacher=task.model,
+        original=task.model,
         training=Training(batch_size=64),
     )
 
@@ -248,7 +248,7 @@ def digits() -> tuple[nn.Module, Context, Path]:
     config = TypeAdapter(AnyTask).validate_python(DIGITS | {"training": {"epochs": 5}})
     store = Store(root / "sweeps" / "store")
     found = context_of(config, config.open(root), root, store, 0, lambda text: None)
-    return found.teacher(), found, root
+    return found.original(), found, root
 
 
 def pruned() -> nn.Module:

@@ -88,7 +88,7 @@ def test_a_student_that_follows_only_its_teacher_comes_closer_to_it(tmp_path: Pa
     targets = predict(teacher, Toy(), inputs)
     before = divergence(predict(model(), Toy(), inputs), targets, 1.0)
     stage = Logits(temperature=2.0, alpha=1.0, epochs=10, learning_rate=0.1)
-    student = stage.apply(model(), context(tmp_path, teacher=lambda: teacher))
+    student = stage.apply(model(), context(tmp_path, original=lambda: teacher))
     assert divergence(predict(student, Toy(), inputs), targets, 1.0) < 0.5 * before
 
 
@@ -108,11 +108,11 @@ def test_numbers_are_followed_by_their_squared_difference(tmp_path: Path) -> Non
     targets = predict(teacher, Measured(), inputs)
     before = squared(predict(student, Measured(), inputs), targets)
     stage = Outputs(alpha=1.0, epochs=10, learning_rate=0.1)
-    found = stage.apply(student, replace(context(tmp_path, teacher=lambda: teacher), task=Measured()))
+    found = stage.apply(student, replace(context(tmp_path, original=lambda: teacher), task=Measured()))
     assert squared(predict(found, Measured(), inputs), targets) < 0.5 * before
     assert stage.label() == "outputs"
     with pytest.raises(TaskFailure, match="`method: outputs`"):
-        Logits().apply(student, replace(context(tmp_path, teacher=lambda: teacher), task=Measured()))
+        Logits().apply(student, replace(context(tmp_path, original=lambda: teacher), task=Measured()))
 
 
 def test_numbers_of_another_count_cannot_be_followed() -> None:

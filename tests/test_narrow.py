@@ -212,7 +212,7 @@ def test_what_is_not_trained_is_not_narrowed(tmp_path: Path, monkeypatch: pytest
         raise AssertionError
 
     monkeypatch.setattr("qsweep.hub.narrow.narrowed", refused)
-    found = context(tmp_path, teacher=lambda: Toy().model())
+    found = context(tmp_path, original=lambda: Toy().model())
     for stage in (Channels(sparsity=0.5, multiple_of=1, epochs=0), Logits(epochs=0)):
         stage.apply(Toy().model(), dataclasses.replace(found, key=stage.method))
 
@@ -236,7 +236,7 @@ def test_trainings_of_narrow_and_wide_models_learn_the_same(
         fit(model, *arguments, **options)
 
     def trained(folder: Path) -> nn.Module:
-        plain = context(folder, teacher=lambda: teacher)
+        plain = context(folder, original=lambda: teacher)
         model, training = copy.deepcopy(first), plain.training.model_copy(update=settings)
         pruning = Channels(sparsity=0.5, multiple_of=1, learning_rate=0.01)
         for stage in (pruning, Logits(learning_rate=0.01)):

@@ -37,7 +37,7 @@ def context(root: Path, **changes: Any) -> Context:
         store=Store(root),
         key="fp32",
         seed=0,
-        teacher=lambda: Toy().model().eval(),
+        original=lambda: Toy().model().eval(),
         training=Training(batch_size=16),
     )
     return dataclasses.replace(plain, **changes)

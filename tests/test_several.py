@@ -557,6 +557,11 @@ def test_inputs_that_a_loaded_model_does_not_take_are_told(shipped: tuple[type, 
             (inputs | {"attention_mask": inputs["attention_mask"][:3]}, r"as many in each tensor \(got \[20, 3\]\)"),
             (inputs | {"input_ids": "text"}, "`input_ids` must be a tensor or an array"),
             (inputs | {"input_ids": inputs["input_ids"] + 2**24}, r"`input_ids` must be whole numbers up to 2\^24"),
+            (inputs | {"input_ids": inputs["input_ids"] + 0.7}, r"`input_ids` must be whole numbers \(got others\)"),
+            (
+                inputs | {"input_ids": inputs["input_ids"] * torch.nan},
+                r"`input_ids` must be whole numbers \(got others\)",
+            ),
         ]
     else:
         image, numbers = inputs

@@ -400,16 +400,20 @@ def test_model_or_data_that_changed_since_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path, spec)
 
 
-def test_weights_of_the_users_code_that_changed_since_are_refused_whatever_file_they_are_in(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", [True, False], ids=["the model's", "those of a teacher"])
+def test_weights_of_the_users_code_that_changed_since_are_refused_whatever_file_they_are_in(
+    trained: bool, tmp_path: Path
+) -> None:
     (tmp_path / "task.py").write_text("")
-    task: dict[str, Any] = {"method": "python", "file": "task.py:Task", "trained": True}
-    sweep(tmp_path, small_spec(task=task, search={"trials": 1}), weights="one")
+    task: dict[str, Any] = {"method": "python", "file": "task.py:Task", "trained": trained}
+    whose = {} if trained else {"teacher": "own"}
+    sweep(tmp_path, small_spec(task=task, search={"trials": 1}), weights="one", **whose)
     more = small_spec(task=task, search={"trials": 2})
-    assert len(sweep(tmp_path, more, weights="one")) == 5
+    assert len(sweep(tmp_path, more, weights="one", **whose)) == 5
     for _ in range(2):
         with pytest.raises(SweepError, match="the weights have changed since"):
-            sweep(tmp_path, more, weights="other")
-    assert len(sweep(tmp_path, more, weights="one")) == 5
+            sweep(tmp_path, more, weights="other", **whose)
+    assert len(sweep(tmp_path, more, weights="one", **whose)) == 5
 
 
 def test_what_is_unfinished_of_other_weights_is_done_again(tmp_path: Path) -> None:

@@ -27,6 +27,12 @@ unions by class), F1 (of counts), or R2 of a regression:
     def metric(self, scores):  # those of any samples; NaN where they are of one class alone
         return roc_auc_score(scores[:, 1], scores[:, 0])
 
+Distillation follows the uncompressed model unless there is a better one, which may be of any size and takes and gives
+what the model does:
+
+    def teacher(self):  # with its weights
+        return large_model(torch.load("large.pt"))
+
 What goes from no 0 to 1 has a name and a unit in the spec, `task: {metric: {name: PSNR, unit: dB}}`, and stands under
 them in tables and charts. Higher is better, so that of an error or a perplexity its negative is given, as scorers of
 scikit-learn do (`metric: {name: negative RMSE, unit: mm}`).

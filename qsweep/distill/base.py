@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Distillation(Stage):
-    """Trains the compressed model to follow the uncompressed one.
+    """Trains the compressed model to follow the uncompressed one, or the teacher that the task brings.
 
     loss = alpha * the distance from the teacher's outputs + (1 - alpha) * the task's loss. The teacher sees the very
     batch that the student sees, augmentation included (Beyer et al. 2021, "Knowledge distillation: A good teacher is

@@ -46,6 +46,8 @@ class Interface:
             raise DataError(f"{said} must be float32, preprocessed as the task does (got {value.dtype})")
         if not countable(value):
             raise DataError(f"{said} must be whole numbers up to 2^24, of which float32 holds all (got larger ones)")
+        if value.is_floating_point() and not part.dtype.is_floating_point and not value.equal(value.floor()):
+            raise DataError(f"{said} must be whole numbers (got others)")
         return value
 
     def shown(self, outputs: Tensor, *, arrays: bool) -> Any:

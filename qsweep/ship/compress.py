@@ -121,7 +121,7 @@ def _built(
         store=store,  # lives as long as this call, so the key needs to tell nothing apart
         key="compress",
         seed=seed,
-        teacher=lambda: original,
+        original=lambda: original,
         training=training,
     )
     quantized = build.compress(config.compress, copy.deepcopy(original), context, clock)

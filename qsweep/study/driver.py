@@ -151,7 +151,8 @@ class Driver:
     def _prepare(self) -> Evaluation:
         folder = self.folder.path / "prepare"
         outcome.forget_failure(folder, "prepare")
-        if self.spec.task.own_weights and read_result(folder / "prepare.json"):
+        known = read_result(folder / "prepare.json")
+        if known and (self.spec.task.own_weights or known.get("own_teacher")):
             outcome.forget(folder, ["prepare"])  # are the weights still those that the sweep began with?
         evaluation = Evaluation(folder, self._job(accepted(self.known[0]).plain, baseline=None), jobs=("prepare",))
         self.pipeline.add(evaluation)

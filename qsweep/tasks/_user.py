@@ -8,6 +8,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -95,6 +96,9 @@ class UserTask:
         self.any_device = bool(getattr(task, "any_device", False))
         self._task = task
         self.metric = self._metric if callable(getattr(task, "metric", None)) else None
+        self.teacher = (
+            cache(lambda: self._module("teacher").eval()) if callable(getattr(task, "teacher", None)) else None
+        )
 
     @classmethod
     def of(cls, kind: type, arguments: dict[str, Any], path: Path, judged_by: TaskMetric) -> UserTask:
@@ -102,8 +106,11 @@ class UserTask:
         return cls(_call(path, f"{kind.__name__}(...)", kind, **arguments), path, judged_by)
 
     def model(self) -> nn.Module:
-        model = self._ask("model")
-        self._must(isinstance(model, nn.Module), "model", "return a torch.nn.Module", type(model).__name__)
+        return self._module("model")
+
+    def _module(self, method: str) -> nn.Module:
+        model = self._ask(method)
+        self._must(isinstance(model, nn.Module), method, "return a torch.nn.Module", type(model).__name__)
         return self.whole(model)
 
     def whole(self, model: nn.Module) -> nn.Module:

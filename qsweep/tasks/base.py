@@ -46,6 +46,9 @@ class Task(Protocol):
     (B, K) numbers then (the logit and the label, intersections and unions by class, counts, squares), and `metric`
     makes of those of any samples, (n, K) for any n, the accuracy: in [0, 1], or NaN where these samples have none.
 
+    Distillation follows the uncompressed model, or what a method `teacher()` returns: any trained model, mostly a
+    larger one, that gives for the same inputs outputs of the same shapes.
+
     "Accuracy" is what a task judges by, whatever it is: higher is better. What is in no per cent, such as decibels or
     an error in metres (as its negative), has a `TaskMetric` in the spec, and then any finite values.
     """

@@ -13,7 +13,7 @@ from qsweep.tasks.base import ACCURACY, Task, TaskConfig, TaskMetric
 class Python(TaskConfig):
     """A class of the user's own: `model()`, `samples(split)`, `loss(outputs, labels)`, `score(outputs, labels)`, and
     `transform(inputs, generator=None)` where inputs need more than a cast to float32, `metric(scores)` where the
-    accuracy is no mean of scores.
+    accuracy is no mean of scores, `teacher()` where distillation is to follow another model than the uncompressed one.
 
     What each takes and returns: `qsweep.tasks.base.Task`.
     """

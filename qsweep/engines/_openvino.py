@@ -25,6 +25,7 @@ from qsweep.engines._openvino_graph import (
     with_compared_masks,
     with_named_axes,
     with_real_products,
+    without_narrow_groups,
     without_reduced_maxima,
 )
 from qsweep.errors import Refused
@@ -129,6 +130,7 @@ def _model(content: onnx.ModelProto) -> openvino.Model:
     with_named_axes(content)
     with_biases(content)
     with_real_products(content)
+    without_narrow_groups(content)
     try:
         model = core().read_model(content.SerializeToString())
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,46 @@ def with_biases(content: onnx.ModelProto) -> None:
 
 _NOTHING = 1e-30
 """Less than any step of a grid."""
+
+
+def without_narrow_groups(content: onnx.ModelProto) -> None:
+    """Convolutions of integers in groups of 17 to 31 channels that give more than 32 each as one for each group, in
+    place: with AMX a kernel of several gets all groups but the first wrong where zero is not the integer 0."""
+    from onnx import helper, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in content.graph.initializer}
+    producers, nodes = producers_of(content), list[Any]()
+
+    def part(name: str, number: int, groups: int) -> str:
+        """Of what is stored of a weight or a bias the rows of one group, dequantized where it is."""
+        if name in constants:
+            value = numpy_helper.to_array(constants[name])
+            return add(content, f"{name}.{number}", np.split(value, groups)[number]) if value.ndim else name
+        stored, result = producers[name], f"{name}.{number}"
+        given = [part(each, number, groups) for each in stored.input]
+        nodes.append(helper.make_node(stored.op_type, given, [result], name=result, axis=0))
+        return result
+
+    for node in content.graph.node:
+        stored, groups = producers.get(node.input[1]) if node.op_type == "Conv" else None, attribute(node, "group", 1)
+        if stored is None or stored.op_type != "DequantizeLinear" or groups == 1:
+            nodes.append(node)
+            continue
+        results, channels, *kernel = constants[stored.input[0]].dims
+        if not 16 < channels < 32 or results <= 32 * groups or kernel == [1] * len(kernel):
+            nodes.append(node)
+            continue
+        name = node.output[0]
+        given, parts = ([f"{name}.{what}{number}" for number in range(groups)] for what in ("given", "part"))
+        nodes.append(helper.make_node("Split", node.input[:1], given, name=f"{name}.given", axis=1, num_outputs=groups))
+        for number in range(groups):
+            one = copy.deepcopy(node)
+            one.input[:] = [given[number], *(part(each, number, groups) for each in node.input[1:])]
+            one.output[0] = one.name = parts[number]
+            next(each for each in one.attribute if each.name == "group").i = 1
+            nodes.append(one)
+        nodes.append(helper.make_node("Concat", parts, [name], name=name, axis=1))
+    set_nodes(content, nodes)
 
 
 def with_real_products(content: onnx.ModelProto) -> None:

@@ -151,6 +151,30 @@ def test_groups_that_a_kernel_of_amx_gets_wrong_give_what_the_reference_gives(tm
     assert engine.integer_macs(tmp_path / "artifact", run, NOISE) == COUNT * model.macs
 
 
+class Mean(nn.Module):
+    """Of tokens whose channels have a factor or a summand of their own."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+        self.factor, self.summand = nn.Parameter(torch.rand(1, 1, 32) + 0.5), nn.Parameter(torch.randn(1, 1, 32))
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x.squeeze(1))
+        tokens = tokens + self.second(tokens)
+        tokens = tokens * self.factor if self.what == "factor" else tokens + self.summand
+        return self.head(tokens.mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("what", ["factor", "summand"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_stands_before_a_mean_of_tokens_is_each_channel_s_own(what: str, count: int, tmp_path: Path) -> None:
+    model = PTQ(calibration_samples=20).apply(made(lambda: Mean(what)), shared(f"mean of {what}", NOISE))
+    run = lowered(model, tmp_path / "artifact", count).load(tmp_path / "artifact")
+    assert_close(run(NOISE[:count]), IntegerInterpreter(model.graph)(NOISE[:count]), within=0.05)
+
+
 ROWS = {"zeros": 0.0, "denormal": 1e-40, "large": 1e30}
 
 

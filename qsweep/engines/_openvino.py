@@ -21,13 +21,11 @@ from qsweep.engines._openvino_graph import (
     computed_constants,
     core,
     takes_integers,
-    with_biases,
     with_compared_masks,
-    with_named_axes,
-    with_real_products,
-    without_narrow_groups,
+    with_kept_axes,
     without_reduced_maxima,
 )
+from qsweep.engines._openvino_onnx import with_biases, with_named_axes, with_real_products, without_narrow_groups
 from qsweep.errors import Refused
 
 if TYPE_CHECKING:
@@ -136,6 +134,7 @@ def _model(content: onnx.ModelProto) -> openvino.Model:
     except RuntimeError as error:
         raise Refused(f"OpenVINO cannot read the model: {_reason(error)}") from error
     without_reduced_maxima(model)
+    with_kept_axes(model)
     with_compared_masks(model)
     if _precision(content) == "bf16":
         takes_integers(model)

@@ -53,9 +53,8 @@ def _compared(spec: Spec, records: Sequence[Record], fp32: Record) -> Iterator[s
             f"latencies are of calls of {', '.join(map(str, sorted(sizes)))} samples, and `× fp32` is held against "
             "fp32 at the same batch size; what compares them is `throughput`, as an objective, too"
         )
-    trials = [record for record in records if record.kind == "trial" and record.state == "complete"]
-    if len({record.engine for record in trials}) > 1:
-        yield f"`× fp32` is held against fp32 on `{fp32.engine}`, the first engine of the spec, on every engine"
+    if any(r.engine != fp32.engine for r in records if r.kind == "trial" and r.state == "complete"):
+        yield f"`× fp32` is held against fp32 on `{fp32.engine}`, the engine that the sweep began with, on every engine"
     if (apart := max(_apart(record, fp32) for record in records)) > _FAR:
         yield (
             f"milliseconds of two rows are of two processes, and up to {apart - 1:.0%} apart by what else the machine "

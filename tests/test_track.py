@@ -145,6 +145,17 @@ def test_runs_of_several_engines_are_told_apart_by_their_names(tmp_path: Path) -
     assert [run.info.run_name for run in runs_of(tmp_path)][1:] == [f"{r.name} on {r.engine}" for r in records()[:2]]
 
 
+def test_what_is_to_be_known_beside_a_front_stands_on_both_pages(tmp_path: Path) -> None:
+    place = tmp_path / "sweeps" / "small" / "prepare"
+    place.mkdir(parents=True)
+    (place / "prepare.json").write_text(json.dumps({"doubts": ["`validation` has <few> samples"]}))
+    list(publish(drive(tmp_path, records()[:3], finished(records()[:3])), spec(), tmp_path))
+    parent = runs_of(tmp_path)[0]
+    assert "\n- `validation` has <few> samples" in parent.data.tags["mlflow.note.content"]
+    report = next(tmp_path.glob(f"mlartifacts/**/{parent.info.run_id}/**/pareto.html"))
+    assert "`validation` has &lt;few&gt; samples" in report.read_text(encoding="utf-8")
+
+
 def test_runs_are_called_after_their_engine_once_the_sweep_has_another(tmp_path: Path) -> None:
     fp32, bf16 = records()[:2]
     for engines, names in (

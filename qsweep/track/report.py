@@ -28,8 +28,9 @@ _VIEW = 0.12
 """How far below the best accuracy trials are in view, of its whole range."""
 
 
-def pareto_html(records: Sequence[Record], spec: Spec) -> str:
-    """The page: accuracy against size and latency, all trials, what failed and why; plotly is inside of it."""
+def pareto_html(records: Sequence[Record], spec: Spec, notes: Sequence[str] = ()) -> str:
+    """The page: accuracy against size and latency, `notes` on these, all trials, what failed and why; plotly is inside
+    of it."""
     import jinja2
     from plotly.offline import get_plotlyjs
 
@@ -47,6 +48,7 @@ def pareto_html(records: Sequence[Record], spec: Spec) -> str:
             for x in ("size_bytes", "latency_ms", *(name for name in spec.objectives if name == "throughput"))
         ],
         below=below,
+        notes=notes,
         failures=[
             {"number": r.number, "name": r.name, "engine": engine_text(r)} | r.failure.model_dump()
             for r in records if r.failure

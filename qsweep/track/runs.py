@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from qsweep.errors import BundleError
 from qsweep.records import Record
 from qsweep.spec import Spec
+from qsweep.study.folder import SweepFolder
+from qsweep.study.notes import notes
 from qsweep.track import flat
 from qsweep.track.bundle import bundle
 from qsweep.track.client import connect, experiment, impatient
@@ -192,7 +194,7 @@ class Runs:
         series = [Metric("hypervolume", value, _now(), step) for step, value in steps if value is not None]
         with impatient():
             for first in range(0, len(series) or 1, 1000):
-                tags = [RunTag("mlflow.note.content", note(records, self.spec))]
+                tags = [RunTag("mlflow.note.content", note(records, self.spec, self._notes(records)))]
                 self.client.log_batch(self.parent, series[first : first + 1000], tags=tags)
         self.ledger.content["steps"] = len(order)
         self.ledger.save()
@@ -203,7 +205,7 @@ class Runs:
         with impatient():
             self.client.log_text(self.parent, front_table(records, self.spec).csv(), "front.csv")
             self.client.log_text(self.parent, full_table(records, self.spec).csv(), "trials.csv")
-            self.client.log_text(self.parent, pareto_html(records, self.spec), REPORT)
+            self.client.log_text(self.parent, pareto_html(records, self.spec, self._notes(records)), REPORT)
             members = {record.number for record in front(records, self.spec)} | self.ledger.members
             for record in [record for record in records if record.number in members]:
                 self._put_bundle(record)
@@ -211,6 +213,9 @@ class Runs:
                 if run.info.status == "RUNNING" and run.info.run_id != self.parent:  # its record was lost with its disk
                     self.client.set_terminated(run.info.run_id, "FAILED")
             self.client.set_terminated(self.parent, status)
+
+    def _notes(self, records: Sequence[Record]) -> list[str]:
+        return list(notes(self.spec, SweepFolder.at(self.folder), records))
 
     def _put_bundle(self, record: Record) -> None:
         entry = self.ledger.entry(record.number)
@@ -226,19 +231,20 @@ class Runs:
         self.ledger.note_bundle(record.number)
 
 
-def note(records: Sequence[Record], spec: Spec) -> str:
-    """The parent's description, in Markdown: how far the sweep is, and its front."""
+def note(records: Sequence[Record], spec: Spec, doubts: Sequence[str] = ()) -> str:
+    """The parent's description, in Markdown: how far the sweep is, its front, and what is to be known beside it."""
     states = {state: sum(r.state == state for r in records) for state in ("complete", "failed", "refused")}
     copies = sum(r.duplicate_of is not None for r in records)
     counts = [f"**{count}** {state}" for state, count in states.items() if count]
     counts += [f"{copies} of them equal to an earlier one"] if copies else []
     table = front_table(records, spec)
     head = f"### {spec.name}\n\n{', '.join(counts)}\n\n"
+    foot = "".join(f"\n- {doubt}" for doubt in doubts)[: _NOTE_LIMIT // 2]
     limit = len(table.rows)
-    while len(head + table.markdown(limit)) > _NOTE_LIMIT:
+    while limit and len(head + table.markdown(limit) + foot) > _NOTE_LIMIT:
         limit -= 1
     rest = f"\n… and {len(table.rows) - limit} more in `front.csv`\n" if limit < len(table.rows) else ""
-    return head + table.markdown(limit) + rest
+    return head + table.markdown(limit) + rest + foot
 
 
 def yaml_text(content: object) -> str:

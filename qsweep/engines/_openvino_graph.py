@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import openvino
 from openvino import opset13 as ops
 
 from qsweep.errors import Refused
-
-if TYPE_CHECKING:
-    pass
 
 
 @cache

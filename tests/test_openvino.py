@@ -90,6 +90,7 @@ NAMED = [
     "means and deviations",
     "average pool, ceil and padding",
     "clamped below",
+    "groups of 24 channels",
 ]
 FLOATS = {"transposed, in groups", "Shifted", "Rotated", "Related", "Compared"}
 """With transposed convolutions and attention."""
@@ -129,26 +130,6 @@ def test_transformers_and_recurrent_networks_run(
     assert_close(run(inputs), IntegerInterpreter(model.graph)(inputs), within=0.02)
     found = engine.integer_macs(tmp_path / "artifact", run, inputs) / (len(inputs) * model.macs)
     assert share <= found <= 1
-
-
-class NarrowGroups(nn.Module):
-    """A convolution in two groups of 24 channels, of numbers of both signs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(1, 48, 1), nn.Conv2d(96, 5, 1)
-        self.groups = nn.Conv2d(48, 96, 3, padding=1, groups=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.groups(self.stem(x)).relu()).mean((2, 3))  # type: ignore[no-any-return]
-
-
-def test_groups_that_a_kernel_of_amx_gets_wrong_give_what_the_reference_gives(tmp_path: Path) -> None:
-    model = PTQ(calibration_samples=20).apply(made(NarrowGroups), shared("NarrowGroups", NOISE))
-    engine = lowered(model, tmp_path / "artifact")
-    run = engine.load(tmp_path / "artifact")
-    assert_close(run(NOISE), IntegerInterpreter(model.graph)(NOISE), within=0.03)
-    assert engine.integer_macs(tmp_path / "artifact", run, NOISE) == COUNT * model.macs
 
 
 class Mean(nn.Module):

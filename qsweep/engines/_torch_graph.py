@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
@@ -29,7 +30,8 @@ from qsweep.hub.weights import real_weight
 def for_patterns(model: QuantizedModel) -> fx.GraphModule:
     """The graph of `model` as Inductor's patterns of integer kernels are written, in place."""
     with_token_grids(model)
-    return with_image_convolutions(with_own_weights(with_norms_as_steps(unsigned(model.graph))))
+    graph = with_own_weights(with_norms_as_steps(unsigned(model.graph)))
+    return with_wide_groups(with_image_convolutions(graph))
 
 
 def unsigned(graph: fx.GraphModule) -> fx.GraphModule:
@@ -164,6 +166,33 @@ def with_image_convolutions(graph: fx.GraphModule) -> fx.GraphModule:
             result = call(aten.conv2d.default, (given, stored, bias, *sizes, groups))
             node.replace_all_uses_with(call(aten.squeeze.dim, (result, 2)))
         graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+_WIDE = 32
+
+
+def with_wide_groups(graph: fx.GraphModule) -> fx.GraphModule:
+    """Integer convolutions in groups of 17 to 31 channels as ones of 32, the last of which are multiplied by 0, in
+    place: with AMX a kernel of oneDNN's gets all groups but the first wrong where zero is not the integer 0."""
+    call = graph.graph.call_function
+    for node in nodes_of(graph, {aten.conv2d.default}):
+        given, stored = source(node), source(node, 1)
+        groups, integers = arguments(node)["groups"], constant(graph, stored)
+        if given.target is not DEQUANTIZE or stored.target is not DEQUANTIZE_WEIGHT or integers is None or groups == 1:
+            continue
+        channels, *kernel = integers.shape[1:]
+        if not _WIDE // 2 < channels < _WIDE or set(kernel) == {1} or grid_of(given)[1] == 0:
+            continue
+        own = torch.arange(groups * channels).reshape(groups, channels)
+        padded = F.pad(own, (0, _WIDE - channels)).flatten()
+        set_constant(graph, f"{node.name}_channels", padded)
+        set_constant(graph, str(source(stored).target), F.pad(integers, (0, 0, 0, 0, 0, _WIDE - channels)))
+        with graph.graph.inserting_before(node):
+            wide = call(aten.index_select.default, (given.args[0], 1, graph.graph.get_attr(f"{node.name}_channels")))
+            node.update_arg(0, call(DEQUANTIZE, (wide, *given.args[1:])))
+    graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 

@@ -13,6 +13,7 @@ from qsweep.engines.base import EngineConfig
 from qsweep.engines.float import Float
 from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
+from qsweep.errors import Refused
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import QuantizedModel, stored_bits
 from qsweep.hub.integer import IntegerInterpreter
@@ -22,6 +23,7 @@ from qsweep.measure.sizes import file_sizes, work
 from qsweep.quantize.base import Quantization
 from qsweep.quantize.codebook import Codebook
 from qsweep.quantize.lsq import LSQ
+from qsweep.quantize.mixed import Mixed
 from qsweep.quantize.ptq import PTQ
 from qsweep.quantize.qat import QAT
 from qsweep.stage import Context
@@ -152,6 +154,30 @@ def test_their_weights_have_the_bits_of_the_method(kind: type[nn.Module], config
     (saved := tmp_path / "saved").mkdir()
     save(model, saved)
     assert torch.equal(simulation(load(saved))(INPUTS), simulation(model)(INPUTS))
+
+
+@pytest.mark.parametrize(
+    "config", [PTQ(weight_bits=4, layer_bits={"heard.*": 8}), Mixed(average_bits=4, layer_bits={"heard.*": 8})], ids=str
+)
+def test_their_bits_may_be_named(config: Quantization) -> None:
+    bits = quantized(Spoken, config).layer_bits()
+    heard = {name: found for name, found in bits.items() if name.startswith("heard.")}
+    assert len(heard) > 1
+    assert set(heard.values()) == {8}
+    assert set(bits.values()) - {8}
+
+
+def test_they_may_stay_in_floating_point(tmp_path: Path) -> None:
+    model = quantized(Spoken, PTQ(weight_bits=4, float_layers=("heard.*",)))
+    assert model.layer_bits()
+    assert not any(name.startswith("heard.") for name in stored_bits(model.graph))
+    found, _ = run(OnnxRuntime(batch_size=40), model, tmp_path)
+    torch.testing.assert_close(found, IntegerInterpreter(model.graph)(INPUTS), atol=1e-3, rtol=0)
+
+
+def test_a_pattern_that_matches_none_is_told_their_names() -> None:
+    with pytest.raises(Refused, match=r"`heart.\*` must match the weight of a layer \(there are: .*heard.weight_ih_l0"):
+        quantized(Spoken, PTQ(float_layers=("heart.*",)))
 
 
 def test_tables_of_values_take_them_too(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ beside integer activations are float32 multiples of their accumulator's step. Wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, QUANTIZE
+from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, GATED, QUANTIZE
 from qsweep.hub.macs import counted
 from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.ops import (
@@ -116,6 +117,11 @@ class QuantizedModel:
         """Bits of the weights of each layer, and of tables and recurrent layers that have few, by name, as stored."""
         return {layer.name: layer.weight_bits for layer in self.layers()} | stored_bits(self.graph)
 
+    @property
+    def recurrent_weights(self) -> list[str]:
+        """Names of the weights of LSTMs and GRUs."""
+        return [str(given.target) for _, given in gated_weights(self.graph)]
+
     def _layer(self, node: fx.Node, shape: torch.Size) -> Layer:
         given, stored = source(node), source(node, 1)
         weight_bits = input_bits = 8 * self.dtype.itemsize
@@ -136,6 +142,12 @@ class QuantizedModel:
 def layers_of(graph: fx.GraphModule) -> list[fx.Node]:
     """The convolutions and linears whose weights are constants, in order of execution."""
     return [node for node in nodes_of(graph, COMPUTE) if constant(graph, node.args[1]) is not None]
+
+
+def gated_weights(graph: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """LSTMs and GRUs, each with each of its weights."""
+    read = [(node, given) for node in nodes_of(graph, GATED) for given in cast(Sequence[fx.Node], node.args[2])]
+    return [each for each in read if (value := constant(graph, each[1])) is not None and value.dim() > 1]
 
 
 def grid_of(node: fx.Node) -> Grid:

@@ -5,16 +5,16 @@ Layers may read a coarser grid than their other readers do: then they read the v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Protocol
 
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.hub.fixed import fixed_nodes
-from qsweep.hub.form import DynamicGrid, Grid, QuantizedModel, RowGrid, layers_of
-from qsweep.hub.kinds import EMBEDDING, GATED, LINEARS, POOLS, RECTIFIERS, rectified
+from qsweep.hub.form import DynamicGrid, Grid, QuantizedModel, RowGrid, gated_weights, layers_of
+from qsweep.hub.kinds import EMBEDDING, LINEARS, POOLS, RECTIFIERS, rectified
 from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.readers import groups_of, is_given, moves, readers_on_grids, readers_that_are_layers
 from qsweep.hub.weights import Stored
@@ -110,9 +110,7 @@ def _weights(graph: fx.GraphModule) -> dict[str, list[tuple[fx.Node, fx.Node]]]:
     """Those of layers, gated ones too, then tables that are looked up in and read by nothing else, which would keep the
     real ones beside them; by name: who reads them, and as what."""
     read = [(node, source(node, 1)) for node in layers_of(graph)]
-    for node in nodes_of(graph, GATED):
-        parameters = [(given, constant(graph, given)) for given in cast(Sequence[fx.Node], node.args[2])]
-        read += [(node, given) for given, value in parameters if value is not None and value.dim() > 1]
+    read += gated_weights(graph)
     read += [(node, source(node)) for node in nodes_of(graph, {EMBEDDING}) if _looks_up(graph, node)]
     found: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
     for reader, given in read:

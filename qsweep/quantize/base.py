@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -14,7 +14,7 @@ from qsweep.stage import Context, Stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from qsweep.hub.form import Layer, QuantizedModel
+    from qsweep.hub.form import QuantizedModel
 
 NO_LAYER = "the model must have a convolution or a linear with a fixed weight to quantize (it has none)"
 Scheme = Literal["symmetric", "asymmetric"]
@@ -70,8 +70,8 @@ class LowBit(Quantization):
     is stored as that. null: they stay in floating point."""
     float_layers: Listed[tuple[str, ...]] = ()
     """Layers that stay in floating point, by patterns of the names of their weights, such as `[front.*, head.weight]`,
-    with sums, pools and functions of what they alone give, or alone read: a spectrogram in the model, a last layer.
-    Each pattern must match a layer."""
+    those of LSTMs and GRUs, too, with sums, pools and functions of what they alone give, or alone read: a spectrogram
+    in the model, a last layer. Each pattern must match a layer."""
 
     def canonical(self) -> Self:
         return super().canonical().model_copy(update={"float_layers": tuple(sorted(set(self.float_layers)))})
@@ -80,16 +80,17 @@ class LowBit(Quantization):
         """Whether the layer with the weight named `layer` is left as it is."""
         return any(fnmatchcase(layer, pattern) for pattern in self.float_layers)
 
-    def check_layers(self, layers: Sequence[Layer]) -> None:
+    def check_layers(self, model: QuantizedModel) -> None:
         """Raises Refused for a model without layers to quantize, and for a pattern that matches none."""
-        if not layers:
+        names = [layer.name for layer in model.layers()]
+        if not names:
             raise Refused(NO_LAYER)
-        names = [layer.name for layer in layers]
-        self._check_patterns("float_layers", self.float_layers, names)
+        self._check_patterns("float_layers", self.float_layers, model)
         if all(map(self.stays_float, names)):
             raise Refused("`float_layers`: must leave a layer to quantize (it matches all)")
 
-    def _check_patterns(self, field: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    def _check_patterns(self, field: str, patterns: Iterable[str], model: QuantizedModel) -> None:
+        names = [*(layer.name for layer in model.layers()), *model.recurrent_weights]
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 known = ", ".join(names)
@@ -222,17 +223,17 @@ class Grids(LowBit):
         found = sorted(pattern for pattern in self.layer_bits if fnmatchcase(layer, pattern))
         return max(found, key=len, default=None)  # the order of a mapping is no part of its identity
 
-    def check_layers(self, layers: Sequence[Layer]) -> None:
+    def check_layers(self, model: QuantizedModel) -> None:
         """Raises Refused as every method, and for a `group_size` that divides the weights of a channel of no layer."""
-        super().check_layers(layers)
-        sizes = sorted({layer.weight[0].numel() for layer in layers})
+        super().check_layers(model)
+        sizes = sorted({layer.weight[0].numel() for layer in model.layers()})
         if self.group_size and all(size % self.group_size for size in sizes):
             counts = ", ".join(map(str, sizes))
             raise Refused(
                 f"`group_size`: must divide the weights of a channel of some layer (got {self.group_size}; they have "
                 f"{counts})"
             )
-        self._check_patterns("layer_bits", self.layer_bits, [layer.name for layer in layers])
+        self._check_patterns("layer_bits", self.layer_bits, model)
 
     def label(self) -> str:
         """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-wmse`, `-edge8`, `-mse`."""

@@ -75,7 +75,7 @@ class Mixed(PostTraining):
         """The PTQ that gives each weight named its bits."""
         shared = set(PostTraining.model_fields) - {"method", "layer_bits"}
         fields = {name: getattr(self, name) for name in shared}
-        return PTQ(**fields, layer_bits={escape(name): width for name, width in bits.items()})
+        return PTQ(**fields, layer_bits=self.layer_bits | {escape(name): width for name, width in bits.items()})
 
     def apply(self, model: nn.Module, context: Context) -> QuantizedModel:
         from qsweep.quantize._layer_bits import chosen

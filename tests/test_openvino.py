@@ -91,6 +91,7 @@ NAMED = [
     "average pool, ceil and padding",
     "clamped below",
     "groups of 24 channels",
+    "sixteen steps at once",
 ]
 FLOATS = {"transposed, in groups", "Shifted", "Rotated", "Related", "Compared"}
 """With transposed convolutions and attention."""

@@ -25,7 +25,7 @@ from qsweep.engines._openvino_graph import (
     with_kept_axes,
     without_reduced_maxima,
 )
-from qsweep.engines._openvino_onnx import with_biases, with_named_axes, with_real_products, without_narrow_groups
+from qsweep.engines._openvino_onnx import with_biases, with_named_axes, with_real_products, without_wrong_kernels
 from qsweep.errors import Refused
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _model(content: onnx.ModelProto) -> openvino.Model:
     with_named_axes(content)
     with_biases(content)
     with_real_products(content)
-    without_narrow_groups(content)
+    without_wrong_kernels(content)
     try:
         model = core().read_model(content.SerializeToString())
     except RuntimeError as error:

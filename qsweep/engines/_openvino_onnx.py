@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qsweep.engines._amx import wrong_in_a_row, wrong_in_groups
 from qsweep.engines._onnx_nodes import add, attribute, producers_of, set_nodes
 from qsweep.engines._onnx_tokens import MIDDLE
 
@@ -50,22 +51,35 @@ _NOTHING = 1e-30
 """Less than any step of a grid."""
 
 
-def without_narrow_groups(content: onnx.ModelProto) -> None:
-    """Convolutions of integers in groups of 17 to 31 channels as one for each group, in place, where zero is not the
-    integer 0: with AMX a kernel of several gets all groups but the first wrong, at many sizes of images."""
+def without_wrong_kernels(content: onnx.ModelProto) -> None:
+    """Convolutions of integers that AMX gets wrong (`_amx.py`) said otherwise, in place: those in groups as one for
+    each group, those over one dimension as over images one pixel wide."""
     from onnx import helper, numpy_helper
 
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in content.graph.initializer}
+    stored = {tensor.name: tensor for tensor in content.graph.initializer}
     producers, nodes = producers_of(content), list[Any]()
 
-    def narrow(node: onnx.NodeProto) -> bool:
-        if node.op_type != "Conv" or attribute(node, "group", 1) == 1:
-            return False
-        given, weight = (producers.get(name) for name in node.input[:2])
-        if given is None or weight is None or {given.op_type, weight.op_type} != {"DequantizeLinear"}:
-            return False
-        channels, *kernel = constants[weight.input[0]].shape[1:]
-        return 16 < channels < 32 and set(kernel) != {1} and bool(constants[given.input[2]].any())
+    def weights(node: onnx.NodeProto) -> str | None:
+        """Name of the integers of a convolution whose zero is not the integer 0."""
+        given, weight = map(producers.get, node.input[:2]) if node.op_type == "Conv" else (None, None)
+        if given is None or weight is None:
+            return None
+        integers = {given.op_type, weight.op_type} == {"DequantizeLinear"} and constants[given.input[2]].any()
+        return str(weight.input[0]) if integers else None
+
+    def upright(node: onnx.NodeProto) -> None:
+        """Over images one pixel wide."""
+        stored[weights(node) or ""].dims.append(1)
+        name, last = node.output[0], add(content, f"{node.output[0]}.last", np.array([3]))
+        settings = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        begin, end = settings.get("pads", [0, 0])
+        settings |= {each: [*settings.get(each, [1]), 1] for each in ("kernel_shape", "strides", "dilations")}
+        settings["pads"] = [begin, 0, end, 0]
+        image = [f"{name}.image", *node.input[1:]]
+        nodes.append(helper.make_node("Unsqueeze", [node.input[0], last], image[:1], name=image[0]))
+        nodes.append(helper.make_node("Conv", image, [f"{name}.wide"], name=f"{name}.wide", **settings))
+        nodes.append(helper.make_node("Squeeze", [f"{name}.wide", last], [name], name=name))
 
     def part(name: str, number: int, groups: int) -> str:
         """Of a weight or a bias, stored or dequantized, the rows of one group."""
@@ -76,10 +90,7 @@ def without_narrow_groups(content: onnx.ModelProto) -> None:
         nodes.append(helper.make_node("DequantizeLinear", stored, [result], name=result, axis=0))
         return result
 
-    for node in content.graph.node:
-        if not narrow(node):
-            nodes.append(node)
-            continue
+    def by_group(node: onnx.NodeProto) -> None:
         name, groups = node.output[0], attribute(node, "group")
         given, parts = ([f"{name}.{what}{number}" for number in range(groups)] for what in ("given", "part"))
         nodes.append(helper.make_node("Split", node.input[:1], given, name=f"{name}.given", axis=1, num_outputs=groups))
@@ -88,6 +99,15 @@ def without_narrow_groups(content: onnx.ModelProto) -> None:
             read = [given[number], *(part(each, number, groups) for each in node.input[1:])]
             nodes.append(helper.make_node("Conv", read, [result], name=result, **settings))
         nodes.append(helper.make_node("Concat", parts, [name], name=name, axis=1))
+
+    for node in content.graph.node:
+        channels, *kernel = constants[name].shape[1:] if (name := weights(node)) else (0,)
+        if name and len(kernel) == 1 and wrong_in_a_row(channels, kernel[0]):
+            upright(node)
+        elif name and attribute(node, "group", 1) > 1 and wrong_in_groups(channels, kernel):
+            by_group(node)
+        else:
+            nodes.append(node)
     set_nodes(content, nodes)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
+from qsweep.engines._amx import WIDE, wrong_in_a_row, wrong_in_groups
 from qsweep.hub.form import QuantizedModel, grid_of
 from qsweep.hub.kinds import (
     COMPUTE,
@@ -150,32 +151,32 @@ def multiplies_channels(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def with_image_convolutions(graph: fx.GraphModule) -> fx.GraphModule:
-    """Integer conv1d as conv2d over images one pixel high, in place: Inductor pads a quantized conv1d twice."""
+    """Integer conv1d as conv2d over images one pixel high, in place: Inductor pads a quantized conv1d twice. One pixel
+    wide where AMX gets them wrong (`_amx.py`), as it does not those."""
     call = graph.graph.call_function
     for node in nodes_of(graph, {aten.conv1d.default}):
         given, stored = source(node), source(node, 1)
         integers = constant(graph, stored)
         if given.target is not DEQUANTIZE or stored.target is not DEQUANTIZE_WEIGHT or integers is None:
             continue
-        set_constant(graph, str(source(stored).target), integers.unsqueeze(2))
+        upright = wrong_in_a_row(*integers.shape[1:]) and grid_of(given)[1] != 0
+        set_constant(graph, str(source(stored).target), integers.unsqueeze(3 if upright else 2))
         bias, stride, padding, dilation, groups = (arguments(node)[name] for name in _CONVOLUTION)
-        sizes = [[first, *size] for first, size in ((1, stride), (0, padding), (1, dilation))]
-        with graph.graph.inserting_before(given):
-            given.update_arg(0, call(aten.unsqueeze.default, (given.args[0], 2)))
+        plain = ((1, stride), (0, padding), (1, dilation))
+        sizes = [[*size, none] if upright else [none, *size] for none, size in plain]
         with graph.graph.inserting_before(node):
-            result = call(aten.conv2d.default, (given, stored, bias, *sizes, groups))
-            node.replace_all_uses_with(call(aten.squeeze.dim, (result, 2)))
+            image = call(aten.unsqueeze.default, (given.args[0], 3 if upright else 2))
+            real = call(DEQUANTIZE, (image, *given.args[1:]))
+            result = call(aten.conv2d.default, (real, stored, bias, *sizes, groups))
+            node.replace_all_uses_with(call(aten.squeeze.dim, (result, 3 if upright else 2)))
         graph.graph.erase_node(node)
     graph.recompile()
     return graph
 
 
-_WIDE = 32
-
-
 def with_wide_groups(graph: fx.GraphModule) -> fx.GraphModule:
-    """Integer convolutions in groups of 17 to 31 channels as ones of 32, the last of which are multiplied by 0, in
-    place: with AMX a kernel of oneDNN's gets all groups but the first wrong where zero is not the integer 0."""
+    """Integer convolutions in groups that AMX gets wrong (`_amx.py`) as ones in groups of 32 channels, the last of
+    which are multiplied by 0, in place."""
     call = graph.graph.call_function
     for node in nodes_of(graph, {aten.conv2d.default}):
         given, stored = source(node), source(node, 1)
@@ -183,12 +184,12 @@ def with_wide_groups(graph: fx.GraphModule) -> fx.GraphModule:
         if given.target is not DEQUANTIZE or stored.target is not DEQUANTIZE_WEIGHT or integers is None or groups == 1:
             continue
         channels, *kernel = integers.shape[1:]
-        if not _WIDE // 2 < channels < _WIDE or set(kernel) == {1} or grid_of(given)[1] == 0:
+        if not wrong_in_groups(channels, kernel) or grid_of(given)[1] == 0:
             continue
         own = torch.arange(groups * channels).reshape(groups, channels)
-        padded = F.pad(own, (0, _WIDE - channels)).flatten()
+        padded = F.pad(own, (0, WIDE - channels)).flatten()
         set_constant(graph, f"{node.name}_channels", padded)
-        set_constant(graph, str(source(stored).target), F.pad(integers, (0, 0, 0, 0, 0, _WIDE - channels)))
+        set_constant(graph, str(source(stored).target), F.pad(integers, (0, 0, 0, 0, 0, WIDE - channels)))
         with graph.graph.inserting_before(node):
             wide = call(aten.index_select.default, (given.args[0], 1, graph.graph.get_attr(f"{node.name}_channels")))
             node.update_arg(0, call(DEQUANTIZE, (wide, *given.args[1:])))

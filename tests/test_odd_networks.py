@@ -107,8 +107,8 @@ ODD: dict[str, tuple[Callable[..., Tensor], Callable[[], list[nn.Module]]]] = {
         lambda: [nn.Conv2d(8, 48, 1), nn.Conv2d(48, 96, 3, padding=1, groups=2)],
     ),
     "sixteen steps at once": (
-        lambda x, wide, steps: steps(wide(x.flatten(2))),
-        lambda: [nn.Conv1d(8, 16, 1), nn.Conv1d(16, 8, 16, padding=8)],
+        lambda x, wide, steps: steps(steps(wide(x.flatten(2)))),
+        lambda: [nn.Conv1d(8, 16, 1), nn.Conv1d(16, 16, 16, padding=8)],
     ),
     "shuffled pixels": (lambda x, conv: conv(F.pixel_shuffle(x, 2)), lambda: [nn.Conv2d(2, 4, 3)]),
     "layers of constants": (lambda x, made: made(x), lambda: [Positions()]),

@@ -57,7 +57,6 @@ def without_wrong_kernels(content: onnx.ModelProto) -> None:
     from onnx import helper, numpy_helper
 
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in content.graph.initializer}
-    stored = {tensor.name: tensor for tensor in content.graph.initializer}
     producers, nodes = producers_of(content), list[Any]()
 
     def weights(node: onnx.NodeProto) -> str | None:
@@ -70,13 +69,15 @@ def without_wrong_kernels(content: onnx.ModelProto) -> None:
 
     def upright(node: onnx.NodeProto) -> None:
         """Over images one pixel wide."""
-        stored[weights(node) or ""].dims.append(1)
-        name, last = node.output[0], add(content, f"{node.output[0]}.last", np.array([3]))
+        name, (integers, *grid) = node.output[0], producers[node.input[1]].input
+        last, wide = add(content, f"{name}.last", np.array([3])), f"{name}.weight"  # of its own: others may read it
+        stored = add(content, f"{wide}.integers", constants[integers][..., None])
+        nodes.append(helper.make_node("DequantizeLinear", [stored, *grid], [wide], name=wide, axis=0))
         settings = {each.name: helper.get_attribute_value(each) for each in node.attribute}
         begin, end = settings.get("pads", [0, 0])
         settings |= {each: [*settings.get(each, [1]), 1] for each in ("kernel_shape", "strides", "dilations")}
         settings["pads"] = [begin, 0, end, 0]
-        image = [f"{name}.image", *node.input[1:]]
+        image = [f"{name}.image", wide, *node.input[2:]]
         nodes.append(helper.make_node("Unsqueeze", [node.input[0], last], image[:1], name=image[0]))
         nodes.append(helper.make_node("Conv", image, [f"{name}.wide"], name=f"{name}.wide", **settings))
         nodes.append(helper.make_node("Squeeze", [f"{name}.wide", last], [name], name=name))

@@ -17,7 +17,7 @@ from qsweep.baseline import baseline, baseline_key, weights_hash
 from qsweep.hub.export import float_graph
 from qsweep.hub.form import QuantizedModel
 from qsweep.spec import Compression, TrialConfig
-from qsweep.stage import Context, stage_key
+from qsweep.stage import Context, own_teacher, stage_key
 from qsweep.store import Store
 from qsweep.tasks import Task, TaskConfig
 
@@ -58,7 +58,7 @@ def context_of(
         training=config.training,
         progress=progress,
     )
-    if getattr(task, "teacher", None) is None:
+    if own_teacher(task) is None:
         return context
     return replace(context, key=store.key(key, "teacher", weights_hash(context.teacher())))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsweep.errors import NotFinite, QsweepError, TaskFailure
+from qsweep.stage import own_teacher
 from qsweep.tasks.base import Metric, SplitName, Task
 
 _PART = 256
@@ -108,7 +109,7 @@ def check(task: Task, model: nn.Module) -> None:
         outputs = _check_samples(task, model, split, inputs[:4], labels[:4])
         if split != "train" and (metric := _metric(task)) is not None:  # which may need samples of all classes
             metric(task.score(outputs[torch.arange(len(labels)) % len(outputs)], labels))
-    if (teacher := getattr(task, "teacher", None)) is not None:
+    if (teacher := own_teacher(task)) is not None:
         _check_teacher(task, teacher(), inputs[:4], outputs.shape)
 
 

@@ -34,6 +34,7 @@ from qsweep.measure.memory import PeakMemory
 from qsweep.measure.sizes import digests, file_sizes, work
 from qsweep.spec import Measure, TrialConfig
 from qsweep.splits import doubts
+from qsweep.stage import own_teacher
 from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task, TaskConfig
 from qsweep.tasks._user import UserTask, parts_of
@@ -128,7 +129,7 @@ def _prepare(job: Job) -> Result:
         "metrics": metrics,
         "seconds": job.clock.seconds,
         "model": context.key,
-        "own_teacher": getattr(task, "teacher", None) is not None,
+        "own_teacher": own_teacher(task) is not None,
         "about": about,
         "interface": task.interface if isinstance(task, UserTask) else {},
         "doubts": list(doubts(task, job.task_config.judged_by)),

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from qsweep.tasks.base import Task, Training
 
 
+def own_teacher(task: Task) -> Callable[[], nn.Module] | None:
+    """The `teacher` of a task that has one."""
+    return getattr(task, "teacher", None)
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage may use beside its own config and the model it is given."""
@@ -40,8 +45,7 @@ class Context:
 
     def teacher(self) -> nn.Module:
         """What distillation follows, in eval mode: the task's own teacher, else the uncompressed model."""
-        own = getattr(self.task, "teacher", None)
-        return self.original() if own is None else own()
+        return (own_teacher(self.task) or self.original)()
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsweep.engines._onnx_nodes import add, attribute, drop_notes, drop_unused, producers_of, set_nodes
+from qsweep.engines._onnx_nodes import add, attribute, dequantizes, drop_notes, drop_unused, producers_of, set_nodes
 from qsweep.engines._onnx_structure import skeleton
 from qsweep.engines._onnx_tokens import with_token_grids
 from qsweep.engines._onnx_weights import pack_weights, with_real_weights
@@ -73,7 +73,7 @@ def _integer_biases(content: onnx.ModelProto, weights: dict[str, Tensor]) -> Non
     nodes = []
     for node in content.graph.node:
         sources = [producers.get(name) for name in node.input[:2]]
-        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and all(_dequantizes(source) for source in sources):
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and all(map(dequantizes, sources)):
             given, weight = (source.input[1] for source in sources if source is not None)
             step = torch.from_numpy(numpy_helper.to_array(constants[given]).copy()) * weights[weight]
             name = f"{node.input[2]}.integer"
@@ -86,10 +86,6 @@ def _integer_biases(content: onnx.ModelProto, weights: dict[str, Tensor]) -> Non
         nodes.append(node)
     set_nodes(content, nodes)
     drop_unused(content)
-
-
-def _dequantizes(node: onnx.NodeProto | None) -> bool:
-    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _fill(content: onnx.ModelProto, grids: list[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -63,6 +63,10 @@ def drop_notes(content: onnx.ModelProto) -> None:
 def producers_of(content: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     """The node that gives each value."""
     return {name: node for node in content.graph.node for name in node.output}
+
+
+def dequantizes(node: onnx.NodeProto | None) -> TypeGuard[onnx.NodeProto]:
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qsweep.engines._amx import wrong_in_a_row, wrong_in_groups
-from qsweep.engines._onnx_nodes import add, attribute, producers_of, set_nodes
+from qsweep.engines._onnx_nodes import add, attribute, dequantizes, producers_of, set_nodes
 from qsweep.engines._onnx_tokens import MIDDLE
 
 if TYPE_CHECKING:
@@ -56,24 +56,28 @@ def without_wrong_kernels(content: onnx.ModelProto) -> None:
     each group, those over one dimension as over images one pixel wide."""
     from onnx import helper, numpy_helper
 
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in content.graph.initializer}
+    constants = {tensor.name: tensor for tensor in content.graph.initializer}
     producers, nodes = producers_of(content), list[Any]()
 
-    def weights(node: onnx.NodeProto) -> str | None:
-        """Name of the integers of a convolution whose zero is not the integer 0."""
+    def array(name: str) -> Any:
+        return numpy_helper.to_array(constants[name])
+
+    def shape_of(node: onnx.NodeProto) -> list[int]:
+        """Of the weights of a convolution of integers whose zero is not the integer 0; of others none."""
         given, weight = map(producers.get, node.input[:2]) if node.op_type == "Conv" else (None, None)
-        if given is None or weight is None:
-            return None
-        integers = {given.op_type, weight.op_type} == {"DequantizeLinear"} and constants[given.input[2]].any()
-        return str(weight.input[0]) if integers else None
+        integers = dequantizes(given) and dequantizes(weight) and array(given.input[2]).any()
+        return list(constants[producers[node.input[1]].input[0]].dims) if integers else []
+
+    def settings_of(node: onnx.NodeProto) -> dict[str, Any]:
+        return {each.name: helper.get_attribute_value(each) for each in node.attribute}
 
     def upright(node: onnx.NodeProto) -> None:
-        """Over images one pixel wide."""
+        """Over images one pixel wide, with weights of its own, as others may read them."""
         name, (integers, *grid) = node.output[0], producers[node.input[1]].input
-        last, wide = add(content, f"{name}.last", np.array([3])), f"{name}.weight"  # of its own: others may read it
-        stored = add(content, f"{wide}.integers", constants[integers][..., None])
+        last, wide = add(content, f"{name}.last", np.array([3])), f"{name}.weight"
+        stored = add(content, f"{wide}.integers", array(integers)[..., None])
         nodes.append(helper.make_node("DequantizeLinear", [stored, *grid], [wide], name=wide, axis=0))
-        settings = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        settings = settings_of(node)
         begin, end = settings.get("pads", [0, 0])
         settings |= {each: [*settings.get(each, [1]), 1] for each in ("kernel_shape", "strides", "dilations")}
         settings["pads"] = [begin, 0, end, 0]
@@ -82,30 +86,32 @@ def without_wrong_kernels(content: onnx.ModelProto) -> None:
         nodes.append(helper.make_node("Conv", image, [f"{name}.wide"], name=f"{name}.wide", **settings))
         nodes.append(helper.make_node("Squeeze", [f"{name}.wide", last], [name], name=name))
 
-    def part(name: str, number: int, groups: int) -> str:
-        """Of a weight or a bias, stored or dequantized, the rows of one group."""
-        result = f"{name}.{number}"
+    def parts(name: str, groups: int, reader: str) -> list[str]:
+        """Of a weight or a bias, stored or dequantized, the rows of each group, for `reader` alone."""
+        results = [f"{reader}.{name}.{number}" for number in range(groups)]
         if name in constants:
-            return add(content, result, np.split(constants[name], groups)[number])
-        stored = [part(each, number, groups) for each in producers[name].input]
-        nodes.append(helper.make_node("DequantizeLinear", stored, [result], name=result, axis=0))
-        return result
+            rows = np.split(array(name), groups)
+            return [add(content, *each) for each in zip(results, rows, strict=True)]
+        stored = zip(*(parts(each, groups, reader) for each in producers[name].input), strict=True)
+        for result, given in zip(results, stored, strict=True):
+            nodes.append(helper.make_node("DequantizeLinear", given, [result], name=result, axis=0))
+        return results
 
     def by_group(node: onnx.NodeProto) -> None:
+        """One for each group, with weights of its own."""
         name, groups = node.output[0], attribute(node, "group")
-        given, parts = ([f"{name}.{what}{number}" for number in range(groups)] for what in ("given", "part"))
+        given, results = ([f"{name}.{what}{number}" for number in range(groups)] for what in ("given", "part"))
         nodes.append(helper.make_node("Split", node.input[:1], given, name=f"{name}.given", axis=1, num_outputs=groups))
-        settings = {each.name: helper.get_attribute_value(each) for each in node.attribute} | {"group": 1}
-        for number, result in enumerate(parts):
-            read = [given[number], *(part(each, number, groups) for each in node.input[1:])]
+        settings = settings_of(node) | {"group": 1}
+        for result, *read in zip(results, given, *(parts(each, groups, name) for each in node.input[1:]), strict=True):
             nodes.append(helper.make_node("Conv", read, [result], name=result, **settings))
-        nodes.append(helper.make_node("Concat", parts, [name], name=name, axis=1))
+        nodes.append(helper.make_node("Concat", results, [name], name=name, axis=1))
 
     for node in content.graph.node:
-        channels, *kernel = constants[name].shape[1:] if (name := weights(node)) else (0,)
-        if name and len(kernel) == 1 and wrong_in_a_row(channels, kernel[0]):
+        _, channels, *kernel = shape_of(node) or (0, 0)
+        if len(kernel) == 1 and wrong_in_a_row(channels, *kernel):
             upright(node)
-        elif name and attribute(node, "group", 1) > 1 and wrong_in_groups(channels, kernel):
+        elif kernel and attribute(node, "group", 1) > 1 and wrong_in_groups(channels, kernel):
             by_group(node)
         else:
             nodes.append(node)

@@ -160,15 +160,16 @@ def with_image_convolutions(graph: fx.GraphModule) -> fx.GraphModule:
         if given.target is not DEQUANTIZE or stored.target is not DEQUANTIZE_WEIGHT or integers is None:
             continue
         upright = wrong_in_a_row(*integers.shape[1:]) and grid_of(given)[1] != 0
-        set_constant(graph, str(source(stored).target), integers.unsqueeze(3 if upright else 2))
+        place = 3 if upright else 2
+        set_constant(graph, str(source(stored).target), integers.unsqueeze(place))
         bias, stride, padding, dilation, groups = (arguments(node)[name] for name in _CONVOLUTION)
         plain = ((1, stride), (0, padding), (1, dilation))
         sizes = [[*size, none] if upright else [none, *size] for none, size in plain]
+        with graph.graph.inserting_before(given):
+            given.update_arg(0, call(aten.unsqueeze.default, (given.args[0], place)))
         with graph.graph.inserting_before(node):
-            image = call(aten.unsqueeze.default, (given.args[0], 3 if upright else 2))
-            real = call(DEQUANTIZE, (image, *given.args[1:]))
-            result = call(aten.conv2d.default, (real, stored, bias, *sizes, groups))
-            node.replace_all_uses_with(call(aten.squeeze.dim, (result, 3 if upright else 2)))
+            result = call(aten.conv2d.default, (given, stored, bias, *sizes, groups))
+            node.replace_all_uses_with(call(aten.squeeze.dim, (result, place)))
         graph.graph.erase_node(node)
     graph.recompile()
     return graph
@@ -190,10 +191,9 @@ def with_wide_groups(graph: fx.GraphModule) -> fx.GraphModule:
         padded = F.pad(own, (0, WIDE - channels)).flatten()
         set_constant(graph, f"{node.name}_channels", padded)
         set_constant(graph, str(source(stored).target), F.pad(integers, (0, 0, 0, 0, 0, WIDE - channels)))
-        with graph.graph.inserting_before(node):
-            wide = call(aten.index_select.default, (given.args[0], 1, graph.graph.get_attr(f"{node.name}_channels")))
-            node.update_arg(0, call(DEQUANTIZE, (wide, *given.args[1:])))
-    graph.graph.eliminate_dead_code()
+        with graph.graph.inserting_before(given):
+            chosen = graph.graph.get_attr(f"{node.name}_channels")
+            given.update_arg(0, call(aten.index_select.default, (given.args[0], 1, chosen)))
     graph.recompile()
     return graph
 

@@ -27,7 +27,7 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
     What they saw does not depend on bits or scheme, so it is computed once for all trials that share the rest.
     """
     observed = prepared(config, model, context, lambda: calibration_inputs(config, context))
-    config.check_layers(observed)
+    config.check_layers(observed.layers(), observed.recurrent_weights)
     insert_observers(
         observed,
         lambda place: activation_observer(config, place),

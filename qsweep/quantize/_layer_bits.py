@@ -16,8 +16,8 @@ from qsweep.stage import Context
 def chosen(config: Mixed, model: nn.Module, context: Context) -> dict[str, int]:
     """Bits by the name of the weight, those of the least score within the budget; raises Refused where nothing fits."""
     graph = prepared(config, model, context, lambda: calibration_inputs(config, context))
-    config.check_layers(graph)
     layers = graph.layers()
+    config.check_layers(layers, graph.recurrent_weights)
     every = sensitivity(config, graph, context)
     scores = {name: found for name, found in every.items() if not config.stays_float(name)}
     settled = _settled(config, layers)

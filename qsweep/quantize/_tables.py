@@ -41,7 +41,7 @@ class TableWeight(nn.Module):
 def weights_only(config: Table, model: nn.Module, context: Context, fit: Fit) -> QuantizedModel:
     """The hub form of `model` with the weights of every layer stored as `fit` says, all else in floating point."""
     found = float_graph(model, context)
-    config.check_layers(found)
+    config.check_layers(found.layers(), found.recurrent_weights)
     insert_observers(
         found,
         lambda place: None,

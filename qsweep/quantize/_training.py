@@ -53,7 +53,7 @@ def _train(config: Trained, model: nn.Module, context: Context, checkpoints: Pat
 def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedModel:
     """The graph of `model` with fake quantizers in place, not started, and its norms joined."""
     live = export(model, example_of(context))
-    config.check_layers(live)
+    config.check_layers(live.layers(), live.recurrent_weights)
     insert_observers(
         live,
         lambda place: _activation(config, place),

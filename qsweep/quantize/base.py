@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -14,7 +14,7 @@ from qsweep.stage import Context, Stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from qsweep.hub.form import QuantizedModel
+    from qsweep.hub.form import Layer, QuantizedModel
 
 NO_LAYER = "the model must have a convolution or a linear with a fixed weight to quantize (it has none)"
 Scheme = Literal["symmetric", "asymmetric"]
@@ -80,17 +80,17 @@ class LowBit(Quantization):
         """Whether the layer with the weight named `layer` is left as it is."""
         return any(fnmatchcase(layer, pattern) for pattern in self.float_layers)
 
-    def check_layers(self, model: QuantizedModel) -> None:
-        """Raises Refused for a model without layers to quantize, and for a pattern that matches none."""
-        names = [layer.name for layer in model.layers()]
-        if not names:
+    def check_layers(self, layers: Sequence[Layer], recurrent: Sequence[str]) -> None:
+        """Raises Refused for a model without layers to quantize, and for a pattern that matches none of these and none
+        of the weights of recurrent layers."""
+        if not layers:
             raise Refused(NO_LAYER)
-        self._check_patterns("float_layers", self.float_layers, model)
+        names = [layer.name for layer in layers]
+        self._check_patterns("float_layers", self.float_layers, [*names, *recurrent])
         if all(map(self.stays_float, names)):
             raise Refused("`float_layers`: must leave a layer to quantize (it matches all)")
 
-    def _check_patterns(self, field: str, patterns: Iterable[str], model: QuantizedModel) -> None:
-        names = [*(layer.name for layer in model.layers()), *model.recurrent_weights]
+    def _check_patterns(self, field: str, patterns: Iterable[str], names: Sequence[str]) -> None:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 known = ", ".join(names)
@@ -223,17 +223,17 @@ class Grids(LowBit):
         found = sorted(pattern for pattern in self.layer_bits if fnmatchcase(layer, pattern))
         return max(found, key=len, default=None)  # the order of a mapping is no part of its identity
 
-    def check_layers(self, model: QuantizedModel) -> None:
+    def check_layers(self, layers: Sequence[Layer], recurrent: Sequence[str]) -> None:
         """Raises Refused as every method, and for a `group_size` that divides the weights of a channel of no layer."""
-        super().check_layers(model)
-        sizes = sorted({layer.weight[0].numel() for layer in model.layers()})
+        super().check_layers(layers, recurrent)
+        sizes = sorted({layer.weight[0].numel() for layer in layers})
         if self.group_size and all(size % self.group_size for size in sizes):
             counts = ", ".join(map(str, sizes))
             raise Refused(
                 f"`group_size`: must divide the weights of a channel of some layer (got {self.group_size}; they have "
                 f"{counts})"
             )
-        self._check_patterns("layer_bits", self.layer_bits, model)
+        self._check_patterns("layer_bits", self.layer_bits, [*(layer.name for layer in layers), *recurrent])
 
     def label(self) -> str:
         """Such as `ptq-w4s-a8a`; what is not the default is appended: `-tensor`, `-g32`, `-wmse`, `-edge8`, `-mse`."""

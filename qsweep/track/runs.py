@@ -41,6 +41,8 @@ class Runs:
     def __init__(self, client: MlflowClient, spec: Spec, folder: Path, ledger: Ledger, experiment_id: str) -> None:
         self.client, self.spec, self.folder, self.ledger = client, spec, folder, ledger
         self.experiment_id = experiment_id
+        self.several_engines = len({target.engine for target in spec.target.configs()}) > 1
+        self.several_sizes = several_sizes(spec)
         self.environment = environment(folder.parent.parent)
         self.common = {
             "qsweep.sweep": spec.name,
@@ -87,9 +89,8 @@ class Runs:
     def _new_parent(self) -> str:
         tags = self.common | {"qsweep.kind": "sweep", "qsweep.sweep_id": self.ledger.sweep_id}
         run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=self.spec.name).info.run_id)
-        fixed = self.spec.model_dump(
-            mode="json", include={"measure": True, "search": {"seed"}}
-        )  # a param cannot change
+        # those that stay as they are, as a param does
+        fixed = self.spec.model_dump(mode="json", include={"measure": True, "search": {"seed"}})
         self._log(run_id, params=dict(flat.leaves(fixed)))
         self.client.log_text(run_id, json.dumps(self.environment, indent=2), "environment.json")
         self._log_spec(run_id)
@@ -128,15 +129,14 @@ class Runs:
 
     def _name(self, record: Record) -> str:
         """Its name, with engine and batch size where there are several: the same config on two of them is two runs."""
-        engines = len({target.engine for target in self.spec.target.configs()}) > 1
-        engine = f" on {engine_text(record)}" if engines else ""
-        return f"{record.name}{engine}{f', batch {record.call.batch_size}' if several_sizes(self.spec) else ''}"
+        engine = f" on {engine_text(record)}" if self.several_engines else ""
+        return f"{record.name}{engine}{f', batch {record.call.batch_size}' if self.several_sizes else ''}"
 
     def _update(self, run_id: str, record: Record) -> None:
         """Log what differs; a metric logged twice would be drawn as a curve."""
-        run = self.client.get_run(run_id)
-        if run.info.run_name != self._name(record):  # the sweep has more engines, or batch sizes, than it had
-            self.client.update_run(run_id, name=self._name(record))
+        run, name = self.client.get_run(run_id), self._name(record)
+        if run.info.run_name != name:  # the sweep has more engines, or batch sizes, than it had
+            self.client.update_run(run_id, name=name)
         self._fill(run_id, record, run.info.end_time or self._finished_at(record), run.data.metrics)
 
     def _fill(self, run_id: str, record: Record, end: int, known: Mapping[str, float] | None = None) -> None:

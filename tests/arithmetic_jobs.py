@@ -33,9 +33,9 @@ def build(folder: Path) -> None:
     _count(job, f"build {folder.name}")
     (folder / "progress.txt").write_text("building")
     told = _held(job, "build", folder.name)
-    if told == "tick":
+    if told.startswith("tick"):
         with (folder / "ticks.txt").open("a") as ticks:
-            for _ in range(50):
+            for _ in range(int(told.removeprefix("tick") or 50)):
                 print(time.time(), file=ticks, flush=True)
                 time.sleep(0.01)
     if told == "hang":

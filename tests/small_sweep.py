@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ search: {trials: 6}
 REAL = {"method": "ptq", "weight_bits": 4, "calibration_samples": {"range": [1, 100000]}}
 """A `quantize` with more points than any test runs: the sampler is asked."""
 
+_OF = "SMALL_SWEEP"
+"""In the environment of a driver and of all that it starts: its folder."""
 _DRIVER = """
 import sys
 from pathlib import Path
@@ -60,8 +64,16 @@ def sweep(root: Path, spec: Spec, **tell: str) -> dict[int, Record]:
 def start(root: Path, driver: str = _DRIVER) -> subprocess.Popen[bytes]:
     """A driver of the sweep in a process of its own; it runs the code `driver`."""
     path = os.pathsep.join((str(Path(__file__).parent), *sys.path))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, _OF: str(root)}
     return subprocess.Popen([sys.executable, "-c", driver, str(root)], env=environment, start_new_session=True)
+
+
+def stop(root: Path) -> None:
+    """Kill the drivers that were started in `root`, their fork servers and all workers, paused ones, too."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # of another user, or it has just ended
+            if f"{_OF}={root}".encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -8,16 +8,24 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_sweep import calls, small_spec, start, states, told, until
+from small_sweep import calls, small_spec, start, states, stop, told, until
 
 from qsweep import alone
 from qsweep.errors import SweepError
 from qsweep.executors.local import LOCK, holder
 from qsweep.executors.orphans import DRIVER_LOCK, SECONDS, resume
 from qsweep.study import SweepFolder, run
+
+
+@pytest.fixture(autouse=True)
+def _none_goes_on(tmp_path: Path) -> Iterator[None]:
+    """A job that a failed test holds would keep the machine from all tests after it."""
+    yield
+    stop(tmp_path)
 
 
 def check_all_done_once(root: Path) -> None:
@@ -45,6 +53,20 @@ def state(pid: int) -> str:
 
 def paused(root: Path) -> list[int]:
     return [pid for pid in processes_of(root) if state(pid) == "T"]
+
+
+def pause(root: Path, **measure: str) -> subprocess.Popen[bytes]:
+    """A driver that has just paused a worker in its build, because another one measures; `measure`: what that is told.
+
+    Both have locked their folders before one of them goes on: else it might be paused before it could.
+    """
+    told(root, build="held", build_0000="")
+    driver = start(root)
+    folders = [root / "sweeps/small/trials" / number for number in ("0001", "0002")]
+    until(lambda: all(folder.exists() and holder(folder) for folder in folders))
+    told(root, build="tick", build_0001="tick 300", **measure)
+    until(lambda: paused(root))
+    return driver
 
 
 def test_a_worker_that_is_killed_costs_its_trial_one_attempt(tmp_path: Path) -> None:
@@ -104,10 +126,7 @@ def test_another_space_is_searched_once_the_workers_of_the_one_before_are_done(t
 
 
 def test_workers_left_paused_by_a_killed_driver_go_on(tmp_path: Path) -> None:
-    told(tmp_path, build="tick", measure="slow")
-    driver = start(tmp_path)
-
-    until(lambda: paused(tmp_path))
+    driver = pause(tmp_path, measure="slow")
     driver.kill()
     driver.wait()
     told(tmp_path)
@@ -118,9 +137,7 @@ def test_workers_left_paused_by_a_killed_driver_go_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("killed", ["driver", "driver and who measures"])
 def test_nothing_stays_paused_after_a_driver_that_was_killed_in_a_measurement(tmp_path: Path, killed: str) -> None:
     """Without a next driver: who measures is alone to its end, then who was paused ends its job."""
-    told(tmp_path, build="tick", measure="held")
-    driver = start(tmp_path)
-    until(lambda: paused(tmp_path))
+    driver = pause(tmp_path, measure="held")
     before = processes_of(tmp_path)
     (stopped,) = paused(tmp_path)
     driver.kill()
@@ -139,7 +156,9 @@ def test_nothing_stays_paused_after_a_driver_that_was_killed_in_a_measurement(tm
             if not (f / "record.json").exists()
             for path in f.glob("measure.json")
         ]
-        ticks = [float(tick) for folder in folders.values() for tick in (folder / "ticks.txt").read_text().split()]
+        files = list(tmp_path.glob("sweeps/small/trials/*/ticks.txt"))
+        ticks = [float(tick) for file in files for tick in file.read_text().split()]
+        assert len(files) == 2
         assert not [tick for tick in ticks if seconds["began"] + 0.2 < tick < seconds["ended"]]
     told(tmp_path)
     assert start(tmp_path).wait(timeout=60) == 0

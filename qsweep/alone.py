@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
+import os
 import platform
 import time
 from pathlib import Path
@@ -39,16 +40,19 @@ def ask(folder: Path) -> None:
             _lock().parent.mkdir(parents=True, exist_ok=True)
             _kept.append(_lock().open("a"))
             fcntl.flock(_kept[0], fcntl.LOCK_EX)
+            _kept[0].truncate(0)
+            print(f"`{folder.resolve()}` (process {os.getpid()})", end="", file=_kept[0], flush=True)
         except OSError:  # no place for a lock: alone among the jobs of its sweep
             _kept.clear()
 
 
-def elsewhere() -> bool:
-    """Whether a job of another sweep is alone on this host, asked where none of this sweep is."""
+def elsewhere() -> str | None:
+    """The job of another sweep that is alone on this host, asked where none of this sweep is: its folder and process.
+    None: there is none."""
     try:
-        return held(_lock())
+        return (_lock().read_text() or "another sweep") if held(_lock()) else None
     except OSError:
-        return False
+        return None
 
 
 def held(path: Path) -> bool:
@@ -74,6 +78,14 @@ def asked(folder: Path) -> bool:
 
 def granted(folder: Path) -> bool:
     return (folder / _GRANTED).exists()
+
+
+def granted_for(folder: Path) -> float:
+    """Since how many seconds the job of `folder` is alone; 0 where it is not."""
+    try:
+        return time.time() - (folder / _GRANTED).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def grant(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -134,19 +135,27 @@ def test_workers_left_paused_by_a_killed_driver_go_on(tmp_path: Path) -> None:
     check_all_done_once(tmp_path)
 
 
-@pytest.mark.parametrize("killed", ["driver", "driver and who measures"])
+@pytest.mark.parametrize("killed", ["driver", "driver and who measures", "driver, and who measures hangs"])
 def test_nothing_stays_paused_after_a_driver_that_was_killed_in_a_measurement(tmp_path: Path, killed: str) -> None:
-    """Without a next driver: who measures is alone to its end, then who was paused ends its job."""
+    """Without a next driver: who measures is alone to its end or its time limit, then who was paused ends its job."""
     driver = pause(tmp_path, measure="held")
     before = processes_of(tmp_path)
     (stopped,) = paused(tmp_path)
     driver.kill()
     driver.wait()
     time.sleep(2 * SECONDS)  # the fork server looks meanwhile
-    told(tmp_path, build="tick")
-    for pid in set(before) - {stopped} if killed != "driver" else ():
+    assert processes_of(tmp_path) == before
+    if killed == "driver, and who measures hangs":
+        (granted,) = tmp_path.glob("sweeps/small/trials/0002/alone.granted")
+        os.utime(granted, (0, 0))
+    else:
+        told(tmp_path, build="tick")
+    for pid in set(before) - {stopped} if killed == "driver and who measures" else ():
         os.kill(pid, signal.SIGKILL)
     until(lambda: not processes_of(tmp_path))
+    if killed == "driver, and who measures hangs":
+        log = (tmp_path / "sweeps/small/server.log").read_text()
+        assert re.search(r"^`.*/0002` measured for more than 21600 s without a driver: it was ended$", log, re.M)
     folders = {folder.name: folder for folder in tmp_path.glob("sweeps/small/trials/*")}
     assert all((folder / "build.json").exists() for folder in folders.values())
     if killed == "driver":
@@ -176,13 +185,13 @@ def test_who_is_paused_by_a_new_driver_is_left_to_it(tmp_path: Path) -> None:
         until(lambda: state(worker.pid) == "T")
         with (tmp_path / DRIVER_LOCK).open("w") as driver:
             fcntl.flock(driver, fcntl.LOCK_EX)
-            resume(tmp_path)
+            resume(tmp_path, limit=60)
             assert state(worker.pid) == "T"
         alone.grant(tmp_path)
-        resume(tmp_path)
+        resume(tmp_path, limit=60)
         assert state(worker.pid) == "T"
         alone.forget(tmp_path)
-        resume(tmp_path)
+        resume(tmp_path, limit=60)
         until(lambda: state(worker.pid) != "T")
     worker.kill()
     worker.wait()
@@ -213,7 +222,7 @@ def test_who_was_paused_before_it_could_lock_its_folder_goes_on(tmp_path: Path) 
     worker = subprocess.Popen(["sleep", "600"], start_new_session=True)
     os.kill(worker.pid, signal.SIGSTOP)
     until(lambda: state(worker.pid) == "T")
-    resume(tmp_path)
+    resume(tmp_path, limit=60)
     until(lambda: state(worker.pid) != "T")
     worker.kill()
     worker.wait()

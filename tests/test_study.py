@@ -210,11 +210,12 @@ def test_a_sweep_says_that_it_waits_for_another(tmp_path: Path) -> None:
         folder.root.mkdir()
         told(folder.root, measure_0000="held")
     driver = start(one.root)
-    until(alone.elsewhere)
-    assert (one.waits(), other.waits()) == (False, True)
+    until(lambda: "process" in (alone.elsewhere() or ""))
+    assert one.waits() is None
+    assert re.fullmatch(rf"`{one.path.resolve()}/trials/0000` \(process \d+\)", other.waits() or "")
     told(one.root)
     assert driver.wait(timeout=60) == 0
-    assert not other.waits()
+    assert other.waits() is None
 
 
 def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -105,8 +105,9 @@ class Watch:
 
         records = list(self.records.values())
         trials = sum(record.kind == "trial" for record in records)
-        waits = ", paused while another sweep measures on this machine" if self.folder.waits() else ""
-        lines = [Text(f"{trials} of {self.spec.search.trials} trials{waits}", style="bold")]
+        lines = [Text(f"{trials} of {self.spec.search.trials} trials", style="bold")]
+        if (other := self.folder.waits()) is not None:
+            lines.append(Text(f"  paused while {other} measures on this machine"))
         lines += [Text(f"  {_place(live.number)}{live.job}: {live.progress}") for live in self.folder.live()]
         lines += [
             Text(f"note: {note}") for record in records if record.number == 0 for note in unkept(self.spec, record)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -87,13 +88,14 @@ class Worker:
 
 
 class Local:
-    """Starts workers on this machine. `preload` names what the fork server imports, into `log` what it prints."""
+    """Starts workers on this machine. `preload` names what the fork server imports, into `log` what it prints; `limit`:
+    the seconds after which it ends a job that is alone and has no driver any more."""
 
-    def __init__(self, preload: Sequence[str], log: Path) -> None:
+    def __init__(self, preload: Sequence[str], log: Path, limit: float = math.inf) -> None:
         self.workers: list[Worker] = []
         self.log = log
         forkserver.set_forkserver_preload([server.__name__, __name__, f"{__package__}.orphans", *preload])
-        with server.environment(log):
+        with server.environment(log, limit):
             forkserver.ensure_running()  # it imports while the driver goes on
 
     def start(self, folder: Path, job: str, name: str) -> Worker:

@@ -1,8 +1,8 @@
 """Workers that their driver had paused when it was killed go on by themselves.
 
 The fork server sees to it: it is their parent, nobody pauses it, and it lives as long as any of them. Once its driver
-is gone it looks every second: who measures is left alone to its end, then all others go on. A driver that has taken
-over since rules them instead.
+is gone it looks every second: who measures is left alone to its end, or to the time limit of a trial, then all others
+go on. A driver that has taken over since rules them instead.
 """
 
 from __future__ import annotations
@@ -29,14 +29,21 @@ def driven(sweep: Path) -> bool:
     return alone.held(sweep / DRIVER_LOCK)
 
 
-def resume(sweep: Path) -> None:
+def resume(sweep: Path, limit: float) -> None:
     """Let the workers in this folder go on, unless one of them is alone or they have a driver; and those children of
-    this process that were paused before they could lock their folder, whom no driver knows."""
-    workers = dict(_workers(sweep))
-    if any(alone.granted(folder) for folder in workers):
+    this process that were paused before they could lock their folder, whom no driver knows. Who is alone without a
+    driver for more than `limit` seconds is killed: it would keep this host from all sweeps."""
+    workers, without = dict(_workers(sweep)), not driven(sweep)
+    measuring = {folder: pid for folder, pid in workers.items() if alone.granted(folder)}
+    for folder, pid in measuring.items():
+        if without and alone.granted_for(folder) > limit:
+            print(f"`{folder}` measured for more than {limit:g} s without a driver: it was ended", flush=True)
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+    if measuring:
         return
     known = workers.values()
-    for pid in [] if driven(sweep) else known:
+    for pid in known if without else []:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGCONT)
     for pid in set(_children()) - set(known):
@@ -57,14 +64,14 @@ def _workers(sweep: Path) -> Iterator[tuple[Path, int]]:
                 yield path.parent, found[0]
 
 
-def watch(sweep: Path) -> None:
+def watch(sweep: Path, limit: float) -> None:
     """From the first worker on, look after the workers in this folder. For the fork server, while its driver lives."""
     this, driver = os.getpid(), os.getppid()
 
     def look(number: int, frame: FrameType | None) -> None:
         if os.getpid() == this and os.getppid() != driver:  # a worker has the handler too, if not the timer
             with suppress(OSError):
-                resume(sweep)
+                resume(sweep, limit)
 
     def begin() -> None:
         if os.getpid() == this:
@@ -75,4 +82,4 @@ def watch(sweep: Path) -> None:
 
 
 if server.log is not None:
-    watch(server.log.parent)
+    watch(server.log.parent, server.limit)

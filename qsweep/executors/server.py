@@ -1,13 +1,14 @@
 """First import of the fork server: leave the terminal before the heavy imports begin.
 
-`Local` names this module first in the server's preloads and says in `QSWEEP_SERVER` where its log is and what the
-environment was. The server then writes there what the imports say, and Ctrl-C in the terminal does not reach it.
-Without the variable nothing happens.
+`Local` names this module first in the server's preloads and says in `QSWEEP_SERVER` where its log is, how long a job
+may take and what the environment was. The server then writes there what the imports say, and Ctrl-C in the terminal
+does not reach it. Without the variable nothing happens.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -21,10 +22,12 @@ _own: list[str] = []
 """In the server: variables that are not for its workers."""
 log: Path | None = None
 """In the server: where it writes what it has to say."""
+limit = math.inf
+"""In the server: the seconds that a job may take."""
 
 
 @contextmanager
-def environment(log: Path) -> Iterator[None]:
+def environment(log: Path, limit: float) -> Iterator[None]:
     """What the server is started in: it imports what this process would import, and from the same places. Python
     would put the working directory first, where a stray `onnx/` is enough to break it. With the server begins Python's
     tracker of semaphores, which removes those of workers that were killed: that it had to is no news for the terminal.
@@ -32,7 +35,7 @@ def environment(log: Path) -> Iterator[None]:
     new = {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path), "PYTHONSAFEPATH": "1"}
     before = {name: os.environ.get(name) for name in (*new, "PYTHONWARNINGS")}
     new["PYTHONWARNINGS"] = ",".join(filter(None, (before["PYTHONWARNINGS"], _SILENT)))
-    os.environ.update(new, **{VARIABLE: json.dumps({"log": str(log), "before": before})})
+    os.environ.update(new, **{VARIABLE: json.dumps({"log": str(log), "limit": limit, "before": before})})
     try:
         yield
     finally:
@@ -72,4 +75,4 @@ if VARIABLE in os.environ:
     _told = json.loads(os.environ.pop(VARIABLE))
     _restore(_told["before"])
     _leave_terminal(_told["log"])
-    log = Path(_told["log"])
+    log, limit = Path(_told["log"]), _told["limit"]

@@ -52,7 +52,8 @@ def run(
     folder = SweepFolder(root, spec.name)
     with disk_full_is_said(folder.path), folder.lock():
         known = folder.claim(spec, spec.task.fingerprint(folder.root), baselines(spec))
-        executor = Local(preloads(spec) if preload is None else preload, folder.path / "server.log")
+        modules = preloads(spec) if preload is None else preload
+        executor = Local(modules, folder.path / "server.log", spec.run.trial_timeout)
         try:
             with interruptible() as stopping:
                 return (yield from Driver(spec, folder, executor, jobs, known, stopping).run())

@@ -194,9 +194,10 @@ class SweepFolder:
                 found.append(Live(int(number) if number.isdigit() else None, job, text))
         return found
 
-    def waits(self) -> bool:
-        """Whether it is paused because another sweep on this host measures; from any process."""
-        return alone.elsewhere() and not any(alone.granted(folder) and holder(folder) for folder in self._folders())
+    def waits(self) -> str | None:
+        """The job of another sweep on this host that it is paused for; from any process."""
+        own = any(alone.granted(folder) and holder(folder) for folder in self._folders())
+        return None if own else alone.elsewhere()
 
     def _folders(self) -> list[Path]:
         """Those of its jobs."""

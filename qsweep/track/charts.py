@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import cycle
@@ -10,6 +11,7 @@ from typing import Any
 from qsweep.records import Record
 from qsweep.tasks import TaskMetric
 from qsweep.track.flat import leaves
+from qsweep.track.labels import placed
 from qsweep.track.table import Column, draws_text, place_text
 
 COLOURS = {"none": "#8a94a0", "cast": "#8250df", "ptq": "#1f6feb", "qat": "#d9580d"}
@@ -30,6 +32,8 @@ _ENGINES = {
 """The legend of engines, above the chart."""
 _MOST = 4
 """Points that are told beside one that they lie on."""
+_BELOW, _ABOVE = 0.05, 0.08
+"""How far an axis goes on beyond what is in view, in shares of it."""
 _INK, _GRID = "#1c2530", "#e7eaee"
 
 
@@ -40,16 +44,21 @@ def scatter(records: Sequence[Record], members: set[int], x: Column, y: Column, 
     shown = [r for r in records if getattr(r.metrics, x.key) is not None and getattr(r.metrics, y.key) is not None]
     figure = go.Figure(layout=_layout(x, y))
     fills = _fills(shown)
-    traces = [*_trials(shown, x, y, fills), *_rings(shown, members, x, y), *_baselines(shown, x, y, fills)]
+    xs, ys = _values(shown, x), _values(shown, y)
+    stretched = bool(xs) and min(xs) > 0 and max(xs) > 3 * min(xs)  # else fp32 alone stretches the axis
+    bottom = min(ys, default=0.0) if low is None else y.scale * low
+    across = _shares([math.log(value) for value in xs] if stretched else xs)
+    up = _shares(ys, bottom)
+    places = {record.number: spot for record, spot in zip(shown, zip(across, up, strict=True), strict=True)}
+    traces = [*_trials(shown, x, y, fills), *_rings(shown, members, x, y), *_baselines(shown, x, y, fills, places)]
     figure.add_traces([go.Scatter(**trace) for trace in [*traces, *_engines(fills)]])
-    xs = _values(shown, x)
-    if xs and min(xs) > 0 and max(xs) > 3 * min(xs):  # else fp32 alone stretches the axis
+    if stretched:
         mantissas = (1, 2, 5) if max(xs) > 15 * min(xs) else (1, 1.5, 2, 3, 5, 7)
         ticks = [mantissa * 10**power for power in range(-6, 12) for mantissa in mantissas]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
     if low is not None and shown:
-        bottom, top = y.scale * low, max(_values(shown, y))
-        figure.update_yaxes(range=[bottom - 0.05 * (top - bottom), top + 0.08 * (top - bottom)])
+        top = max(ys)
+        figure.update_yaxes(range=[bottom - _BELOW * (top - bottom), top + _ABOVE * (top - bottom)])
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
     return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"{x.key}-{y.key}", config=config))
 
@@ -127,16 +136,27 @@ def _rings(records: Sequence[Record], members: set[int], x: Column, y: Column) -
     ]  # fmt: skip
 
 
-def _baselines(records: Sequence[Record], x: Column, y: Column, fills: dict[str, str]) -> list[dict[str, Any]]:
+def _shares(values: Sequence[float], low: float | None = None) -> list[float]:
+    """How far along an axis that shows them `values` are, from `low` or the least of them on."""
+    low = min(values, default=0.0) if low is None else low
+    span = max(values, default=0.0) - low or 1.0
+    return [((value - low) / span + _BELOW) / (1 + _BELOW + _ABOVE) for value in values]
+
+
+def _baselines(
+    records: Sequence[Record], x: Column, y: Column, fills: dict[str, str], places: dict[int, tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """`places`: of all points of the chart, by number, in shares of its width and height."""
     group = sorted((r for r in records if r.kind == "baseline"), key=lambda record: getattr(record.metrics, x.key))
     first = {record.name: record.number for record in sorted(group, key=lambda record: -record.number)}
-    named = [record.number for record in group if first[record.name] == record.number]
-    places = dict(zip(named, cycle(("top center", "bottom center"))))  # in turns: neighbours' names run into each other
+    named = [record for record in group if first[record.name] == record.number]
+    beside = placed([r.name for r in named], [places[r.number] for r in named], list(places.values()))
+    texts = dict(zip([r.number for r in named], beside, strict=True))
     trace = _points(group, x, y) | {
         "mode": "markers+text",
         "name": "baseline",
-        "text": [f"<b>{record.name}</b>" if record.number in places else "" for record in group],
-        "textposition": [places.get(record.number, "top center") for record in group],
+        "text": [f"<b>{record.name}</b>" if record.number in texts else "" for record in group],
+        "textposition": [texts.get(record.number, "top center") for record in group],
         "textfont": {"size": 11, "color": _INK},
         "marker": {"size": 13, "symbol": "star", "color": _INK},
     }

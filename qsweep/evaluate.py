@@ -30,13 +30,19 @@ def predict(
 ) -> Tensor:
     """Outputs (N, ...) on the CPU of `model`, in eval mode, for `inputs` (N, ...) as the task stores them.
 
-    Raises NotFinite when an output is not, TaskFailure when the model gives anything but a tensor.
+    Raises NotFinite when an output is not, TaskFailure when the model gives anything but a tensor, or looks up what is
+    not in one of its tables.
     """
-    outputs = []
+    outputs: list[Tensor] = []
     with torch.no_grad(), _eval_mode(model):
         for part in torch.split(inputs, batch_size):
             batch = task.transform(part)
-            found = model(batch.to(device, memory_format=layout(batch)))
+            try:
+                found = model(batch.to(device, memory_format=layout(batch)))
+            except IndexError as error:
+                first = sum(map(len, outputs))
+                which = f"one of samples {first} to {first + len(part) - 1}"
+                raise TaskFailure(f"the model raised IndexError for {which}, counted from 0: {error}") from error
             if not isinstance(found, Tensor):
                 raise TaskFailure(f"the model must give one tensor (got {type(found).__name__})")
             outputs.append(found.cpu())

@@ -339,6 +339,14 @@ def test_a_check_names_what_a_model_raises_or_returns_wrongly() -> None:
         check(Toy(), nn.Flatten(0))
 
 
+def test_a_number_that_is_in_no_table_is_told_with_its_samples() -> None:
+    stored, task = torch.full((12, 2), 128), Toy()  # which `Toy.transform` makes 0 of
+    stored[9, 1] = 128 * 51
+    table = nn.Embedding(50, 4)
+    with pytest.raises(TaskFailure, match=r"IndexError for one of samples 8 to 11, counted from 0: index out of range"):
+        predict(lambda x: table(x.long()), task, stored, batch_size=4)
+
+
 def test_a_model_that_draws_random_numbers_is_told() -> None:
     class Noisy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -36,21 +37,20 @@ def ask(folder: Path) -> None:
             raise SystemExit(f"the driver ended before `{folder.name}` could have the machine for itself")
         time.sleep(_POLL_SECONDS)
     if not _kept:
-        try:
+        with suppress(OSError):  # no place for a lock: alone among the jobs of its sweep
             _lock().parent.mkdir(parents=True, exist_ok=True)
-            _kept.append(_lock().open("a"))
-            fcntl.flock(_kept[0], fcntl.LOCK_EX)
-            _kept[0].truncate(0)
-            print(f"`{folder.resolve()}` (process {os.getpid()})", end="", file=_kept[0], flush=True)
-        except OSError:  # no place for a lock: alone among the jobs of its sweep
-            _kept.clear()
+            lock = _lock().open("a", encoding="utf-8", errors="replace")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _kept.append(lock)
+            lock.truncate(0)
+            print(f"`{folder.resolve()}` (process {os.getpid()})", end="", file=lock, flush=True)
 
 
 def elsewhere() -> str | None:
     """The job of another sweep that is alone on this host, asked where none of this sweep is: its folder and process.
     None: there is none."""
     try:
-        return (_lock().read_text() or "another sweep") if held(_lock()) else None
+        return (_lock().read_text(encoding="utf-8", errors="replace") or "another sweep") if held(_lock()) else None
     except OSError:
         return None
 

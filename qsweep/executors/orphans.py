@@ -37,7 +37,10 @@ def resume(sweep: Path, limit: float) -> None:
     measuring = {folder: pid for folder, pid in workers.items() if alone.granted(folder)}
     for folder, pid in measuring.items():
         if without and alone.granted_for(folder) > limit:
-            print(f"`{folder}` measured for more than {limit:g} s without a driver: it was ended", flush=True)
+            print(
+                f"`{folder.relative_to(sweep)}` measured for more than {limit:g} s without a driver: it was ended",
+                flush=True,
+            )
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
     if measuring:

@@ -196,8 +196,9 @@ class SweepFolder:
 
     def waits(self) -> str | None:
         """The job of another sweep on this host that it is paused for; from any process."""
-        own = any(alone.granted(folder) and holder(folder) for folder in self._folders())
-        return None if own else alone.elsewhere()
+        job = alone.elsewhere()
+        own = job is not None and any(alone.granted(folder) and holder(folder) for folder in self._folders())
+        return None if own else job
 
     def _folders(self) -> list[Path]:
         """Those of its jobs."""

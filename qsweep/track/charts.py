@@ -46,17 +46,16 @@ def scatter(records: Sequence[Record], members: set[int], x: Column, y: Column, 
     fills = _fills(shown)
     xs, ys = _values(shown, x), _values(shown, y)
     stretched = bool(xs) and min(xs) > 0 and max(xs) > 3 * min(xs)  # else fp32 alone stretches the axis
-    bottom = min(ys, default=0.0) if low is None else y.scale * low
+    bottom = None if low is None else y.scale * low
     across = _shares([math.log(value) for value in xs] if stretched else xs)
-    up = _shares(ys, bottom)
-    places = {record.number: spot for record, spot in zip(shown, zip(across, up, strict=True), strict=True)}
+    places = dict(zip([r.number for r in shown], zip(across, _shares(ys, bottom), strict=True), strict=True))
     traces = [*_trials(shown, x, y, fills), *_rings(shown, members, x, y), *_baselines(shown, x, y, fills, places)]
     figure.add_traces([go.Scatter(**trace) for trace in [*traces, *_engines(fills)]])
     if stretched:
         mantissas = (1, 2, 5) if max(xs) > 15 * min(xs) else (1, 1.5, 2, 3, 5, 7)
         ticks = [mantissa * 10**power for power in range(-6, 12) for mantissa in mantissas]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
-    if low is not None and shown:
+    if bottom is not None and shown:
         top = max(ys)
         figure.update_yaxes(range=[bottom - _BELOW * (top - bottom), top + _ABOVE * (top - bottom)])
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -7,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Generator
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from pydantic import ValidationError
 from small_sweep import REAL, calls, small_spec, start, states, sweep, told, until
 
 from qsweep import alone
+from qsweep.cli.run import Watch
 from qsweep.domains import Choice, Range
 from qsweep.errors import DataError, DiskFull, SpecError, SweepError, TaskFailure, TrialFailure
 from qsweep.records import Record
@@ -204,7 +208,7 @@ def test_nothing_of_another_sweep_runs_while_one_is_measured(tmp_path: Path) -> 
     check_alone([record for root in roots for record in SweepFolder(root, "small").records()], tmp_path, 0.4)
 
 
-def test_a_sweep_says_that_it_waits_for_another(tmp_path: Path) -> None:
+def test_a_sweep_says_that_it_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = SweepFolder(tmp_path / "one", "small"), SweepFolder(tmp_path / "other", "small")
     for folder in (one, other):
         folder.root.mkdir()
@@ -213,6 +217,18 @@ def test_a_sweep_says_that_it_waits_for_another(tmp_path: Path) -> None:
     until(lambda: "process" in (alone.elsewhere() or ""))
     assert one.waits() is None
     assert re.fullmatch(rf"`{one.path.resolve()}/trials/0000` \(process \d+\)", other.waits() or "")
+    monkeypatch.setattr("qsweep.cli.run.WAIT_SECONDS", 0.02)
+    log, said = io.StringIO(), f"paused while {other.waits()} measures on this machine\n"
+
+    def records() -> Generator[Record, None, bool]:
+        until(lambda: said in log.getvalue())
+        time.sleep(0.2)
+        yield from ()
+        return True
+
+    with redirect_stdout(log):
+        assert Watch(small_spec(), other, tmp_path / "spec.yaml").follow(records())
+    assert log.getvalue() == said
     told(one.root)
     assert driver.wait(timeout=60) == 0
     assert other.waits() is None

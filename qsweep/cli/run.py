@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Generator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ from qsweep.cli.specs import SpecPath
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.live import Live
 
     from qsweep.records import Record
     from qsweep.spec import Spec
@@ -29,6 +29,9 @@ SHOWN = {
     "latency_ratio": "{:.2f} of fp32",
 }
 """What the line of a finished trial tells beside its accuracy."""
+
+WAIT_SECONDS = 30.0
+"""How long a measurement of another sweep is waited for before a log says so."""
 
 
 def run(spec: SpecPath) -> None:
@@ -88,12 +91,33 @@ class Watch:
     def _line(self, record: Record) -> str:
         return line(record, self.spec.task.judged_by, self.sized)
 
-    def _live(self) -> AbstractContextManager[Live | None]:
-        if not sys.stdout.isatty():
-            return nullcontext()
-        from rich.live import Live
+    @contextmanager
+    def _live(self) -> Iterator[None]:
+        """What is to be seen beside the records, for as long as it lasts."""
+        if sys.stdout.isatty():
+            from rich.live import Live
 
-        return Live(get_renderable=self._now, refresh_per_second=2, transient=True)
+            with Live(get_renderable=self._now, refresh_per_second=2, transient=True):
+                yield
+            return
+        over = threading.Event()
+        threading.Thread(target=self._say_waits, args=(over,), daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _say_waits(self, over: threading.Event) -> None:
+        """Say once of each measurement of another sweep that it is waited for, until `over`."""
+        from qsweep.cli.console import say
+
+        before = said = None
+        while not over.wait(WAIT_SECONDS):
+            now = self.folder.waits()
+            if now is not None and now == before and now != said:
+                say(f"paused while {now} measures on this machine")
+                said = now
+            before = now
 
     def _now(self) -> RenderableType:
         from rich.console import Group

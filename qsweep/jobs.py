@@ -26,7 +26,7 @@ from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
 from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
-from qsweep.machine import fingerprint, pin
+from qsweep.machine import fingerprint, pin, use_gpu
 from qsweep.measure import gpu
 from qsweep.measure.deployed import outputs, parity
 from qsweep.measure.latency import latency
@@ -63,6 +63,7 @@ class Job:
         self.baseline = Path(content["baseline"]) if content["baseline"] else None
         self.model: str | None = content.get("model")  # the key of what the sweep began with
         self.interface: dict[str, Any] = content.get("interface") or {}  # what `prepare` has found the model to take
+        self.place = int(content.get("place", 0))  # among the workers, no two of which have the same
         self.clock = Clock()
         torch.set_num_threads(content["threads"])
 
@@ -137,6 +138,7 @@ def _prepare(job: Job) -> Result:
 
 
 def _build(job: Job) -> Result:
+    use_gpu(job.place)
     task = job.task()
     context = context_of(job.task_config, task, job.root, job.store, job.seed, job.progress)
     if job.model not in (None, context.key):

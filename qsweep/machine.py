@@ -91,6 +91,21 @@ def gpu() -> str:
     return f"{found.name} (sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB)"
 
 
+def use_gpu(place: int) -> None:
+    """Let this process see one GPU alone, of several another for each `place` from 0 on. For a process that has not
+    begun to use CUDA."""
+    import torch
+
+    if (count := torch.cuda.device_count()) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(place, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def gpu_of(place: int, count: int, visible: str | None) -> str:
+    """What `CUDA_VISIBLE_DEVICES`, now `visible`, is to be where there are `count` GPUs."""
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return names[place % count].strip()
+
+
 def fingerprint(device: str = "cpu") -> str:
     """Figures of equal fingerprints may be compared: processor, its features, cores, system; on `cuda` the GPU too."""
     parts = [cpu(), f"{cores()} cores", " ".join(features()), f"{platform.system()} {platform.machine()}"]

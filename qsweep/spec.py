@@ -142,7 +142,8 @@ class Run(Config):
     """How trials are executed on this machine."""
 
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Processes that build artifacts side by side; latency is measured by one alone."""
+    """Processes that build artifacts side by side, of several GPUs each on one of its own as far as they go; latency is
+    measured by one alone, on the first GPU."""
     trial_timeout: Seconds = 6 * 3600
     """A trial that runs longer fails as `TimedOut`."""
     attempts: Annotated[int, Field(ge=1)] = 2

@@ -14,6 +14,7 @@ from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
 from qsweep.errors import NotFinite, ParityFailure
 from qsweep.hub.export import float_graph
+from qsweep.machine import gpu_of
 from qsweep.measure.deployed import outputs, parity
 from qsweep.measure.latency import latency, median_interval
 from qsweep.measure.memory import PeakMemory
@@ -217,3 +218,19 @@ def test_peak_memory_sees_an_allocation_that_is_freed_again() -> None:
     assert after is not None
     assert before < 50 * 2**20
     assert 95 * 2**20 <= after <= 150 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "visible", "found"),
+    [
+        (0, 2, None, "0"),
+        (3, 2, None, "1"),
+        (1, 3, "2, 5,7", "5"),
+        (2, 2, "GPU-1f,GPU-2e,-1", "GPU-1f"),
+        (1, 2, "", "1"),
+    ],
+)
+def test_each_place_has_one_of_the_gpus_that_may_be_seen(
+    place: int, count: int, visible: str | None, found: str
+) -> None:
+    assert gpu_of(place, count, visible) == found

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Generator
 from contextlib import redirect_stdout
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,19 @@ def test_what_is_built_beside_the_reference_is_measured_after_it(tmp_path: Path)
     ended = records[0].seconds["ended"]
     assert (tmp_path / "sweeps" / "small" / "trials" / "0001" / "build.json").stat().st_mtime < ended
     assert all(record.seconds["began"] > ended for record in records.values() if record.number)
+
+
+def test_those_that_run_side_by_side_have_places_of_their_own(tmp_path: Path) -> None:
+    sweep(tmp_path, small_spec(run={"workers": 3}), build="tick")
+    built = {}
+    for folder in (tmp_path / "sweeps/small/trials").iterdir():
+        ticks = [float(tick) for tick in (folder / "ticks.txt").read_text().split()]
+        place = json.loads((folder / "build.json").read_text())["place"]
+        built[folder.name] = (place, ticks[0], ticks[-1])
+    together = [(a[0], b[0]) for a, b in combinations(built.values(), 2) if a[1] < b[2] and b[1] < a[2]]
+    assert together
+    assert all(one != other for one, other in together)
+    assert {place for place, *_ in built.values()} == {0, 1, 2}
 
 
 def test_the_points_of_a_small_space_are_all_run_in_their_order(tmp_path: Path) -> None:

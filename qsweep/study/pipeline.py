@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class Evaluation:
     """What `job.json` tells the jobs."""
     jobs: tuple[str, ...] = ("build", "measure")
     attempts: int = 1
+    place: int = 0
+    """The smallest number that none that runs beside it has."""
     after: Evaluation | None = None
     """Must be over before this one is alone: what it needs the results of."""
     worker: Worker | None = None
@@ -76,7 +79,11 @@ class Pipeline:
         """Begin, or go on from what an earlier driver left: live workers and finished results are taken over."""
         evaluation.folder.mkdir(parents=True, exist_ok=True)
         evaluation.worker = self.executor.adopt(evaluation.folder)
-        evaluation.attempts = read_result(evaluation.folder / "job.json").get("attempt", 1)
+        begun = read_result(evaluation.folder / "job.json")
+        evaluation.attempts = begun.get("attempt", 1)
+        taken = {other.place for other in self.active}
+        free = next(place for place in count() if place not in taken)
+        evaluation.place = free if evaluation.worker is None else begun.get("place", free)
         if evaluation.worker is not None:
             evaluation.count(on=True)
         evaluation.collect()
@@ -169,7 +176,7 @@ class Pipeline:
         if job is None or evaluation.failure is not None:
             return
         alone.forget(evaluation.folder)
-        content = {**evaluation.content, "attempt": evaluation.attempts}
+        content = {**evaluation.content, "attempt": evaluation.attempts, "place": evaluation.place}
         write_atomically(evaluation.folder / "job.json", json.dumps(content, indent=1))
         evaluation.worker = self.executor.start(evaluation.folder, f"{self.jobs}:{job}", job)
         evaluation.count(on=True)

@@ -55,6 +55,12 @@ def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return said.err
 
 
+def test_the_package_itself_can_be_run() -> None:
+    said = subprocess.run([sys.executable, "-m", "qsweep", "runn"], capture_output=True, text=True, check=False)
+    assert said.returncode == 2
+    assert "Did you mean 'run'" in said.stderr
+
+
 @pytest.mark.usefixtures("arithmetic")
 def test_what_is_doubtful_stands_below_the_front(spec: Path) -> None:
     told(spec.parent, prepare="doubt")

@@ -1,0 +1,5 @@
+"""`python -m qsweep`."""
+
+from qsweep.cli.main import main
+
+main()

@@ -21,6 +21,9 @@ SPECS = {"digits": "gpu-digits.yaml", "cifar10-resnet20": "gpu-cifar10.yaml"}
 TRIALS = 2
 """Of each spec."""
 
+STOP_SECONDS = 8.0
+"""What a driver may take to stop its workers."""
+
 
 def sweeps(bench: Bench, rows: Rows) -> None:
     for name, file in SPECS.items():
@@ -48,24 +51,36 @@ def run(spec: str, bench: Bench) -> tuple[str, bool | None]:
         (Path(folder) / "spec.yaml").write_text(spec)
         code = "from qsweep.cli.main import app; app()"
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        driver = subprocess.Popen(
+            [sys.executable, "-c", code, "run", str(Path(folder) / "spec.yaml")],
+            env=os.environ | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", code, "run", str(Path(folder) / "spec.yaml")],
-                env=os.environ | {"PYTHONPATH": path},
-                capture_output=True,
-                text=True,
-                timeout=max(5.0, bench.left),
-            )
-            end = (done.stdout + done.stderr).strip().splitlines()[-1:] if done.returncode else []
-            ended: bool | None = not done.returncode
+            said, _ = driver.communicate(timeout=max(5.0, bench.left - STOP_SECONDS))
+            end = said.strip().splitlines()[-1:] if driver.returncode else []
+            ended: bool | None = not driver.returncode
         except subprocess.TimeoutExpired:
             end, ended = ["out of time"], None
+        finally:
+            stop(driver)
         files = sorted(Path(folder).glob("sweeps/*/trials/*/record.json"))
         records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
     trials = [record for record in records if record["kind"] == "trial"]
     complete = [record for record in trials if record["state"] == "complete"]
     parts = [f"{len(complete)} of {len(trials)} trials complete", *map(described, records), *end]
     return "; ".join(parts).replace("|", "/"), ended and len(complete) == len(trials) >= TRIALS
+
+
+def stop(driver: subprocess.Popen[str]) -> None:
+    """End a driver with its workers, which survive one that is killed."""
+    driver.terminate()
+    try:
+        driver.communicate(timeout=STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        driver.kill()
 
 
 def described(record: dict[str, Any]) -> str:

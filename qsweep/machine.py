@@ -96,7 +96,8 @@ def use_gpu(place: int) -> None:
     begun to use CUDA."""
     import torch
 
-    if (count := torch.cuda.device_count()) > 1:
+    count = torch.cuda._device_count_nvml()  # the public one begins with CUDA where NVML does not answer
+    if count > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(place, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 

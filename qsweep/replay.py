@@ -54,7 +54,7 @@ class Recorded:
         before = torch.cuda.memory_reserved()
         given, graph = (inputs.clone(), labels.clone()), torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            with recording(graph):
                 value = self._step(*given)
         except Exception:  # an op that cannot be recorded, or no memory: a step that fails all the same says so itself
             self._records = False
@@ -94,6 +94,21 @@ def looks() -> Iterator[list[str]]:
             found.append(str(one.message))
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """What is issued within is recorded in `graph`, on the current stream, which must not be the default one.
+
+    What cuBLAS works in belongs to this graph alone. PyTorch keeps one such workspace for each stream: without this a
+    graph would write where another one, which may be gone by then, or tensors of today have their place.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextmanager

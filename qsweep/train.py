@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,25 @@ def fit(
     """
     if training.epochs == 0:
         return _settle(model)
+    _train(model, task, training, seed, loss, keep_zeros, checkpoint, progress, settle)
+    _settle(model)
+    if training.device == "cuda":  # another worker, or what comes next in this one, may want what it has held
+        gc.collect()  # the optimizer and what schedules its rate are a circle
+        torch.cuda.empty_cache()
+    check_finite(model)
+
+
+def _train(
+    model: nn.Module,
+    task: Task,
+    training: Training,
+    seed: int,
+    loss: Loss | None,
+    keep_zeros: bool,
+    checkpoint: Path | None,
+    progress: Callable[[str], None] | None,
+    settle: Callable[[], None],
+) -> None:
     batches = Batches(task, training, seed)
     device, steps = batches.device, len(batches)
     _move(model, device)
@@ -100,11 +120,6 @@ def fit(
             if progress is not None:
                 progress(f"epoch {epoch + 1}/{training.epochs}, loss {mean:.4f}")
     optimizer.zero_grad()
-    _settle(model)
-    if device.type == "cuda":  # another worker, or the next stage of this training, may want what a recorded step held
-        del step, run
-        torch.cuda.empty_cache()
-    check_finite(model)
 
 
 class FineTuning(Protocol):
@@ -202,6 +217,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     were = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    times, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # it would choose by the clock
     settings: Any = torch.utils.deterministic
     filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False  # a pass over new tensors
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -210,6 +226,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     finally:
         settings.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(were[0], warn_only=were[1])
+        torch.backends.cudnn.benchmark = times
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from functools import partial
@@ -23,6 +24,8 @@ from qsweep.measure.gpu import DeviceMemory, Reading, _sensors, calls_for, energ
 from qsweep.measure.latency import latency
 from qsweep.records import Metrics
 from qsweep.spec import Measure
+from qsweep.tasks.base import Training
+from qsweep.train import fit
 
 GPU = torch.cuda.is_available()
 
@@ -88,6 +91,30 @@ def test_what_a_graph_keeps_for_its_replays_counts_and_what_was_tried_before_doe
     assert 3 * a.nbytes <= memory.bytes(partial(run, a)) < 4 * a.nbytes  # its input, both sums
     del run
     assert memory.bytes(lambda: None) == 0
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_a_graph_works_in_memory_of_its_own_when_the_one_before_is_gone() -> None:
+    from qsweep.cuda.capture import captured
+
+    a, weights = torch.randn(64, 8192, device="cuda"), torch.randn(8192, 64, device="cuda")  # few outputs: in parts
+    before = captured(lambda x: x @ weights, a)
+    run = captured(lambda x: x @ weights, a)
+    wanted = run(a).clone()
+    del before
+    gc.collect()
+    torch.cuda.empty_cache()
+    others = [torch.ones(1 << 20, device="cuda") for _ in range(64)]
+    assert torch.equal(run(a), wanted)
+    assert all(bool((other == 1).all()) for other in others)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_a_training_leaves_nothing_on_the_device() -> None:
+    task = Noise(inputs=torch.randn(1 << 20, 1, 8, 8))  # 256 MiB
+    before = torch.cuda.memory_reserved()
+    fit(network("digits_cnn"), task, Training(epochs=1, batch_size=4096, device="cuda"), seed=0)
+    assert torch.cuda.memory_reserved() - before < 1 << 26
 
 
 def test_memory_of_graphs_is_what_no_tensor_holds_in_their_pools() -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
 import zipfile
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +123,25 @@ def test_outputs_that_the_next_call_overwrites_are_copied(made: Path, monkeypatc
     loaded, buffer = load(made), torch.empty(4, 16)
     monkeypatch.setattr(loaded, "_runner", lambda batch: buffer.copy_(batch.flatten(1)))
     assert torch.equal(loaded(inputs(10)), inputs(10).flatten(1))
+
+
+def test_calls_of_several_threads_take_turns(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    model, place = load(made), torch.zeros(1, 10)
+
+    def engine(batch: Tensor) -> Tensor:
+        """One place for what it computes, as a captured graph has."""
+        place.fill_(batch.flatten()[0])
+        time.sleep(0.001)
+        return place
+
+    monkeypatch.setattr(model, "_runner", engine)
+    monkeypatch.setattr(model, "_batch_size", 1)
+    given = [torch.full_like(inputs(1), float(number)) for number in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(model, given))
+    assert [float(outputs[0, 0]) for outputs in found] == list(range(40))
 
 
 def test_inputs_of_another_shape_or_not_preprocessed_are_refused(made: Path) -> None:

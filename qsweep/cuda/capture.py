@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qsweep.errors import Refused, why
-from qsweep.replay import own_stream
+from qsweep.replay import own_stream, recording
 
 _WARM_UP_CALLS = 3
 """Before a capture: what is lazy (workspaces, compilation, cuDNN's choice of algorithms) must have happened."""
@@ -16,13 +16,13 @@ _WARM_UP_CALLS = 3
 
 def graph_of(call: Callable[[], object], repeat: int = 1) -> torch.cuda.CUDAGraph:
     """`repeat` calls as one graph, not replayed yet; the call must always use the same memory."""
+    graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), own_stream(torch.device("cuda", torch.cuda.current_device())):
         for _ in range(_WARM_UP_CALLS):
             call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        for _ in range(repeat):
-            call()
+        with recording(graph):
+            for _ in range(repeat):
+                call()
     return graph
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
@@ -26,6 +27,7 @@ class LoadedModel:
 
     A model of several inputs takes them in a dict or a tuple, as its task gives them, and several outputs come so
     (`manifest.interface`). Any N: the engine runs at the batch size it was measured at, the last batch is filled up.
+    Calls of several threads take turns.
     Inputs may be on any device; outputs are on the CPU. Engines that are PyTorch run on as many threads as the target
     has, and set that for the process.
     """
@@ -40,6 +42,7 @@ class LoadedModel:
         self._runner: Runner = engine.load(folder / "artifact")
         self._batch_size, self._device = engine.batch_size, engine.device
         self._interface = Interface(self.manifest.interface)
+        self._turn = Lock()  # engines have one place for inputs and outputs
 
     @property
     def metrics(self) -> Metrics:
@@ -62,7 +65,7 @@ class LoadedModel:
         filler = inputs[-1:] if count else torch.zeros(1, *inputs.shape[1:], device=inputs.device)
         missing = -count % size if count else size
         padded = torch.cat([inputs, filler.expand(missing, *inputs.shape[1:])]).to(torch.float32).contiguous()
-        with torch.inference_mode():
+        with self._turn, torch.no_grad():  # as it was compiled: for `inference_mode` it would be once more
             batches = torch.split(padded.to(self._device), size)
             outputs = [self._runner(batch).to("cpu", copy=True) for batch in batches]  # the next call may overwrite it
         return torch.cat(outputs)[:count].clone()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,6 +18,7 @@ from qsweep.engines.inductor import Inductor
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.engines.reference import Reference
 from qsweep.hub.form import Layer, QuantizedModel, weight_bits_of
+from qsweep.hub.integer import IntegerInterpreter
 from qsweep.hub.nodes import constant, nodes_of, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, STORED
 from qsweep.hub.simulate import simulation
@@ -289,3 +291,36 @@ def test_channels_of_zeros_keep_their_bias(tmp_path: Path) -> None:
     model[4].weight.data[2] = 0.0  # type: ignore[index, union-attr, operator]
     found = simulation(PTQ().apply(model, context(tmp_path)))(INPUTS)[:, 2]
     torch.testing.assert_close(found, model(INPUTS)[:, 2], atol=1e-3, rtol=0)
+
+
+class LastValue(nn.Module):
+    """Adds the last value of its first column, whose range is a hundredth of the others'."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hidden, self.head, self.last = nn.Linear(4, 8), nn.Linear(8, 3), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.hidden(x))
+        found: Tensor = self.last(x) + self.head(hidden[:, -1]) / 100
+        return found
+
+
+LAST: dict[str, Callable[[Tensor], Tensor]] = {
+    "step and column": lambda x: x[:, -1, :1],
+    "column and step": lambda x: x[:, :, :1][:, -1],
+    "steps and column": lambda x: x[:, -1:, 0],
+    "one number": lambda x: x[:, -1, 0].unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("last", LAST.values(), ids=LAST)
+def test_columns_of_the_input_have_a_grid_of_their_own(last: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    inputs = torch.randn(64, 5, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100, 100, 100])
+    torch.manual_seed(0)
+    model = LastValue(last).eval()
+    with torch.no_grad():
+        model.hidden.weight /= 100
+    found = PTQ().apply(model, context(tmp_path, task=Noise(inputs=inputs)))
+    step = float(inputs[:, -1, 0].max() - inputs[:, -1, 0].min()) / 255
+    assert (IntegerInterpreter(found.graph)(inputs) - model(inputs)).abs().max() < 2 * step

@@ -4,7 +4,7 @@ A value is quantized when an op that can work in integers reads it. That op alon
 float op reads stays float. A function of one number reads integers where its result becomes some. Products element by
 element work in integers where both sides are as well known as sums and pools are: what layers, sums and pools give, and
 functions of it, but no norm's factor, which 8 bits are too few for. Ops that only move values share one grid with their
-inputs, and so do the parts of a concatenation, but not columns of what the model takes.
+inputs, and so do the parts of a concatenation, but not columns of what the model takes: those have grids of their own.
 
 What a convolution gives is quantized for all its readers, unless it is the last layer or the model gives it as it is:
 runtimes whose convolutions give integers alone would compute it in floating point otherwise. Batch norms of images that
@@ -20,7 +20,7 @@ from torch import fx
 
 from qsweep.hub.form import layers_of
 from qsweep.hub.kinds import BINARY, COMPUTE, CONVOLUTIONS, NORMS, POINTWISE, POOLS, RECTIFIERS, aten, keeps_grid
-from qsweep.hub.nodes import is_real, nodes_of, reached, shape_seen, source
+from qsweep.hub.nodes import arguments, is_real, nodes_of, reached, shape_seen, source
 from qsweep.hub.norm import joins, stands_alone
 
 
@@ -100,10 +100,14 @@ def moves(node: fx.Node) -> bool:
 
 
 def is_given(node: fx.Node) -> bool:
-    """Whether it is what the model takes, or some columns of that, whose values may have nothing in common with
-    others."""
-    if node.target is aten.slice.Tensor and node.args[1:2] in ((1,), (-1,)):
-        return source(node).op == "placeholder" and len(shape_seen(node)) == 2
+    """Whether it is what the model takes, or some columns (channels, features, one step) of that, whose values may have
+    nothing in common with others."""
+    if node.target is aten.select.int:
+        return is_given(source(node))
+    if node.target is aten.slice.Tensor and is_given(source(node)):
+        dims = len(shape_seen(node))
+        dim = arguments(node)["dim"] % dims
+        return arguments(node)["step"] == 1 and (dim == 1 if dims == 4 else dim > 0)
     return node.op == "placeholder"
 
 

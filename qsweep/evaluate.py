@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -98,25 +99,49 @@ def _metric(task: Task) -> Metric | None:
     return getattr(task, "metric", None)
 
 
-def check(task: Task, model: nn.Module) -> None:
+def check(task: Task, model: nn.Module) -> list[str]:
     """Ask `task` for everything that a sweep will, before anything is spent on it: on a few samples of each split, and
-    on all of them whether inputs are finite.
+    on all of them whether inputs are finite. Returns what its loss and its score warn of, one sentence each.
 
     Raises DataError and TaskFailure as the task's parts do, TaskFailure for a model that raises, is not float32 or
-    whose output has another batch size, NotFinite for inputs, outputs or losses that are not.
+    whose output has another batch size, and for samples of several shapes, NotFinite for inputs, outputs or losses that
+    are not.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise TaskFailure(f"the model's parameters must be float32 (`{name}` is {parameter.dtype})")
     splits: tuple[SplitName, ...] = ("train", "validation", "test")
+    warned: list[str] = []
+    shape = task.transform(task.samples("train").inputs[:1]).shape[1:]
     for split in splits:
         inputs, labels = task.samples(split)
         _check_inputs(task, split, inputs)
-        outputs = _check_samples(task, model, split, inputs[:4], labels[:4])
+        if (own := task.transform(inputs[:1]).shape[1:]) != shape:
+            raise TaskFailure(
+                f"samples of `{split}` must be {tuple(shape)}, as those of `train` are (got {tuple(own)})"
+            )
+        few = torch.arange(min(4, len(inputs)))
+        if (odd := _first_not_finite(labels)) is None:
+            outputs = _check_samples(task, model, split, inputs[few], labels[few], warned)
+        else:
+            few = torch.cat([few, torch.tensor([odd])])
+            try:
+                outputs = _check_samples(task, model, split, inputs[few], labels[few], warned)
+            except (TaskFailure, NotFinite) as error:
+                raise type(error)(f"{error}; labels of sample {odd} of `{split}` are NaN or infinity") from error
         if split != "train" and (metric := _metric(task)) is not None:  # which may need samples of all classes
             metric(task.score(outputs[torch.arange(len(labels)) % len(outputs)], labels))
     if (teacher := own_teacher(task)) is not None:
-        _check_teacher(task, teacher(), inputs[:4], outputs.shape)
+        _check_teacher(task, teacher(), inputs[:4], outputs[:4].shape)
+    return list(dict.fromkeys(warned))
+
+
+def _first_not_finite(labels: Tensor) -> int | None:
+    """Which sample's labels hold NaN or infinity: a loss may know what to do with them."""
+    if not labels.is_floating_point():
+        return None
+    finite = torch.isfinite(labels).reshape(len(labels), -1).all(1)
+    return None if finite.all() else int(finite.int().argmin())
 
 
 def _check_inputs(task: Task, split: SplitName, inputs: Tensor) -> None:
@@ -130,8 +155,10 @@ def _check_inputs(task: Task, split: SplitName, inputs: Tensor) -> None:
             raise NotFinite(f"the inputs of `{split}` must be finite (sample {row} holds NaN or infinity)")
 
 
-def _check_samples(task: Task, model: nn.Module, split: SplitName, inputs: Tensor, labels: Tensor) -> Tensor:
-    """The outputs for a few samples."""
+def _check_samples(
+    task: Task, model: nn.Module, split: SplitName, inputs: Tensor, labels: Tensor, warned: list[str]
+) -> Tensor:
+    """The outputs for a few samples; `warned` takes what loss and score warn of."""
     stored = inputs.clone()
     given = task.transform(inputs)
     if not given.is_floating_point():
@@ -155,10 +182,26 @@ def _check_samples(task: Task, model: nn.Module, split: SplitName, inputs: Tenso
         )
     if len(outputs) != len(inputs):
         raise TaskFailure(f"the model must give {len(inputs)} outputs for as many inputs (got {len(outputs)})")
-    if not torch.isfinite(task.loss(outputs, labels)):
-        raise NotFinite(f"the loss of the first samples of `{split}` must be finite")
-    task.score(outputs, labels)
+    if split != "train":
+        with _told("score", warned):
+            task.score(outputs, labels)
+        return outputs
+    with _told("loss", warned):
+        loss = task.loss(outputs, labels)
+    if not torch.isfinite(loss):
+        raise NotFinite("the loss of the first samples of `train` must be finite")
     return outputs
+
+
+@contextmanager
+def _told(method: str, warned: list[str]) -> Iterator[None]:
+    """Warnings go into `warned`: the log of a job is read by few."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for one in caught:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        warned.append(f"the task's `{method}` warns: {' '.join(str(one.message).split())}")
 
 
 def _check_teacher(task: Task, teacher: nn.Module, inputs: Tensor, shape: torch.Size) -> None:

@@ -37,7 +37,9 @@ from qsweep.splits import doubts
 from qsweep.stage import own_teacher
 from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task, TaskConfig
+from qsweep.tasks._seen import Seen
 from qsweep.tasks._user import UserTask, parts_of
+from qsweep.tasks.base import SplitName
 from qsweep.train import seeded
 
 SIMULATED = "simulated.safetensors"
@@ -63,6 +65,7 @@ class Job:
         self.baseline = Path(content["baseline"]) if content["baseline"] else None
         self.model: str | None = content.get("model")  # the key of what the sweep began with
         self.interface: dict[str, Any] = content.get("interface") or {}  # what `prepare` has found the model to take
+        self.samples: dict[SplitName, Seen] = content.get("samples") or {}  # what it has seen of them
         self.place = int(content.get("place", 0))  # among the workers, no two of which have the same
         self.clock = Clock()
         torch.set_num_threads(content["threads"])
@@ -70,7 +73,7 @@ class Job:
     def task(self) -> Task:
         task = self.task_config.open(self.root)
         if isinstance(task, UserTask):
-            task.tell(self.interface)
+            task.tell(self.interface, self.samples)
         return task
 
     def progress(self, text: str) -> None:
@@ -117,12 +120,12 @@ def _prepare(job: Job) -> Result:
     if not job.task_config.pretrained:  # what is wrong with it, or cannot be traced, is told before it is trained
         with seeded(job.seed, torch.device("cpu")):
             untrained = task.model()
-        check(task, untrained)
+        warned = check(task, untrained)
         export(untrained, example_of(context))
     with job.clock("baseline"):
         model = context.original()
     if job.task_config.pretrained:
-        check(task, model)
+        warned = check(task, model)
     with job.clock("export"):
         metrics = work(float_graph(model, context))
     about = job.task_config.about(job.root)
@@ -133,7 +136,8 @@ def _prepare(job: Job) -> Result:
         "own_teacher": own_teacher(task) is not None,
         "about": about,
         "interface": task.interface if isinstance(task, UserTask) else {},
-        "doubts": list(doubts(task, job.task_config.judged_by)),
+        "samples": task.seen if isinstance(task, UserTask) else {},
+        "doubts": [*warned, *doubts(task, job.task_config.judged_by)],
     }
 
 

@@ -73,7 +73,7 @@ class Watch:
 
     def _tell(self, record: Record) -> None:
         from qsweep.cli.console import say
-        from qsweep.study.notes import unkept
+        from qsweep.study.notes import early
 
         if self.before:  # said with the first record: only then has the driver taken the sweep for its own
             say(f"going on with `{self.folder.path}`: {self.before} records are there")
@@ -84,7 +84,7 @@ class Watch:
         if known is None:
             say(self._line(record))
             if record.number == 0:  # there is time left to stop
-                say(*(f"note: {note}" for note in unkept(self.spec, record)))
+                say(*(f"note: {note}" for note in early(self.spec, self.folder, record)))
         elif record.repetitions != known.repetitions:
             say(again(record, self.spec.task.judged_by, self.sized))
 
@@ -124,7 +124,7 @@ class Watch:
         from rich.text import Text
 
         from qsweep.cli.console import grid
-        from qsweep.study.notes import unkept
+        from qsweep.study.notes import early
         from qsweep.track import front_table
 
         records = list(self.records.values())
@@ -133,9 +133,7 @@ class Watch:
         if (other := self.folder.waits()) is not None:
             lines.append(Text(f"  paused while {other} measures on this machine"))
         lines += [Text(f"  {_place(live.number)}{live.job}: {live.progress}") for live in self.folder.live()]
-        lines += [
-            Text(f"note: {note}") for record in records if record.number == 0 for note in unkept(self.spec, record)
-        ]
+        lines += [Text(f"note: {note}") for note in early(self.spec, self.folder, self.records.get(0))]
         return Group(*lines, grid(front_table(records, self.spec)))
 
     def conclude(self, finished: bool) -> None:

@@ -107,7 +107,7 @@ def is_given(node: fx.Node) -> bool:
     if node.target is aten.slice.Tensor and is_given(source(node)):
         dims = len(shape_seen(node))
         dim = arguments(node)["dim"] % dims
-        return arguments(node)["step"] == 1 and (dim == 1 if dims == 4 else dim > 0)
+        return bool(arguments(node)["step"] == 1 and (dim == 1 if dims == 4 else dim > 0))
     return node.op == "placeholder"
 
 

@@ -96,6 +96,8 @@ class Driver:
         """The identity of the uncompressed model, once it is known."""
         self.interface: dict[str, Any] = {}
         """The parts of what it takes and gives, where these are several tensors."""
+        self.samples: dict[str, Any] = {}
+        """By what the user's samples are known again."""
         self.pipeline = self._pipeline()
         self.records: dict[int, Record] = {}
         self.originals: dict[str, Record] = {}
@@ -167,8 +169,9 @@ class Driver:
             raise failure(failed.kind, failed.message if names_its_file else f"`task`: {failed.message}")
         result = read_result(evaluation.folder / "prepare.json")
         self.model, self.interface = result.get("model"), result.get("interface", {})
+        self.samples = result.get("samples", {})
         if self.model is not None:
-            self.folder.keep_model(self.model)
+            self.folder.keep_model(self.model, self.samples)
         return not self.stopping()
 
     # -- the trials
@@ -255,6 +258,7 @@ class Driver:
         record = self._record(pending, evaluation)
         if pending.number == 0 and record.failure:
             outcome.forget(evaluation.folder, evaluation.jobs)
+            outcome.forget(self.folder.path / "prepare", ["prepare"])  # what it has seen may be what was wrong
             message = f"the {record.name} baseline, to which all is compared, failed: {record.failure.message}"
             raise failure(record.failure.kind, message)
         yield self._conclude(pending, record)
@@ -295,4 +299,5 @@ class Driver:
             "threads": self.threads,
             "model": self.model,
             "interface": self.interface,
+            "samples": self.samples,
         }

@@ -25,6 +25,7 @@ from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 from qsweep.study.baselines import numbered, with_new
 from qsweep.study.specs import as_now, differences, refused, searched_anew
+from qsweep.tasks._seen import Seen, alike
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,13 @@ class SweepFolder:
         if path.exists():
             kept = _read(path, json.loads)
             before = as_now(kept["spec"])
-            complaint = self._changes(before, new) or self._changed(kept["fingerprint"], fingerprint)
+            complaint = self._changes(before, new) or self._changed(kept["fingerprint"] == fingerprint)
             if complaint and (self.records() or self.live()):
                 raise SweepError(complaint)
             if complaint:  # nothing was finished: what was wrong has been mended
                 self._clear()
             else:
-                own |= {name: kept[name] for name in ("threads", "model") if name in kept}
+                own |= {name: kept[name] for name in ("threads", "model", "samples") if name in kept}
                 known = numbered(kept["baselines"])
                 if searched_anew(before, new):
                     self._search_anew()
@@ -103,24 +104,26 @@ class SweepFolder:
         write_atomically(path, json.dumps(content | own, indent=1), durable=True)
         return known
 
-    def keep_model(self, key: str) -> None:
-        """Note the identity of the uncompressed model. Raises SweepError where trials of another are finished or at
-        work; what those of another have left that are neither goes."""
+    def keep_model(self, key: str, samples: dict[str, Seen]) -> None:
+        """Note the identity of the uncompressed model and what is seen of the user's samples. Raises SweepError where
+        trials of others are finished or at work; what those of others have left that are neither goes."""
         path = self.path / "spec.json"
         content = _read(path, json.loads)
-        if complaint := self._changed(content.get("model", key), key):
+        before = content.get("samples", samples)
+        same = all(alike(before[split], samples[split]) for split in before.keys() & samples.keys())
+        if complaint := self._changed(same and content.get("model", key) == key):
             if self.records() or any(live.number is not None for live in self.live()):
                 raise SweepError(complaint)
             shutil.rmtree(self.path / "trials", ignore_errors=True)
-        write_atomically(path, json.dumps(content | {"model": key}, indent=1), durable=True)
+        write_atomically(path, json.dumps(content | {"model": key, "samples": samples}), durable=True)
 
     def threads(self) -> int:
         """Threads of a job, the same for all of the sweep however many workers it is given later: the last bits of a
         training depend on them."""
         return int(json.loads((self.path / "spec.json").read_text())["threads"])
 
-    def _changed(self, old: str, new: str) -> str | None:
-        if old == new:
+    def _changed(self, same: bool) -> str | None:
+        if same:
             return None
         return (
             f"`{self.path}`: model and data of `task` must be those the sweep began with (a file, the code or "

@@ -18,10 +18,8 @@ def notes(spec: Spec, folder: SweepFolder, records: Sequence[Record]) -> Iterato
     """Of a sweep and its records, one sentence each: what is doubtful about the data, bounds that the model itself does
     not keep, engines that take no version of it, accuracies of the test split that could not be had, milliseconds that
     are not to be compared."""
-    yield from read_result(folder.path / "prepare" / "prepare.json").get("doubts", [])
     fp32 = next((record for record in records if record.number == 0), None)
-    if fp32 is not None:
-        yield from unkept(spec, fp32)
+    yield from early(spec, folder, fp32)
     baselines = [record for record in records if record.kind == "baseline"]
     for engine in dict.fromkeys(record.engine for record in baselines):
         if (reason := refusal(engine, baselines)) is not None:
@@ -34,8 +32,12 @@ def notes(spec: Spec, folder: SweepFolder, records: Sequence[Record]) -> Iterato
         yield from _compared(spec, records, fp32)
 
 
-def unkept(spec: Spec, fp32: Record) -> Iterator[str]:
-    """The bounds of accuracy that the model breaks before it is compressed, one sentence each."""
+def early(spec: Spec, folder: SweepFolder, fp32: Record | None) -> Iterator[str]:
+    """What is known while there is time to stop: what is doubtful about the data, and the bounds of accuracy that the
+    model breaks before it is compressed, one sentence each."""
+    yield from read_result(folder.path / "prepare" / "prepare.json").get("doubts", [])
+    if fp32 is None:
+        return
     for name in AVERAGED:
         bound, value = spec.constraints.get(name), getattr(fp32.metrics, name)
         if bound is not None and value is not None and not bound.keeps(value):

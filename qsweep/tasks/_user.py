@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from qsweep.errors import QsweepError, TaskFailure
 from qsweep.tasks._parts import NotParts, Parts, countable, mapped, tensors
+from qsweep.tasks._seen import Seen, alike, seen
 from qsweep.tasks._whole import whole
 from qsweep.tasks.base import Samples, SplitName, Task, TaskMetric
 
@@ -91,6 +92,7 @@ class UserTask:
         """`path`: of the file that the class is in."""
         self._path, self._name, self._judged_by = path, type(task).__name__, judged_by
         self._loaded: dict[SplitName, Samples] = {}
+        self._expected: Mapping[SplitName, Seen] = {}
         self.parts: dict[Role, Parts] = {}
         """Of stored samples and labels, and of what the model takes and gives, each known once it was seen."""
         self.any_device = bool(getattr(task, "any_device", False))
@@ -125,9 +127,15 @@ class UserTask:
         found = {role: self.parts[role] for role in roles if role in self.parts}
         return {role: parts.rows() for role, parts in found.items() if not parts.plain}
 
-    def tell(self, interface: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """What `interface` was where the model has run."""
+    @property
+    def seen(self) -> dict[SplitName, Seen]:
+        """By what samples of the splits so far are known again."""
+        return {split: seen(samples) for split, samples in self._loaded.items()}
+
+    def tell(self, interface: Mapping[str, Sequence[Mapping[str, Any]]], samples: Mapping[SplitName, Seen]) -> None:
+        """What `interface` was where the model has run, and `seen`."""
         self.parts |= {cast(Role, role): Parts.read(rows) for role, rows in interface.items()}
+        self._expected = samples
 
     def _given(self, outputs: Any, inputs: Tensor) -> Tensor:
         """What the model gives for `inputs` as one tensor."""
@@ -170,7 +178,12 @@ class UserTask:
         )
         same = len({len(each) if each.dim() else 0 for _, each in tensors(found)} | {0}) == 2
         self._must(same, method, "return as many inputs as labels, at least one", _describe(found))
-        return Samples(stored.joined(found[0]).detach(), labels.joined(found[1]).detach())
+        samples = Samples(stored.joined(found[0]).detach(), labels.joined(found[1]).detach())
+        same = alike(seen(samples), self._expected.get(split, seen(samples)))
+        self._must(
+            same, method, "give the same samples each time, in the same order: random numbers from a seed", "others"
+        )
+        return samples
 
     def transform(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
         own, taken = getattr(self._task, "transform", None), self._apart("stored", inputs)

@@ -13,7 +13,7 @@ from networks import Noise, context, digits, made, network, pruned
 from torch import Tensor, nn
 
 from qsweep.config import members
-from qsweep.errors import NotFinite
+from qsweep.errors import NotFinite, TaskFailure
 from qsweep.hub.convert import convert
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import Place
@@ -430,6 +430,12 @@ def test_what_is_frozen_stays_frozen(cut: int, tmp_path: Path) -> None:
     live = training.prepared(QAT(), model, context(tmp_path))
     learned = {name: value.shape for name, value in live.graph.named_parameters() if value.requires_grad}
     assert learned == {"8.weight": (10, 16 * (6 - cut)), "8.bias": (10,)}
+
+
+def test_a_model_that_is_all_frozen_is_refused(method: type[Trained], tmp_path: Path) -> None:
+    model = network("digits_cnn").requires_grad_(False)
+    with pytest.raises(TaskFailure, match=r"`requires_grad` to be trained \(all are frozen\)"):
+        method().apply(model, context(tmp_path))
 
 
 class PreActivated(nn.Module):

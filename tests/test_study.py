@@ -446,6 +446,17 @@ def test_weights_of_the_users_code_that_changed_since_are_refused_whatever_file_
     assert len(sweep(tmp_path, more, weights="one", **whose)) == 5
 
 
+def test_samples_that_changed_since_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text("")
+    task: dict[str, Any] = {"method": "python", "file": "task.py:Task", "trained": True}
+    first, more = (small_spec(task=task, search={"trials": trials}) for trials in (1, 2))
+    sweep(tmp_path, first, weights="one", samples="5")
+    for _ in range(2):
+        with pytest.raises(SweepError, match="model and data of `task` must be those the sweep began with"):
+            sweep(tmp_path, more, weights="one", samples="6")
+    assert len(sweep(tmp_path, more, weights="one", samples="5.0000001")) == 5
+
+
 def test_what_is_unfinished_of_other_weights_is_done_again(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text("")
     task: dict[str, Any] = {"method": "python", "file": "task.py:Task", "trained": True}

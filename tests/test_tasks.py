@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from qsweep.errors import DataError, NotFinite, TaskFailure
 from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
 from qsweep.splits import doubts
 from qsweep.tasks import AnyTask, Samples, SplitName, Task, TaskMetric
+from qsweep.tasks._seen import alike, seen
+from qsweep.tasks._user import UserTask
 from qsweep.tasks.image_classification import ImageClassification
 from qsweep.tasks.images._task import augment, normalise
 from qsweep.tasks.python import Python
@@ -362,6 +367,72 @@ def test_a_task_may_import_modules_beside_it(tmp_path: Path) -> None:
 
 def use(task: Task) -> None:
     check(task, task.model())
+
+
+FLOATS = "return torch.ones(6, self.size), torch.zeros(6, 2)"
+"""Labels of a regression."""
+
+
+def regression(root: Path, samples: str = FLOATS, loss: str = "mse_loss(outputs, labels)") -> Task:
+    (root / "mine.py").write_text(
+        USER_TASK.replace("return torch.ones(6, self.size), torch.zeros(6, dtype=torch.long)", samples)
+        .replace("cross_entropy(outputs, labels)", loss)
+        .replace("(outputs.argmax(1) == labels).float()", "-((outputs - labels) ** 2).nanmean(1)")
+    )
+    return Python(file="mine.py:Mine", metric={"name": "negative MSE", "unit": None}).open(root)
+
+
+def test_labels_that_are_not_finite_are_named_where_the_loss_cannot_take_them(tmp_path: Path) -> None:
+    samples = "labels = torch.zeros(6, 2)\n        labels[5, 1] = torch.nan\n        return torch.ones(6, 3), labels"
+    with pytest.raises(TaskFailure, match=r"must be finite .* labels of sample 5 of `train` are NaN or infinity"):
+        use(regression(tmp_path, samples))
+    use(regression(tmp_path, samples, "mse_loss(outputs[labels.isfinite()], labels[labels.isfinite()])"))
+
+
+def test_splits_of_several_shapes_are_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    samples = "return torch.ones(6, 4, 3 if split == 'train' else 2), torch.zeros(6, 4, 2)"
+    with pytest.raises(TaskFailure, match=r"samples of `validation` must be \(4, 3\), .* \(got \(4, 2\)\)"):
+        use(regression(tmp_path, samples))
+
+
+def test_what_a_loss_warns_of_is_told_once(tmp_path: Path) -> None:
+    task = regression(tmp_path, "return torch.ones(6, self.size), torch.zeros(6, 1)")
+    with pytest.warns(UserWarning, match="Using a target size"):
+        (said,) = check(task, task.model())
+    assert said.startswith("the task's `loss` warns: Using a target size")
+    assert check(regression(tmp_path), task.model()) == []
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        "return torch.rand(6, self.size), torch.zeros(6, 2)",
+        "return torch.ones(6, self.size), torch.rand(6, 2)",
+        "order = torch.randperm(6)\n        return torch.arange(18.0).view(6, 3)[order], torch.zeros(6, 2)",
+        "many = int(torch.randint(6, 2000, ()))\n        return torch.ones(many, self.size), torch.zeros(many, 2)",
+    ],
+    ids=["inputs", "labels", "order", "number"],
+)
+def test_samples_that_are_others_in_the_next_process_are_refused(samples: str, tmp_path: Path) -> None:
+    first, same, other = (regression(tmp_path, samples) for _ in range(3))
+    assert isinstance(first, UserTask)
+    for task, seed in ((first, 0), (same, 0), (other, 1)):
+        torch.manual_seed(seed)
+        assert isinstance(task, UserTask)
+        task.tell({}, first.seen)
+        if task is not other:
+            task.samples("validation")
+            continue
+        with pytest.raises(TaskFailure, match=r"`Mine.samples\('validation'\)` must give the same samples each time"):
+            task.samples("validation")
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=100))
+def test_samples_are_known_again_in_whatever_last_bits_they_come(values: list[float]) -> None:
+    inputs, labels = torch.tensor(values, dtype=torch.float64)[:, None], torch.tensor(values).isnan()
+    before = seen(Samples(inputs, labels))
+    assert alike(json.loads(json.dumps(before)), seen(Samples(inputs * (1 + 1e-6), labels)))
+    assert not alike(before, seen(Samples(torch.cat([inputs, inputs[:1]]), torch.cat([labels, labels[:1]]))))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsweep.checkpoints import resumable
+from qsweep.errors import TaskFailure
 from qsweep.hub.convert import convert
 from qsweep.hub.export import example_of, export
 from qsweep.hub.form import QuantizedModel
@@ -39,6 +40,9 @@ def trained(config: Trained, model: nn.Module, context: Context) -> QuantizedMod
 
 
 def _train(config: Trained, model: nn.Module, context: Context, checkpoints: Path) -> QuantizedModel:
+    values = list(model.parameters())
+    if values and not any(value.requires_grad for value in values):
+        raise TaskFailure("some of the model's parameters must have `requires_grad` to be trained (all are frozen)")
     live = prepared(config, model, context)
     if (ptq := config.starts_from()) is not None:
         begin_rounded(live.graph, ptq, model, context)

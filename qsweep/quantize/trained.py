@@ -25,7 +25,7 @@ class Trained(Uniform):
     Starts from the PTQ state that the other fields describe. Batch norm stays live and is folded into the scales, so
     the integers that were trained are the integers that are shipped. A training that was killed goes on from its last
     whole epoch. Raises, beside what every quantization does, NotFinite for a loss that is not, and TaskFailure for a
-    model that `task.training.compile` cannot take.
+    model that `task.training.compile` cannot take or whose parameters are all frozen.
     """
 
     modes: ClassVar[tuple[str, ...]] = ("static", "token")

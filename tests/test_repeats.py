@@ -159,6 +159,16 @@ def test_a_config_is_repeated_on_every_engine_that_it_is_compared_on() -> None:
     assert len(asked(small_spec(search={"repeats": 2}, **objectives), both, 2, scores)) == 2
 
 
+def test_a_config_that_comes_on_another_engine_later_is_repeated_like_the_first() -> None:
+    """Its mean has lost the one place there was; nothing is open in the round that it was repeated in."""
+    records, scores = on_two_engines(0)
+    records = [r if r.number in (0, 11) else again(r, 0.1) for r in records]
+    records[0] = records[0].model_copy(update={"metrics": Metrics(accuracy=0.1, size_bytes=20, latency_ms=20.0)})
+    one = small_spec(search={"repeats": 1}, objectives=["accuracy", "latency_ms"])
+    assert asked(one, [r for r in records if r.number != 11], 1, scores) == []
+    assert asked(one, records, 1, scores) == [11]
+
+
 def test_one_that_is_not_compared_is_not_repeated() -> None:
     records, scores = on_two_engines(0, 0, 100)
     spec: dict[str, Any] = {"objectives": ["accuracy", "latency_ms"], "search": {"repeats": 9}}

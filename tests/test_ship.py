@@ -318,6 +318,18 @@ def test_the_best_keeps_the_constraints_of_the_spec_too() -> None:
         best(found, Selector(max={"size_bytes": 5000}), kept)
 
 
+def test_the_best_keeps_bounds_by_its_mean_too() -> None:
+    from test_repeats import again
+
+    lucky = again(record(1, "lucky", 0.95, 9_000.0, 1.0), 0.85)
+    safe = record(2, "safe", 0.92, 9_500.0, 1.0)
+    assert best([lucky, safe], Selector(min={"accuracy": 0.91}, by="size_bytes")).number == 2
+    with pytest.raises(SweepError, match=r"the nearest is #2 `safe` with accuracy 0\.92"):
+        best([lucky, safe], Selector(min={"accuracy": 0.93}))
+    with pytest.raises(SweepError, match=r"the nearest is #1 `lucky` with accuracy 0\.95 \(mean 0\.9\)"):
+        best([lucky], Selector(min={"accuracy": 0.93}))
+
+
 def test_latencies_that_the_front_takes_for_one_are_one_for_the_best_too() -> None:
     quick, better = record(1, "quick", 0.95, 9_000.0, 1.0), record(2, "better", 0.97, 8_000.0, 1.05)
     assert best([quick, better], Selector(by="latency_ms")).number == 2

@@ -11,7 +11,7 @@ from qsweep.errors import SpecError, SweepError, did_you_mean
 from qsweep.records import Metrics, Record
 from qsweep.space import complaint
 from qsweep.spec import Constraint, no_share, shares
-from qsweep.study.front import feasible, losses
+from qsweep.study.front import feasible, figures, losses
 from qsweep.tasks import TaskConfig
 
 _ENDS = {"failed": "failed", "refused": "was refused"}
@@ -69,11 +69,13 @@ class Selector(Config):
         except ValidationError as error:
             raise SpecError(f"`--{complaint(error).removeprefix('`')}") from None
 
-    def keeps(self, metrics: Metrics) -> bool:
-        """Whether metrics keep all bounds; one that was not measured keeps none."""
-        return all(_within(getattr(metrics, name), upper=bound) for name, bound in self.max.items()) and all(
-            _within(getattr(metrics, name), lower=bound) for name, bound in self.min.items()
-        )
+    @property
+    def bounds(self) -> dict[str, Constraint]:
+        """By metric; those of a person may keep everything out, so that they are not looked at."""
+        return {
+            name: Constraint.model_construct(max=self.max.get(name), min=self.min.get(name))
+            for name in self.max | self.min
+        }
 
     def within(self, constraints: Mapping[str, Constraint]) -> Selector:
         """The same with these bounds, too."""
@@ -104,11 +106,10 @@ def best(records: Sequence[Record], selector: Selector, constraints: Mapping[str
         raise SweepError(
             f"there must be a finished trial with `{selector.by}` to choose from (got {len(records)} records)"
         )
-    able = [record for record in done if selector.keeps(record.metrics) and feasible(record, (), constraints)]
+    able = [record for record in done if feasible(record, (), selector.bounds)]
     if not able:
-        nearest = min(done, key=lambda record: _excess(record.metrics, selector))
-        names = {**selector.max, **selector.min}
-        got = ", ".join(f"{name} {_text(getattr(nearest.metrics, name))}" for name in names)
+        nearest = min(done, key=lambda record: _excess(record, selector))
+        got = ", ".join(f"{name} {_told(nearest, name)}" for name in selector.bounds)
         raise SweepError(f"no trial keeps {selector}; the nearest is #{nearest.number} `{nearest.name}` with {got}")
     compared = [selector.by, *(name for name in _TIES if all(_measured(record, name) for record in able))]
     order = sorted(zip(losses(able, compared).tolist(), able, strict=True), key=lambda pair: (pair[0], pair[1].number))
@@ -126,8 +127,11 @@ def _numbered(records: Sequence[Record], number: int) -> Record:
     return record
 
 
-def _text(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:,.6g}"
+def _told(record: Record, name: str) -> str:
+    if not _measured(record, name):
+        return "not measured"
+    own, *mean = figures(record, name)
+    return f"{own:,.6g}" + "".join(f" (mean {value:,.6g})" for value in mean)
 
 
 def _bounds(option: str, words: Iterable[str], task: TaskConfig | None) -> dict[str, float]:
@@ -144,19 +148,15 @@ def _bounds(option: str, words: Iterable[str], task: TaskConfig | None) -> dict[
     return bounds
 
 
-def _within(value: float | None, upper: float = float("inf"), lower: float = -float("inf")) -> bool:
-    return value is not None and lower <= value <= upper
-
-
 def _measured(record: Record, name: str) -> bool:
     return getattr(record.metrics, name) is not None
 
 
-def _excess(metrics: Metrics, selector: Selector) -> float:
+def _excess(record: Record, selector: Selector) -> float:
     """By how much bounds are missed, each in units of itself."""
     total = 0.0
     for sign, bounds in ((1, selector.max), (-1, selector.min)):
         for name, bound in bounds.items():
-            value = getattr(metrics, name)
-            total += float("inf") if value is None else max(0.0, sign * (value - bound)) / (abs(bound) or 1.0)
+            missed = [sign * (value - bound) for value in figures(record, name)] if _measured(record, name) else []
+            total += max(0.0, *missed) / (abs(bound) or 1.0) if missed else float("inf")
     return total

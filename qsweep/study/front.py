@@ -48,10 +48,10 @@ def feasible(record: Record, objectives: Sequence[str], constraints: Mapping[str
         return False
     if any(getattr(record.metrics, name) is None for name in (*objectives, *constraints)):
         return False
-    return all(bound.keeps(value) for name, bound in constraints.items() for value in _figures(record, name))
+    return all(bound.keeps(value) for name, bound in constraints.items() for value in figures(record, name))
 
 
-def _figures(record: Record, name: str) -> list[float]:
+def figures(record: Record, name: str) -> list[float]:
     """The value of a metric that ships, and its mean where that is another."""
     values = [getattr(m.metrics, name) for m in measurements([record])] if name in AVERAGED else []
     return [getattr(record.metrics, name), *([sum(values) / len(values)] if len(values) > 1 else [])]

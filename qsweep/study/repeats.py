@@ -30,8 +30,9 @@ def due(
     spec: Spec, records: Sequence[Record], round: int, scores: Callable[[Sequence[Record]], Mapping[int, ndarray]]
 ) -> list[Record]:
     """The records to repeat in this round, the most open first: those whose place is open after the rounds before, and
-    with each its likes on other engines, which a mean of several seeds could otherwise not be held against; as many as
-    the budget has left. A round that was cut short is the same round when it is asked for again."""
+    with each its likes on other engines, which a mean of several seeds could otherwise not be held against, also those
+    that have come since; as many as the budget has left. A round that was cut short is the same round when it is asked
+    for again."""
     past = [_before(record, round) for record in records]
     left = budget(spec) - len({(record.compressed, again.round) for record in past for again in record.repetitions})
     if left <= 0:
@@ -41,7 +42,9 @@ def due(
     done = [record for record in records if any(again.round == round for again in record.repetitions)]
     begun = {record.compressed for record in done}  # maybe of a time when the sweep had fewer trials
     new = [network for network in wanted if network not in begun][: max(0, left - len(begun))]
-    turns = {network: turn for turn, network in enumerate(wanted) if network in begun.union(new)}
+    turns = {
+        network: turn for turn, network in enumerate([*wanted, *(begun - set(wanted))]) if network in begun.union(new)
+    }
     mine = [record for record in records if record.compressed in turns and record not in done]
     open_places = {record.number for record in found}
     compared = [r for r in mine if r.number in open_places or feasible(r, spec.objectives, spec.constraints)]

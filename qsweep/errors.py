@@ -117,10 +117,10 @@ def why(error: BaseException) -> str:
 
 def did_you_mean(message: str, name: object, known: Iterable[str]) -> str:
     """`message`, which refuses `name`; before it stands the one of the `known` names that is nearest, if one is near:
-    begins with it, has its letters, or differs by few (`edge_bits` is not near to `weight_bits`, which some methods
-    have)."""
+    begins with it or it with that, has its letters, or differs by few (`edge_bits` is not near to `weight_bits`, which
+    some methods have)."""
     word, names = str(name).lower(), list(known)
-    begun = [each for each in names if each.startswith(word)]
+    begun = [each for each in names if each.startswith(word) or word.startswith(each)]
     swapped = [each for each in names if sorted(each) == sorted(word)]
     near = get_close_matches(word, begun, 1, 0.3) or swapped or get_close_matches(word, names, 1, 0.75)
     return f"did you mean `{near[0]}`? {message[0].upper()}{message[1:]}" if near else message

@@ -177,11 +177,14 @@ def complaint_at(error: ValidationError, path: Where, raw: Any, value: Any) -> t
     if first["type"] == "model_attributes_type":  # a family: its members are told apart by one key
         key = "engine" if where.rpartition(".")[2] == "target" else "method"
         return place, f"`{where}`: must be a mapping such as {{{key}: …}} (got {_short(first['input'])})"
-    several = (
-        isinstance(first["input"], list) and first["type"] in _OF_ONE and place[:1] in (("compress",), ("target",))
-    )
-    hint = "; several to choose from are written `{choice: [...]}`" if several else ""
-    return place, f"`{where}`: {_must(first['msg'])} (got {_short(first['input'])}){hint}"
+    said, got = _must(first["msg"]), first["input"]
+    of_one = first["type"] in _OF_ONE and place[:1] in (("compress",), ("target",))
+    if first["type"] == "literal_error":
+        said = did_you_mean(said, got, re.findall(r"'(.+?)'", said))
+    if of_one and isinstance(got, dict) and len(got) == 1:
+        said = did_you_mean(said, next(iter(got)), ("choice", "range"))
+    hint = "; several to choose from are written `{choice: [...]}`" if of_one and isinstance(got, list) else ""
+    return place, f"`{where}`: {said} (got {_short(got)}){hint}"
 
 
 _OF_ONE = {"int_type", "float_type", "string_type", "bool_type", "literal_error"}

@@ -103,6 +103,19 @@ PTQ = {"method": "ptq"}
             "(got {'accuracy_test': {'min': 0.9}})",
         ),
         (
+            {"search": {"sampler": "tep"}},
+            "`search.sampler`: did you mean `tpe`? Must be 'tpe', 'nsga2', 'gp', 'random' or 'grid' (got 'tep')",
+        ),
+        (
+            {"constraints": {"accuracy_drop_pp": {"maximum": 1}}},
+            "`constraints.accuracy_drop_pp.maximum`: did you mean `max`? There is no such key; there are `max`, `min` "
+            "(got 1)",
+        ),
+        (
+            {"compress": {"quantize": PTQ | {"weight_bits": {"chioce": [4, 8]}}}},
+            "`compress.quantize.weight_bits`: did you mean `choice`? Must be an integer (got {'chioce': [4, 8]})",
+        ),
+        (
             {"track": {"uri": "ftp://x"}},
             "`track.uri`: must start with one of http, https, sqlite, postgresql, mysql, mssql, databricks, like "
             "`sqlite:///mlflow.db` (got `ftp://x`)",

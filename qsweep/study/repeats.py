@@ -42,9 +42,8 @@ def due(
     done = [record for record in records if any(again.round == round for again in record.repetitions)]
     begun = {record.compressed for record in done}  # maybe of a time when the sweep had fewer trials
     new = [network for network in wanted if network not in begun][: max(0, left - len(begun))]
-    turns = {
-        network: turn for turn, network in enumerate([*wanted, *(begun - set(wanted))]) if network in begun.union(new)
-    }
+    kept = [network for network in wanted if network in begun.union(new)]
+    turns = {network: turn for turn, network in enumerate([*kept, *sorted(begun.difference(kept))])}
     mine = [record for record in records if record.compressed in turns and record not in done]
     open_places = {record.number for record in found}
     compared = [r for r in mine if r.number in open_places or feasible(r, spec.objectives, spec.constraints)]

@@ -120,15 +120,14 @@ def check(task: Task, model: nn.Module) -> list[str]:
             raise TaskFailure(
                 f"samples of `{split}` must be {tuple(shape)}, as those of `train` are (got {tuple(own)})"
             )
-        few = torch.arange(min(4, len(inputs)))
-        if (odd := _first_not_finite(labels)) is None:
+        odd = _first_not_finite(labels)
+        few = torch.tensor([*range(min(4, len(inputs))), *([] if odd is None else [odd])])
+        try:
             outputs = _check_samples(task, model, split, inputs[few], labels[few], warned)
-        else:
-            few = torch.cat([few, torch.tensor([odd])])
-            try:
-                outputs = _check_samples(task, model, split, inputs[few], labels[few], warned)
-            except (TaskFailure, NotFinite) as error:
-                raise type(error)(f"{error}; labels of sample {odd} of `{split}` are NaN or infinity") from error
+        except (TaskFailure, NotFinite) as error:
+            if odd is None:
+                raise
+            raise type(error)(f"{error}; labels of sample {odd} of `{split}` are NaN or infinity") from error
         if split != "train" and (metric := _metric(task)) is not None:  # which may need samples of all classes
             metric(task.score(outputs[torch.arange(len(labels)) % len(outputs)], labels))
     if (teacher := own_teacher(task)) is not None:

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qsweep.machine import no_compiler
 _cache = tempfile.TemporaryDirectory(prefix="qsweep-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 """A user's sweeps, and other tests, have locks of their own."""
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 ON_GPU = os.environ.get("QSWEEP_GPU") == "1"
 """Whether the kernels' tests run on a GPU; else in Triton's interpreter, which must be chosen before its import."""
 if not ON_GPU:
@@ -42,6 +44,16 @@ def _one_thread() -> None:
     """Small tensors on few cores: more threads only wait for each other. No import of torch for tests without it."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _all_cores() -> Iterator[None]:
+    """A job that measures pins its process to some cores: here that is the one that all later tests run in."""
+    yield
+    if CORES is not None and os.sched_getaffinity(0) != CORES:
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(int(thread), CORES)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ class SweepFolder:
             if self.records() or any(live.number is not None for live in self.live()):
                 raise SweepError(complaint)
             shutil.rmtree(self.path / "trials", ignore_errors=True)
-        write_atomically(path, json.dumps(content | {"model": key, "samples": samples}), durable=True)
+        write_atomically(path, json.dumps(content | {"model": key, "samples": samples}, indent=1), durable=True)
 
     def threads(self) -> int:
         """Threads of a job, the same for all of the sweep however many workers it is given later: the last bits of a

@@ -32,7 +32,7 @@ from qsweep.cuda.arithmetic import Operand, Output, Requantize, Residual, Tile, 
 from qsweep.cuda.buffers import Value
 from qsweep.cuda.layers import lines
 
-ARCHITECTURES = {80: "SM80", 86: "SM86", 90: "SM90a", 120: "SM120a"}
+ARCHITECTURES = {80: "SM80", 90: "SM90a", 120: "SM120a"}
 DISASSEMBLER = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
 
 

@@ -19,7 +19,7 @@ from generated_code import CASES
 
 PRODUCTS = {"convolve", "multiply_rows", "multiply_w4"}
 """Kernels that must multiply integers on the matrix units."""
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 """Bytes that one block may have (CUDA C++ programming guide, compute capabilities)."""
 
 
@@ -99,8 +99,7 @@ def test_tables_are_looked_up_in_shared_memory(kernels: list[dict[str, Any]]) ->
 
 LARGEST = "conv-tuned-128x128x128x4x3"
 ROWS = "linear-rows-tuned-128x128x64x4x3"
-SPILLED = {(80, LARGEST): 24, (90, LARGEST): 66, (80, ROWS): 1}
-SPILLED |= {(86, LARGEST): 10, (120, LARGEST): 22, (86, ROWS): 1, (86, "linear-odd"): 1}
+SPILLED = {(80, LARGEST): 24, (90, LARGEST): 66, (120, LARGEST): 22, (80, ROWS): 1}
 """Words that a thread stores, or loads again: 128 results a thread and the sum of a residual behind a 3 x 3 leave no
 registers. Such a block is chosen for a layer only where it is the fastest all the same."""
 

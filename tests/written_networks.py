@@ -167,5 +167,24 @@ class Compared(nn.Module):
         return found
 
 
-WRITTEN: list[type[nn.Module]] = [Attended, Pyramid, Clips, Shifted, Rotated, Related, Compared]
+class Columns(nn.Module):
+    """Layers for some of the columns of what it is given each, and the last step of one of them added at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(5, 8, 3, padding=1)
+        self.both, self.head = nn.Conv1d(16, 8, 3, padding=1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x[:, 0]
+        left, right = (layer(part.transpose(1, 2)) for layer, part in self._parts(steps))
+        mixed = F.relu(self.both(F.relu(torch.cat([left, right], 1))))
+        found: Tensor = steps[:, -1, :1] + self.head(mixed[:, :, -1])
+        return found
+
+    def _parts(self, steps: Tensor) -> list[tuple[nn.Conv1d, Tensor]]:
+        return [(self.left, steps[:, :, :3]), (self.right, steps[..., 3:])]
+
+
+WRITTEN: list[type[nn.Module]] = [Attended, Pyramid, Clips, Shifted, Rotated, Related, Compared, Columns]
 """Each takes (B, 1, 8, 8) and gives (B, 10)."""

@@ -145,13 +145,13 @@ def test_nothing_stays_paused_after_a_driver_that_was_killed_in_a_measurement(tm
     driver.wait()
     time.sleep(2 * SECONDS)  # the fork server looks meanwhile
     assert processes_of(tmp_path) == before
+    for pid in set(before) - {stopped} if killed == "driver and who measures" else ():
+        os.kill(pid, signal.SIGKILL)
     if killed == "driver, and who measures hangs":
         (granted,) = tmp_path.glob("sweeps/small/trials/0002/alone.granted")
         os.utime(granted, (0, 0))
     else:
         told(tmp_path, build="tick")
-    for pid in set(before) - {stopped} if killed == "driver and who measures" else ():
-        os.kill(pid, signal.SIGKILL)
     until(lambda: not processes_of(tmp_path))
     if killed == "driver, and who measures hangs":
         log = (tmp_path / "sweeps/small/server.log").read_text()

@@ -49,10 +49,9 @@ def run(spec: str, bench: Bench) -> tuple[str, bool | None]:
     """What its records say, and whether it ended with all trials complete; None where time ran out before."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "spec.yaml").write_text(spec)
-        code = "from qsweep.cli.main import app; app()"
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         driver = subprocess.Popen(
-            [sys.executable, "-c", code, "run", str(Path(folder) / "spec.yaml")],
+            [sys.executable, "-m", "qsweep", "run", str(Path(folder) / "spec.yaml")],
             env=os.environ | {"PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

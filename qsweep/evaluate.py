@@ -120,7 +120,7 @@ def check(task: Task, model: nn.Module) -> list[str]:
             raise TaskFailure(
                 f"samples of `{split}` must be {tuple(shape)}, as those of `train` are (got {tuple(own)})"
             )
-        odd = _first_not_finite(labels)
+        odd = _first_not_finite(labels)  # which the loss may know what to do with
         few = torch.tensor([*range(min(4, len(inputs))), *([] if odd is None else [odd])])
         try:
             outputs = _check_samples(task, model, split, inputs[few], labels[few], warned)
@@ -135,11 +135,11 @@ def check(task: Task, model: nn.Module) -> list[str]:
     return list(dict.fromkeys(warned))
 
 
-def _first_not_finite(labels: Tensor) -> int | None:
-    """Which sample's labels hold NaN or infinity: a loss may know what to do with them."""
-    if not labels.is_floating_point():
+def _first_not_finite(values: Tensor) -> int | None:
+    """Which is the first of `values` (N, ...) with NaN or infinity."""
+    if not values.is_floating_point():
         return None
-    finite = torch.isfinite(labels).reshape(len(labels), -1).all(1)
+    finite = torch.isfinite(values).reshape(len(values), -1).all(1)
     return None if finite.all() else int(finite.int().argmin())
 
 
@@ -148,10 +148,9 @@ def _check_inputs(task: Task, split: SplitName, inputs: Tensor) -> None:
     if not inputs.is_floating_point():
         return
     for number, part in enumerate(torch.split(inputs, _PART)):
-        finite = torch.isfinite(task.transform(part)).reshape(len(part), -1).all(1)
-        if not finite.all():
-            row = number * _PART + int(finite.int().argmin())
-            raise NotFinite(f"the inputs of `{split}` must be finite (sample {row} holds NaN or infinity)")
+        if (row := _first_not_finite(task.transform(part))) is not None:
+            place = number * _PART + row
+            raise NotFinite(f"the inputs of `{split}` must be finite (sample {place} holds NaN or infinity)")
 
 
 def _check_samples(

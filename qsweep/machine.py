@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,10 +42,14 @@ def pin(threads: int) -> None:
     wander then. Where the system cannot, nothing is done."""
     if not hasattr(os, "sched_setaffinity") or threads >= cores():
         return
-    chosen = sorted(os.sched_getaffinity(0))[-threads:]
+    bind(sorted(os.sched_getaffinity(0))[-threads:])
+
+
+def bind(numbers: Collection[int]) -> None:
+    """Keep all threads of this process on the cores of these numbers."""
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it has just ended
-            os.sched_setaffinity(int(thread), chosen)
+            os.sched_setaffinity(int(thread), numbers)
 
 
 def no_compiler() -> str | None:

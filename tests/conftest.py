@@ -5,13 +5,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qsweep.machine import no_compiler
+from qsweep.machine import bind, no_compiler
 
 _cache = tempfile.TemporaryDirectory(prefix="qsweep-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
@@ -51,9 +50,7 @@ def _all_cores() -> Iterator[None]:
     """A job that measures pins its process to some cores: here that is the one that all later tests run in."""
     yield
     if CORES is not None and os.sched_getaffinity(0) != CORES:
-        for thread in os.listdir("/proc/self/task"):
-            with suppress(ProcessLookupError):  # it has just ended
-                os.sched_setaffinity(int(thread), CORES)
+        bind(CORES)
 
 
 @pytest.fixture

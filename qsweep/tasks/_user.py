@@ -179,7 +179,8 @@ class UserTask:
         same = len({len(each) if each.dim() else 0 for _, each in tensors(found)} | {0}) == 2
         self._must(same, method, "return as many inputs as labels, at least one", _describe(found))
         samples = Samples(stored.joined(found[0]).detach(), labels.joined(found[1]).detach())
-        same = alike(seen(samples), self._expected.get(split, seen(samples)))
+        now = seen(samples)
+        same = alike(now, self._expected.get(split, now))
         self._must(
             same, method, "give the same samples each time, in the same order: random numbers from a seed", "others"
         )

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import fx
 
+from qsweep.hub.bags import BAGS, reduced_rows
 from qsweep.hub.kinds import aten
 from qsweep.hub.nodes import arguments, nodes_of, source
 from qsweep.hub.traced import replace_by, shape_of
@@ -42,6 +43,8 @@ def without_tuples(graph: fx.GraphModule) -> None:
 def _part(graph: fx.GraphModule, given: fx.Node, index: int) -> fx.Node | None:
     if given.target is aten.unbind.int:
         return graph.graph.call_function(aten.select.int, (given.args[0], arguments(given)["dim"], index))
+    if given.target in BAGS:
+        return reduced_rows(graph, given) if index == 0 else None
     if given.target in _GRIDS:
         return _of_grid(graph, given, index)
     if given.target in _ALONE:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 from torch import fx
+
+_FRAME = re.compile(r'File "([^"]*)", line \d+, in .*\n\s*(.*)')
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def shape_of(node: fx.Node) -> list[int] | None:
@@ -17,7 +23,9 @@ def shape_of(node: fx.Node) -> list[int] | None:
 
 def line_of(node: fx.Node) -> str:
     """The line of the model that `node` comes from, for messages; the op where it is not known."""
-    return str(node.meta.get("stack_trace") or node.target).splitlines()[-1].strip()
+    frames = _FRAME.findall(str(node.meta.get("stack_trace")))
+    own = [line for file, line in frames if not file.startswith(_TORCH)]
+    return own[-1] if own else str(node.target)
 
 
 def replace_by(node: fx.Node, new: fx.Node) -> None:

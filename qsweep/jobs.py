@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -15,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
-from qsweep.errors import BundleError, Crashed, DiskFull, OutOfMemory, QsweepError, Refused, TaskFailure, causes, why
+from qsweep.errors import Crashed, Refused, TaskFailure
 from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
+from qsweep.failures import known
 from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
@@ -265,7 +264,7 @@ def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:
     try:
         result = dict(run(Job(folder)))
     except Exception as error:  # whatever a config or a user's task does, the sweep goes on and the record says why
-        failed = _known(error)
+        failed = known(error)
         if isinstance(failed, Crashed):
             raise  # what this process does next on the device fails too: it has to end
         result = {"failure": {"kind": type(failed).__name__, "message": str(failed)}}
@@ -277,43 +276,3 @@ def _write(folder: Path, name: str, run: Callable[[Job], Result]) -> None:
         file.write(json.dumps(result, indent=1))
         file.truncate()
     os.replace(unfinished, folder / f"{name}.json")
-
-
-_OF_THE_DEVICE = (
-    "CUDA error",
-    "CUDA driver error",
-    "cuDNN error",
-    "CUDNN_STATUS",
-    "CUBLAS_STATUS",
-    "Triton Error [CUDA]",
-)
-"""What errors say that are plain RuntimeErrors, of libraries and compilers."""
-
-
-def _device_is_full() -> bool:
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return False
-    free, total = torch.cuda.mem_get_info()
-    return free < total / 10
-
-
-def _known(error: Exception) -> QsweepError:
-    text = str(error)
-    if isinstance(error, BundleError) and error.__cause__ is not None:
-        text = f"{text} {error.__cause__}"
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if full or (isinstance(error, OSError | SafetensorError | RuntimeError) and "No space left" in text):
-        return DiskFull(f"no space left for the artifact ({text})")
-    for cause in causes(error):
-        text = str(cause)
-        if "no kernel image is available" in text:
-            return Refused(f"PyTorch {torch.__version__} has no kernels for this GPU")
-        broken = isinstance(cause, torch.AcceleratorError) or any(mark in text for mark in _OF_THE_DEVICE)
-        short = "out of memory" in text or "ALLOC_FAILED" in text
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-            return OutOfMemory(text)
-        if "unable to find an engine" in text and _device_is_full():  # as cuDNN tells it, and of what it does not know
-            return OutOfMemory(text)
-        if broken:
-            return OutOfMemory(text) if short else Crashed(text)
-    return error if isinstance(error, QsweepError) else TaskFailure(why(error))

@@ -32,7 +32,7 @@ EDITABLE = --config-settings editable_mode=compat
 	touch $@
 
 .venv/.installed-test: .venv/.installed
-	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[test,cuda,executorch,openvino]'
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[test,cuda,executorch,litert,openvino]'
 	touch $@
 
 clean:  ## forget the environment and the results of sweeps

@@ -10,12 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Generator, Tensor, nn
 
 from qsweep.build import context_of
+from qsweep.engines import Engine
 from qsweep.models import build
 from qsweep.stage import Context
 from qsweep.store import Store
@@ -258,3 +260,9 @@ def pruned() -> nn.Module:
         if parameter.dim() == 4:
             parameter.data *= torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     return model
+
+
+def needs(engine: str) -> None:
+    """Skip the test where `engine` does not work."""
+    if (reason := TypeAdapter(Engine).validate_python({"engine": engine}).available()) is not None:
+        pytest.skip(reason)

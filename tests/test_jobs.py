@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import DIGITS
+from networks import DIGITS, needs
 from torch import nn
 
 from qsweep import jobs
@@ -111,6 +111,7 @@ def baseline(root: Path) -> Path:
         ONNX,
         {"engine": "reference", "batch_size": 100},
         {"engine": "executorch", "batch_size": 32},
+        {"engine": "litert", "batch_size": 32},
         {"engine": "openvino", "batch_size": 32},
     ],
     ids=lambda target: str(target["engine"]),
@@ -118,8 +119,7 @@ def baseline(root: Path) -> Path:
 def test_a_config_is_prepared_built_measured_and_tested(
     target: dict[str, Any], root: Path, baseline: Path, tmp_path: Path
 ) -> None:
-    if target["engine"] in ("executorch", "openvino"):
-        pytest.importorskip(target["engine"])
+    needs(target["engine"])
     folder = written(tmp_path / "trial", root, PTQ, target, baseline=str(baseline))
     found = metrics(folder, "build", "measure", "test")
     assert found["accuracy_drop_pp"] < 3

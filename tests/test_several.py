@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from networks import context
+from networks import context, needs
 from several_task import Boxes, Detector, Words
 from torch import Tensor, nn
 
@@ -97,14 +97,13 @@ ENGINES = ["reference", "onnxruntime", "openvino", *(["inductor"] if no_compiler
 
 @pytest.fixture(
     scope="module",
-    params=[*((kind, engine) for kind in TASKS for engine in ENGINES), (Boxes, "executorch")],
+    params=[*((kind, engine) for kind in TASKS for engine in ENGINES), (Boxes, "executorch"), (Boxes, "litert")],
     ids=lambda both: f"{both[0].__name__} on {both[1]}",
 )
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[type, LoadedModel, Path]:
     """The int8 model of a task on an engine, and its bundle."""
     kind, engine = request.param
-    if engine in ("openvino", "executorch"):
-        pytest.importorskip(engine)
+    needs(engine)
     folder = tmp_path_factory.mktemp("shipped") / "bundle"
     config = {"compress": {"quantize": {"method": "ptq"}}, "target": {"engine": engine, "batch_size": 8}}
     return kind, qsweep.compress(own(trained(kind)), config, kind(), folder), folder
@@ -164,7 +163,7 @@ def test_what_is_exported_takes_and_gives_them_by_name(shipped: tuple[type, Load
             found = run_onnx(tmp_path / "model.onnx", values, names)
         case "openvino":
             found = run_openvino(tmp_path / "model.xml", values, names)
-        case "executorch":
+        case "executorch" | "litert":
             interface = json.loads((tmp_path / "interface.json").read_text())
             assert interface == model.manifest.interface
             return

@@ -133,13 +133,13 @@ KEYS = ", ".join(f"`{name}`" for name in Spec.model_fields)
         ),
         (
             {"target": {"engine": "abacus"}},
-            "`target.engine`: must be one of 'cuda', 'executorch', 'float', 'inductor', 'onnxruntime', 'openvino', "
-            "'reference' (got 'abacus')",
+            "`target.engine`: must be one of 'cuda', 'executorch', 'float', 'inductor', 'litert', 'onnxruntime', "
+            "'openvino', 'reference' (got 'abacus')",
         ),
         (
             {"target": {"engine": "ONNX"}},
             "`target.engine`: did you mean `onnxruntime`? Must be one of 'cuda', 'executorch', 'float', 'inductor', "
-            "'onnxruntime', 'openvino', 'reference' (got 'ONNX')",
+            "'litert', 'onnxruntime', 'openvino', 'reference' (got 'ONNX')",
         ),
         (
             {"compress": {"quantize": {"method": "pqt"}}},

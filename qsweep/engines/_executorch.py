@@ -33,11 +33,9 @@ with silent(), warnings.catch_warnings():
 if TYPE_CHECKING:
     from qsweep.engines.base import EngineConfig, Runner
 
-PROGRAM = "model.pte"
 
-
-def lower(model: QuantizedModel, folder: Path, batch_size: int) -> None:
-    """Write `model.pte`, which takes batches of `batch_size`."""
+def lower(model: QuantizedModel, path: Path, batch_size: int) -> None:
+    """Write the program, which takes batches of `batch_size`."""
     example = torch.zeros(batch_size, *model.example.shape[1:])
     config = EdgeCompileConfig(_check_ir_validity=False)  # ops of quantized models are none of its core
     try:
@@ -51,7 +49,7 @@ def lower(model: QuantizedModel, folder: Path, batch_size: int) -> None:
     except Exception as error:  # it raises many types; all mean that this engine cannot take the model
         raise Refused(f"ExecuTorch cannot take the model: {why(error)}") from error
     _check_kernels(made.executorch_program)
-    (folder / PROGRAM).write_bytes(made.buffer)
+    path.write_bytes(made.buffer)
 
 
 def _changes(program: ExportedProgram, decomp_table: Any = None, **_: object) -> bool:
@@ -68,13 +66,13 @@ def _check_kernels(program: Any) -> None:
         raise Refused(f"ExecuTorch has no kernel for {', '.join(f'`{name}`' for name in lacking)}")
 
 
-def runner(folder: Path, engine: EngineConfig) -> Runner:
+def runner(path: Path, engine: EngineConfig) -> Runner:
     """The artifact in ExecuTorch, called once, as it sees only then what it cannot run. Its threads are the engine's,
     unless this process has loaded a program with others before."""
     try:
-        program = Runtime.get().load_program(folder / PROGRAM)
+        program = Runtime.get().load_program(path)
     except RuntimeError as error:
-        raise BundleError(f"`{folder / PROGRAM}`: the artifact cannot be read ({error})") from error
+        raise BundleError(f"`{path}`: the artifact cannot be read ({error})") from error
     try:
         with silent():
             _share_threads(engine.threads)
@@ -103,9 +101,9 @@ def _share_threads(count: int) -> None:
         _threads.append(count)
 
 
-def integer_macs(folder: Path) -> int:
+def integer_macs(path: Path) -> int:
     """Those of integer kernels in one call, from what the program hands to XNNPACK."""
-    return sum(map(_macs, _graphs((folder / PROGRAM).read_bytes())))
+    return sum(map(_macs, _graphs(path.read_bytes())))
 
 
 def _graphs(content: bytes) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.engines._program import by_rows
 from qsweep.errors import Refused
@@ -18,7 +17,6 @@ from qsweep.hub.kinds import (
     COMPUTE,
     DEQUANTIZE,
     LINEARS,
-    NORMS,
     QUANTIZE,
     RECTIFIERS,
     aten,
@@ -27,7 +25,7 @@ from qsweep.hub.kinds import (
     rectified,
 )
 from qsweep.hub.nodes import arguments, attributes, nodes_of, set_constant, source
-from qsweep.hub.norm import affine
+from qsweep.hub.norm import spell_out_norms
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT, QUANTIZE_ROWS
 from qsweep.hub.weights import real_weight
 
@@ -54,10 +52,7 @@ def for_xnnpack(model: QuantizedModel) -> fx.GraphModule:
         rows.replace_all_uses_with(source(rows))
     for node in nodes_of(graph, {aten.softplus.default, aten.mish.default}):
         _with_logarithm(graph, node)
-    if norms := nodes_of(graph, NORMS):
-        ShapeProp(graph).propagate(model.example)
-        for norm in norms:
-            _spell_out(graph, norm)
+    spell_out_norms(graph, model.example)  # it has a convolution in mind for them
     graph.graph.eliminate_dead_code()
     root = torch.nn.Module()  # with nothing but what is read: all of it would be written
     for name, value in attributes(graph):
@@ -104,18 +99,6 @@ def _is_quantized(layer: fx.Node) -> bool:
         if end.target not in RECTIFIERS:
             return end.target is QUANTIZE
     return False
-
-
-def _spell_out(graph: fx.GraphModule, norm: fx.Node) -> None:
-    """A batch norm that no layer has taken in as a product and a sum, for which XNNPACK has a convolution in mind."""
-    axes = [1] * (len(norm.meta["tensor_meta"].shape) - 2)
-    value = source(norm)
-    for op, number in zip((aten.mul.Tensor, aten.add.Tensor), affine(graph, norm), strict=True):
-        name = f"{norm.name}_{op.__name__.partition('.')[0]}"
-        set_constant(graph, name, number.float().reshape(-1, *axes))
-        with graph.graph.inserting_before(norm):
-            value = graph.graph.call_function(op, (value, graph.graph.get_attr(name)))
-    norm.replace_all_uses_with(value)
 
 
 def _with_logarithm(graph: fx.GraphModule, node: fx.Node) -> None:

@@ -49,7 +49,7 @@ class EngineConfig(Config, ABC):
 
         from qsweep.machine import no_gpu
 
-        missing = [name for name in self.packages if find_spec(name) is None]
+        missing = [name for name in self.packages if find_spec(name.replace("-", "_")) is None]
         if missing:
             return f"`{missing[0]}` is not installed: `pip install 'qsweep[{self.engine}]'`"
         return no_gpu() if self.device == "cuda" else None

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.passes.shape_prop import ShapeProp
 
-from qsweep.hub.kinds import COMPUTE, NORMS, TRANSPOSED
-from qsweep.hub.nodes import arguments, constant, is_trained, nodes_of, set_constant, source
+from qsweep.hub.kinds import COMPUTE, NORMS, TRANSPOSED, aten
+from qsweep.hub.nodes import arguments, constant, is_trained, nodes_of, set_constant, shape_seen, source
 
 
 def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
@@ -69,6 +70,23 @@ def affine(graph: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor]:
         factor = factor * gamma.double()
     shift = -mean.double() * factor
     return factor, shift if beta is None else shift + beta.double()
+
+
+def spell_out_norms(graph: fx.GraphModule, example: Tensor) -> None:
+    """Every batch norm that no layer has taken in as a product and a sum, in place; `example`: (2, ...)."""
+    if not (norms := nodes_of(graph, NORMS)):
+        return
+    ShapeProp(graph).propagate(example)
+    for norm in norms:
+        axes, value = [1] * (len(shape_seen(norm)) - 2), source(norm)
+        for op, number in zip((aten.mul.Tensor, aten.add.Tensor), affine(graph, norm), strict=True):
+            name = f"{norm.name}_{op.__name__.partition('.')[0]}"
+            set_constant(graph, name, number.float().reshape(-1, *axes))
+            with graph.graph.inserting_before(norm):
+                value = graph.graph.call_function(op, (value, graph.graph.get_attr(name)))
+        norm.replace_all_uses_with(value)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 @torch.no_grad()

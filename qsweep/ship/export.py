@@ -16,9 +16,10 @@ def export(record: Record, sweep: Path, out: Path) -> Path:
     """Write the record's artifact to the new folder `out` as its runtime takes it alone; returns `out`.
 
     For `onnxruntime` that is one complete `model.onnx`; for `openvino` `model.xml`, `model.bin` and the settings to
-    compile them with, `settings.json`; for `executorch` its `model.pte`; for engines that are PyTorch a `model.pt2`,
-    which `torch.export.load` reads once `torch.ao.quantization.fx._decomposed` has been imported. All take and give the
-    tensors that the model does, but `model.pte`: its one tensor has their columns as `interface.json` lists them.
+    compile them with, `settings.json`; for `executorch` its `model.pte`, for `litert` its `model.tflite`; for engines
+    that are PyTorch a `model.pt2`, which `torch.export.load` reads once `torch.ao.quantization.fx._decomposed` has been
+    imported. All take and give the tensors that the model does, but those for phones: their one tensor has the columns
+    of these as `interface.json` lists them.
     Raises BundleError where there is no artifact or `out` exists.
     """
     if out.exists():

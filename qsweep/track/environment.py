@@ -11,7 +11,18 @@ from pathlib import Path
 
 from qsweep.machine import cpu
 
-_PACKAGES = ("qsweep", "torch", "optuna", "mlflow", "onnx", "onnxruntime", "openvino", "executorch", "numpy")
+_PACKAGES = (
+    "qsweep",
+    "torch",
+    "optuna",
+    "mlflow",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "executorch",
+    "ai-edge-litert",
+    "numpy",
+)
 
 
 def environment(root: Path) -> dict[str, str]:

@@ -1,0 +1,181 @@
+"""Ops that move or select values, of integers where these are on a grid."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from qsweep.engines._litert_layers import maximum, padded
+from qsweep.engines._litert_ops import NONE, shape_of, write
+from qsweep.engines._litert_values import Value, Values, channels_last, plain
+from qsweep.errors import Refused
+from qsweep.hub.kinds import NEAREST, aten
+from qsweep.hub.nodes import arguments, source
+
+
+@write(aten.permute.default)
+def _permuted(values: Values, node: fx.Node) -> Value:
+    """Nothing is moved until something wants it so."""
+    given = values.value(source(node))
+    dims = [dim % len(given.shape) for dim in arguments(node)["dims"]]
+    order = tuple(dims.index(dim) for dim in given.order)
+    return Value(given.index, tuple(shape_of(node)), order, given.dtype, given.grid)
+
+
+@write(
+    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dims, aten.squeeze.dim,
+    aten._unsafe_view.default, aten.flatten.using_ints,
+)  # fmt: skip
+def _view(values: Values, node: fx.Node) -> Value:
+    return values.reshaped(values.value(source(node)), shape_of(node))
+
+
+@write(aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default)
+def _same(values: Values, node: fx.Node) -> Value:
+    return values.value(source(node))
+
+
+@write(aten.slice.Tensor, aten.select.int)
+def _slice(values: Values, node: fx.Node) -> Value:
+    given, named = values.value(source(node)), arguments(node)
+    dim, size = named["dim"] % len(given.shape), given.shape[named["dim"]]
+    alone = node.target is aten.select.int
+    start = named["index"] % size if alone else _within(named["start"] or 0, size)
+    end = start + 1 if alone else _within(size if named["end"] is None else named["end"], size)
+    step = 1 if alone else named["step"]
+    made = _sliced(values, given, dim, start, end, step)
+    return values.reshaped(made, shape_of(node)) if alone else made
+
+
+def _sliced(values: Values, given: Value, dim: int, start: int, end: int, step: int = 1) -> Value:
+    shape = [*given.shape]
+    shape[dim] = len(range(start, end, step))
+    place = given.order.index(dim)
+    begin, ends, steps = [0] * len(shape), given.lies, [1] * len(shape)
+    begin[place], ends[place], steps[place] = start, end, step
+    bounds = [values.numbers(*begin), values.numbers(*ends), values.numbers(*steps)]
+    return values.moved("STRIDED_SLICE", given, bounds, shape, given.order, "StridedSliceOptions")
+
+
+def _within(index: int, size: int) -> int:
+    return min(size, max(0, index + size if index < 0 else index))
+
+
+@write(operator.getitem)
+def _part(values: Values, node: fx.Node) -> Value:
+    split, index = source(node), int(str(node.args[1]))
+    if split.target is not aten.split_with_sizes.default:
+        raise Refused(f"LiteRT has no operator for `{split.target}`")
+    given, named = values.value(source(split)), arguments(split)
+    sizes, dim = named["split_sizes"], named["dim"] % len(given.shape)
+    start = sum(sizes[:index])
+    return _sliced(values, given, dim, start, start + sizes[index])
+
+
+@write(aten.cat.default)
+def _joined(values: Values, node: fx.Node) -> Value:
+    nodes: list[fx.Node] = arguments(node)["tensors"]
+    known = [values.value(each) for each in nodes]
+    alike = len({(each.grid and each.grid[:2], each.dtype) for each in known}) == 1
+    order = known[0].order
+    given = [values.value(each, order) if alike else values.real(each, order) for each in nodes]
+    axis = order.index(arguments(node)["dim"] % len(order))
+    options: dict[str, Any] = {"axis": axis, "fusedActivationFunction": NONE}
+    return values.moved("CONCATENATION", given[0], given[1:], shape_of(node), order, "ConcatenationOptions", **options)
+
+
+@write(aten.constant_pad_nd.default, aten.pad.default)
+def _pad(values: Values, node: fx.Node) -> Value:
+    named, given = arguments(node), values.value(source(node))
+    if named.get("mode", "constant") != "constant":
+        raise Refused(f"LiteRT pads with constants here (`{node.target}`: {named['mode']})")
+    if named["value"] and given.grid is not None:
+        given = values.real(source(node))
+    around = [(0, 0)] * len(given.shape)
+    for place, start in enumerate(range(0, len(named["pad"]), 2)):
+        around[len(given.shape) - 1 - place] = tuple(named["pad"][start : start + 2])
+    if any(side < 0 for sides in around for side in sides):
+        raise Refused("LiteRT does not pad by less than nothing")
+    laid = [list(around[dim]) for dim in given.order]
+    return padded(values, given, laid, shape_of(node), named["value"] or None)
+
+
+@write(aten.expand.default)
+def _expanded(values: Values, node: fx.Node) -> Value:
+    given, shape = values.real(source(node)), shape_of(node)
+    if len(given.shape) < len(shape):
+        given = values.reshaped(given, [1] * (len(shape) - len(given.shape)) + list(given.shape))
+    if given.shape == tuple(shape):
+        return given
+    sizes = values.numbers(*(shape[dim] for dim in given.order))
+    return values.moved("BROADCAST_TO", given, [sizes], shape, given.order, "BroadcastToOptions")
+
+
+@write(aten.repeat.default)
+def _repeated(values: Values, node: fx.Node) -> Value:
+    times, given = arguments(node)["repeats"], values.real(source(node))
+    given = values.reshaped(given, [1] * (len(times) - len(given.shape)) + list(given.shape))
+    return values.moved(
+        "TILE", given, [values.numbers(*(times[dim] for dim in given.order))], shape_of(node), given.order
+    )
+
+
+@write(aten.max_pool2d.default)
+def _max_pool(values: Values, node: fx.Node) -> Value:
+    return maximum(values, node, values.value(source(node)), shape_of(node))
+
+
+@write(NEAREST)
+def _nearest(values: Values, node: fx.Node) -> Value:
+    given, shape = values.value(source(node), channels_last(4)), shape_of(node)
+    if any(now % before for now, before in zip(shape[2:], given.shape[2:], strict=True)):
+        raise Refused("LiteRT repeats pixels a whole number of times")
+    size = values.numbers(*shape[2:])
+    return values.moved("RESIZE_NEAREST_NEIGHBOR", given, [size], shape, given.order, "ResizeNearestNeighborOptions")
+
+
+@write(aten.upsample_bilinear2d.vec)
+def _bilinear(values: Values, node: fx.Node) -> Value:
+    given, shape = values.real(source(node), channels_last(4)), shape_of(node)
+    corners = bool(arguments(node)["align_corners"])
+    options = {"alignCorners": corners, "halfPixelCenters": not corners}
+    size = values.numbers(*shape[2:])
+    return values.moved("RESIZE_BILINEAR", given, [size], shape, given.order, "ResizeBilinearOptions", **options)
+
+
+@write(aten.pixel_shuffle.default)
+def _shuffled(values: Values, node: fx.Node) -> Value:
+    given, times = values.value(source(node)), int(arguments(node)["upscale_factor"])
+    count, channels, height, width = given.shape
+    parts = values.reshaped(given, [count, channels // times**2, times, times, height, width])
+    turned = (0, 1, 4, 2, 5, 3)
+    laid = values.arranged(parts, turned)
+    moved = Value(laid.index, tuple(laid.lies), plain(6), laid.dtype, laid.grid)
+    return values.reshaped(moved, shape_of(node))
+
+
+@write(aten.embedding.default)
+def _rows(values: Values, node: fx.Node) -> Value:
+    return _gathered(values, node, source(node), source(node, 1), 0)
+
+
+@write(aten.index_select.default)
+def _selected(values: Values, node: fx.Node) -> Value:
+    return _gathered(values, node, source(node), source(node, 2), int(arguments(node)["dim"]))
+
+
+@write(aten.index.Tensor)
+def _indexed(values: Values, node: fx.Node) -> Value:
+    places: Any = arguments(node)["indices"]
+    if len(places) != 1:
+        raise Refused("LiteRT looks places up in one dimension")
+    return _gathered(values, node, source(node), places[0], 0)
+
+
+def _gathered(values: Values, node: fx.Node, table: fx.Node, places: fx.Node, axis: int) -> Value:
+    rows, laid = values.real(table), values.value(places)
+    rows, laid = (values.arranged(each, plain(len(each.shape))) for each in (rows, laid))
+    options: dict[str, Any] = {"axis": axis % len(rows.shape)}
+    return values.make("GATHER", [rows, laid], shape_of(node), dtype=rows.dtype, kind="GatherOptions", **options)

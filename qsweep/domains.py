@@ -227,8 +227,8 @@ def resolve(tree: Any, suggest: Suggest, path: str = "") -> Any:
 
 
 def behind(tree: Any, plain: Any, path: str = "") -> Iterator[dict[str, Any]]:
-    """Every combination of suggested values for which `resolve` gives what is in `plain`, which may have keys that the
-    tree leaves to their defaults."""
+    """Every combination of suggested values for which `resolve` may give what is in `plain`, which may have keys that
+    the tree leaves to their defaults, and written out what is short in the tree (`gptq` for `{method: gptq}`)."""
     if isinstance(tree, Choice):
         for option, label in zip(tree.options, tree.labels, strict=True):
             yield from ({path: label} | found for found in behind(option, plain, _join(path, label)))
@@ -243,7 +243,7 @@ def behind(tree: Any, plain: Any, path: str = "") -> Iterator[dict[str, Any]]:
     elif isinstance(tree, list):
         if isinstance(plain, list) and len(tree) == len(plain):
             yield from behind(dict(enumerate(tree)), dict(enumerate(plain)), path)
-    elif tree == plain:
+    elif tree == plain or (isinstance(tree, str) and isinstance(plain, dict)):
         yield {}
 
 

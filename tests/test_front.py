@@ -71,6 +71,13 @@ def test_accuracies_are_drawn_from_the_same_samples_for_all() -> None:
     assert Places(records, OBJECTIVES, scores=scores).members()[1] == "certain"
 
 
+@pytest.mark.parametrize("count", [5, 6, 7, 9, 10, 11])
+def test_records_that_are_equal_stand_in_each_others_way_in_no_draw(count: int) -> None:
+    scores = {i: (np.random.default_rng(0).random(800) < 0.9).astype(np.float32) for i in range(count)}
+    records = [record(i, accuracy=float(scores[i].mean()), size_bytes=10) for i in range(count)]
+    assert Places(records, OBJECTIVES, scores=scores).shares == dict.fromkeys(range(count), 1.0)
+
+
 @pytest.mark.parametrize(("half_width", "expected"), [(0.01, "certain"), (3.0, "probable")])
 def test_latency_is_drawn_from_its_interval(half_width: float, expected: str) -> None:
     records = [

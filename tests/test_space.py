@@ -107,6 +107,7 @@ def test_what_is_behind_a_config_may_be_left_to_defaults_but_must_be_in_the_spac
     tree = parse({"choice": [{"method": "a", "x": {"range": [1, 9], "step": 2}}, {"method": "b"}, None]})
     assert list(behind(tree, {"method": "a", "x": 5, "seed": 0})) == [{"": "a", "a.x": 5}]
     assert list(behind(tree, None)) == [{"": None}]
+    assert list(behind(parse({"choice": ["a", None, 2]}), {"method": "a"})) == [{"": "a"}]  # in short
     for outside in ({"method": "a", "x": 4}, {"method": "a", "x": 11}, {"method": "a"}, {"method": "c"}, 3):
         assert not list(behind(tree, outside))
 

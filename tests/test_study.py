@@ -580,6 +580,17 @@ def test_an_fp32_baseline_that_fails_is_an_error_until_it_is_mended(tmp_path: Pa
     assert sweep(tmp_path, small_spec(), build_0000="die once")[0].attempts == 2
 
 
+def test_points_that_are_written_in_short_are_known_again(tmp_path: Path) -> None:
+    short = REAL | {"rounding": {"choice": ["nearest", "gptq", {"method": "adaround", "iterations": 100}]}}
+    spec = small_spec(short, search={"trials": 3, "sampler": "random"})
+    first = sweep(tmp_path, spec)
+    assert sweep(tmp_path, spec).keys() == first.keys()
+    for path in tmp_path.glob("sweeps/small/optuna.db*"):
+        path.unlink()
+    assert len(sweep(tmp_path, small_spec(short, search={"trials": 4, "sampler": "random"}))) == len(first) + 1
+    assert max(calls(tmp_path).values()) == 1
+
+
 def test_a_lost_database_costs_no_trial_and_no_number_is_given_twice(tmp_path: Path) -> None:
     first = sweep(tmp_path, small_spec(REAL, search={"trials": 2}))
     for path in tmp_path.glob("sweeps/small/optuna.db*"):

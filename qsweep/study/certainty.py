@@ -161,11 +161,14 @@ def _accuracy_shifts(scores: Sequence[ndarray | None], random: Generator, draws:
     lengths = {len(column) for column in scores if column is not None}
     for length in sorted(lengths):  # one, unless the validation split was changed by hand
         columns = [i for i, column in enumerate(scores) if column is not None and len(column) == length]
-        table = np.stack([scores[i] for i in columns], axis=1).astype(np.float32)  # type: ignore[misc]
+        all_scores = np.stack([scores[i] for i in columns], axis=1)  # type: ignore[misc]
+        # equal columns once: the rounding of a product depends on their place, and the least of it would decide
+        unique, which = np.unique(all_scores, axis=1, return_inverse=True)
+        table = unique.astype(np.float32)
         table -= table.mean(axis=0)
         for row in range(draws):
             counts = np.bincount(random.integers(length, size=length), minlength=length)
-            shifts[row, columns] = counts.astype(np.float32) @ table / length
+            shifts[row, columns] = (counts.astype(np.float32) @ table / length)[which.ravel()]
     return shifts
 
 

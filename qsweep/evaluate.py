@@ -53,6 +53,14 @@ def predict(
     return joined
 
 
+def class_axis(outputs: Tensor, labels: Tensor) -> int:
+    """Along which dimension of `outputs` (N, ...) the scores of classes lie that whole `labels` (N, ...) count: that
+    without which the shapes are one, the second wherever that may be, as PyTorch's losses have it."""
+    sizes, wanted = outputs.shape[1:], labels.shape[1:]
+    fitting = [axis for axis in range(len(sizes)) if (*sizes[:axis], *sizes[axis + 1 :]) == tuple(wanted)]
+    return 1 + fitting[0] if fitting and not labels.is_floating_point() else 1
+
+
 def accuracy_of_part(task: Task, outputs: Tensor, labels: Tensor) -> float | None:
     """The task's `metric` of these samples where it has one, None where that has no value for them; else the mean of
     their scores."""

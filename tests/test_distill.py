@@ -43,6 +43,14 @@ def test_classes_are_the_second_dimension_of_dense_outputs() -> None:
     assert torch.allclose(divergence(student, teacher, 2.0), divergence(flat[0], flat[1], 2.0))
 
 
+def test_classes_of_tokens_are_the_dimension_that_labels_lack() -> None:
+    student, teacher = logits(0, 2, 5, 3), logits(1, 2, 5, 3)
+    labels = torch.zeros(2, 5, dtype=torch.long)
+    flat = [each.reshape(-1, 3) for each in (student, teacher)]
+    expected = 2.0**2 * divergence(flat[0], flat[1], 2.0)
+    assert torch.allclose(Logits(temperature=2.0).distance(student, teacher, labels), expected)
+
+
 @pytest.mark.parametrize(("student", "teacher"), [((4,), (4,)), ((4, 3), (4, 2)), ((4, 1), (4, 1))])
 def test_outputs_that_cannot_be_compared_are_refused(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     with pytest.raises(TaskFailure, match="distillation needs logits"):

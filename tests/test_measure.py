@@ -171,6 +171,15 @@ def test_of_one_sample_all_outputs_tell_the_range() -> None:
         parity(one + 0.05, one, torch.zeros(1, 3), Measure())
 
 
+def test_outputs_by_token_agree_in_the_class_of_each_token() -> None:
+    simulated = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(0))  # (2, tokens, classes)
+    deployed = simulated * torch.linspace(1, 3, 5).reshape(5, 1)  # no class of a token gets past another
+    labels = torch.tensor([[0, 1, 2, 3, -100]] * 2)
+    assert parity(deployed, simulated, labels, Measure())["parity_top1"] == 1.0
+    deployed[0, 0] = deployed[0, 0].flip(0)
+    assert parity(deployed, simulated, labels, Measure(parity_top1=0))["parity_top1"] == 0.9
+
+
 def test_outputs_by_place_agree_in_the_class_of_each_place() -> None:
     simulated = torch.eye(4).repeat(2, 1, 1)  # (2, classes, places)
     deployed = simulated.clone()

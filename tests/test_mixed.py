@@ -136,6 +136,13 @@ def test_the_divergence_is_that_of_the_softmax(tmp_path: Path) -> None:
     assert scores["1.weight"][3] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_classes_of_tokens_are_those_that_labels_number() -> None:
+    found, wanted = torch.randn(2, 8, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.zeros(8, 5, dtype=torch.long)
+    flat = _sensitivity._divergence(found.reshape(-1, 3), wanted.reshape(-1, 3), None, labels.flatten())
+    assert _sensitivity._divergence(found, wanted, None, labels).item() == pytest.approx(flat.item())
+
+
 def test_the_fisher_information_is_the_mean_of_squared_gradients_of_single_samples(tmp_path: Path) -> None:
     model, task = flat_linear(), Noise()
     found = context(tmp_path, task=task)

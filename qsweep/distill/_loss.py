@@ -58,19 +58,19 @@ def check_classes(outputs: Tensor, labels: Tensor) -> None:
         )
 
 
-def divergence(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(targets / T) || softmax(outputs / T)) of logits (B, classes, ...), mean over all but the classes.
+def divergence(outputs: Tensor, targets: Tensor, temperature: float, axis: int = 1) -> Tensor:
+    """KL(softmax(targets / T) || softmax(outputs / T)) of logits with their classes along `axis`, mean over the rest.
 
     Raises TaskFailure for outputs that cannot be logits of several classes, or whose shapes differ.
     """
-    if outputs.dim() < 2 or outputs.shape[1] < 2 or outputs.shape != targets.shape:
+    if outputs.dim() < 2 or outputs.shape[axis] < 2 or outputs.shape != targets.shape:
         shapes = f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
         raise TaskFailure(
             f"distillation needs logits (batch, 2 classes or more, ...) alike from student and teacher (got {shapes}); "
             "`method: outputs` takes outputs of any kind"
         )
-    wanted, found = F.log_softmax(targets / temperature, 1), F.log_softmax(outputs / temperature, 1)
-    return F.kl_div(found, wanted, reduction="none", log_target=True).sum(1).mean()
+    wanted, found = F.log_softmax(targets / temperature, axis), F.log_softmax(outputs / temperature, axis)
+    return F.kl_div(found, wanted, reduction="none", log_target=True).sum(axis).mean()
 
 
 def squared(outputs: Tensor, targets: Tensor, parts: Parts | None = None) -> Tensor:

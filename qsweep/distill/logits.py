@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ class Logits(Distillation):
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2.
     """
 
+    version: ClassVar[int] = 2
+
     method: Literal["logits"] = "logits"
     temperature: Annotated[float, Field(gt=0)] = 4.0
     """T: a higher one shows the student more of how the teacher ranks the wrong classes."""
@@ -35,9 +37,13 @@ class Logits(Distillation):
 
     def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor | None, parts: Parts | None = None) -> Tensor:
         from qsweep.distill._loss import check_classes, chosen, divergence
+        from qsweep.evaluate import class_axis
 
         students, teachers = (chosen(each, parts, self.outputs) for each in (outputs, targets))
+        axis = 1
         if labels is not None and not self.outputs:
             check_classes(students[0], labels)
-        found = [divergence(one, other, self.temperature) for one, other in zip(students, teachers, strict=True)]
+            axis = class_axis(students[0], labels)
+        pairs = zip(students, teachers, strict=True)
+        found = [divergence(one, other, self.temperature, axis) for one, other in pairs]
         return self.temperature**2 * sum(found[1:], found[0]) / len(found)

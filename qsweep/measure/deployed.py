@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qsweep.engines import Runner
 from qsweep.errors import NotFinite, ParityFailure
+from qsweep.evaluate import class_axis
 from qsweep.spec import Measure
 from qsweep.tasks import SplitName, Task
 from qsweep.tasks._parts import Parts, by_name
@@ -40,13 +41,14 @@ def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, device: 
 def parity(
     deployed: Tensor, simulated: Tensor, labels: Tensor, settings: Measure, parts: Parts | None = None
 ) -> dict[str, float]:
-    """`parity_top1` and `parity_max_abs` of two outputs (N, C, ...) for samples with these labels (N, ...), or of the
+    """`parity_top1` and `parity_max_abs` of two outputs (N, C, ...) or, of tokens, (N, ..., C) for samples with these labels (N, ...), or of the
     several `parts` that lie side by side in them; see `Measure.parity_top1`.
 
     Raises ParityFailure below the bound of the former.
     """
     if not (parts and parts.several) and _of_classes(simulated, labels):
-        what, same = "of the top classes", deployed.argmax(1) == simulated.argmax(1)
+        axis = class_axis(simulated, labels)
+        what, same = "of the top classes", deployed.argmax(axis) == simulated.argmax(axis)
     else:
         pairs = zip(*(by_name(each, parts).values() for each in (deployed, simulated)), strict=True)
         what, same = "of the outputs", torch.cat([_alike(one, other).flatten() for one, other in pairs])
@@ -67,5 +69,5 @@ def _alike(deployed: Tensor, simulated: Tensor) -> Tensor:
 
 def _of_classes(outputs: Tensor, labels: Tensor) -> bool:
     """Whether outputs are scores of classes that labels number; else they are what labels are: numbers, images."""
-    several = outputs.dim() > 1 and outputs.shape[1] > 1
+    several = outputs.dim() > 1 and outputs.shape[class_axis(outputs, labels)] > 1
     return several and not labels.is_floating_point() and outputs.shape[1:] != labels.shape[1:]

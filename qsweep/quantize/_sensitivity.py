@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from qsweep.errors import NotFinite, Refused
+from qsweep.evaluate import class_axis
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import Place
 from qsweep.hub.nodes import constant
@@ -44,7 +45,7 @@ def sensitivity(config: Mixed, model: QuantizedModel, context: Context) -> Score
     levels = (config.weight_scheme, config.weight_granularity, config.group_size, config.weight_range)
     samples = (config.sensitivity_samples, seed, config.smooth and config.calibration_samples)
     parents = (context.key, torch.__version__, *preparation(config), *samples, *levels)
-    key = context.store.key("sensitivity", 6, config.sensitivity, sorted(config.candidates), *parents)
+    key = context.store.key("sensitivity", 7, config.sensitivity, sorted(config.candidates), *parents)
     stored = json.loads((context.store.folder(key, compute) / "scores.json").read_text())
     return {name: {int(bits): score for bits, score in found.items()} for name, found in stored.items()}
 
@@ -64,7 +65,9 @@ def scored(config: Mixed, model: QuantizedModel, task: Task, samples: Samples) -
     if config.sensitivity == "fisher":
         found = _by_fisher(model.graph, rounded, task, samples)
     else:
-        distance = partial(_divergence if config.sensitivity == "kl" else _error, parts=parts_of(task, "outputs"))
+        parts = parts_of(task, "outputs")
+        divergence = partial(_divergence, parts=parts, labels=samples.labels)
+        distance = divergence if config.sensitivity == "kl" else partial(_error, parts=parts)
         found = _by_outputs(model.graph, rounded, samples.inputs, distance)
     for name, scores in found.items():
         if not all(map(math.isfinite, scores.values())):
@@ -118,15 +121,17 @@ def _behind(graph: fx.GraphModule, name: str) -> set[fx.Node]:
     return found
 
 
-def _divergence(found: Tensor, wanted: Tensor, parts: Parts | None) -> Tensor:
-    """KL(softmax(wanted) || softmax(found)) of logits (B, classes, ...), mean over all but the classes; float64."""
-    if wanted.dim() < 2 or wanted.shape[1] < 2 or (parts and parts.several):
+def _divergence(found: Tensor, wanted: Tensor, parts: Parts | None, labels: Tensor) -> Tensor:
+    """KL(softmax(wanted) || softmax(found)) of logits whose classes `labels` (N, ...) number, mean over the rest;
+    float64."""
+    axis = class_axis(wanted, labels)
+    if wanted.dim() < 2 or wanted.shape[axis] < 2 or (parts and parts.several):
         raise Refused(
             "`sensitivity`: must be `output_error` or `fisher` for outputs that are not logits (batch, classes, ...) "
             f"(got `kl` for {tuple(wanted.shape)})"
         )
-    logarithms = F.log_softmax(found.double(), 1), F.log_softmax(wanted.double(), 1)
-    return F.kl_div(*logarithms, reduction="none", log_target=True).sum(1).mean().clamp(min=0)
+    logarithms = F.log_softmax(found.double(), axis), F.log_softmax(wanted.double(), axis)
+    return F.kl_div(*logarithms, reduction="none", log_target=True).sum(axis).mean().clamp(min=0)
 
 
 def _error(found: Tensor, wanted: Tensor, parts: Parts | None) -> Tensor:

@@ -157,9 +157,9 @@ class Measure(Config):
     """Validation samples on which the artifact is compared with its simulation."""
     parity_top1: Annotated[float, Field(ge=0, le=1)] = 0.95
     """A trial that agrees with its simulation on a smaller share fails as `ParityFailure`. Outputs (N, C, ...), and
-    (N, ..., C) of tokens with labels (N, ...), agree in the largest of C where labels are numbers of classes. Else, as of regressions and images, whose labels are floats or
-    have the shape of outputs, and of several outputs, numbers agree that differ by at most 2 % of the range that theirs
-    of C has."""
+    (N, ..., C) of tokens with labels (N, ...), agree in the largest of C where labels are numbers of classes. Else, as
+    of regressions and images, whose labels are floats or have the shape of outputs, and of several outputs, numbers
+    agree that differ by at most 2 % of the range that theirs of C has."""
     latency_pairs: Annotated[int, Field(ge=5)] = 50
     """Interleaved pairs of calls, artifact and fp32 baseline, after warm-up."""
     latency_seconds: Annotated[float, Field(gt=0)] = 2.0

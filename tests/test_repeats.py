@@ -97,7 +97,7 @@ def open_places(count: int) -> tuple[list[Record], dict[int, np.ndarray]]:
     random = np.random.default_rng(1)
     scores = {i: (random.random(300) < 0.8).astype(np.uint8) for i in range(count)}
     records = [record(i, accuracy=float(row.mean()), size_bytes=10, latency_ms=1.0) for i, row in scores.items()]
-    return [r.model_copy(update={"config": configured(r.number)}) for r in records], scores
+    return [r.model_copy(update={"config": configured(r.number), "engine": "onnxruntime"}) for r in records], scores
 
 
 def configured(number: int, engine: str = "onnxruntime") -> dict[str, Any]:
@@ -129,6 +129,9 @@ def test_a_round_takes_the_most_open_configs_that_a_seed_can_change_as_far_as_th
     assert asked(small_spec(search={"repeats": 0}), records, 1, scores) == []
 
 
+TWO = {"target": {"engine": {"choice": ["onnxruntime", "openvino"]}}, "objectives": ["accuracy", "latency_ms"]}
+
+
 def on_two_engines(*losses: int) -> tuple[list[Record], dict[int, np.ndarray]]:
     """Configs that only chance puts in an order; record 10 + i is config i on an engine that takes 9 times as long, and
     has lost so many samples more."""
@@ -138,7 +141,7 @@ def on_two_engines(*losses: int) -> tuple[list[Record], dict[int, np.ndarray]]:
         row = scores[number].copy()
         row[np.flatnonzero(row)[:lost]] = 0
         scores[10 + number] = row
-        config = {"config": configured(number, "openvino"), "kernels": "slow"}
+        config = {"config": configured(number, "openvino"), "engine": "openvino", "kernels": "slow"}
         of = record(10 + number, accuracy=float(row.mean()), size_bytes=10, latency_ms=9.0)
         slow.append(of.model_copy(update=config))
     return [*records, *slow], scores
@@ -147,8 +150,7 @@ def on_two_engines(*losses: int) -> tuple[list[Record], dict[int, np.ndarray]]:
 def test_a_config_is_repeated_on_every_engine_that_it_is_compared_on() -> None:
     """Else a place that its mean has lost on one is taken by its first evaluation on another."""
     records, scores = on_two_engines(0, 0, 0)
-    objectives = {"objectives": ["accuracy", "latency_ms"]}
-    one = small_spec(search={"repeats": 1}, **objectives)
+    one = small_spec(search={"repeats": 1}, **TWO)
     first = asked(one, records, 1, scores)
     assert [number % 10 for number in first] == [first[0] % 10] * 2
     assert {number // 10 for number in first} == {0, 1}
@@ -156,7 +158,7 @@ def test_a_config_is_repeated_on_every_engine_that_it_is_compared_on() -> None:
     assert asked(one, half, 1, scores) == first[:1]
     both = [again(r, 0.1) if r.number in first else r for r in records]
     assert asked(one, both, 2, scores) == []
-    assert len(asked(small_spec(search={"repeats": 2}, **objectives), both, 2, scores)) == 2
+    assert len(asked(small_spec(search={"repeats": 2}, **TWO), both, 2, scores)) == 2
 
 
 def test_a_config_that_comes_on_another_engine_later_is_repeated_like_the_first() -> None:
@@ -164,14 +166,14 @@ def test_a_config_that_comes_on_another_engine_later_is_repeated_like_the_first(
     records, scores = on_two_engines(0)
     records = [r if r.number in (0, 11) else again(r, 0.1) for r in records]
     records[0] = records[0].model_copy(update={"metrics": Metrics(accuracy=0.1, size_bytes=20, latency_ms=20.0)})
-    one = small_spec(search={"repeats": 1}, objectives=["accuracy", "latency_ms"])
+    one = small_spec(search={"repeats": 1}, **TWO)
     assert asked(one, [r for r in records if r.number != 11], 1, scores) == []
     assert asked(one, records, 1, scores) == [11]
 
 
 def test_one_that_is_not_compared_is_not_repeated() -> None:
     records, scores = on_two_engines(0, 0, 100)
-    spec: dict[str, Any] = {"objectives": ["accuracy", "latency_ms"], "search": {"repeats": 9}}
+    spec: dict[str, Any] = TWO | {"search": {"repeats": 9}}
     assert sorted(asked(small_spec(**spec), records, 1, scores)) == [1, 3, 11, 13]
     bound = {"constraints": {"accuracy": {"min": 0.6}}}
     assert sorted(asked(small_spec(**spec, **bound), records, 1, scores)) == [1, 3, 11]

@@ -23,8 +23,7 @@ from qsweep.measure.sizes import digests
 from qsweep.records import Metrics, Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
 from qsweep.ship.registry import fetch
-from qsweep.spec import Constraint
-from qsweep.study import SweepFolder
+from qsweep.study import Places, SweepFolder
 from qsweep.tasks import Training
 from qsweep.track import publish, tracking_uri
 from qsweep.track.bundle import pickles
@@ -302,7 +301,7 @@ def test_the_best_is_chosen_by_its_metric_within_the_bounds() -> None:
 
 
 def test_a_trial_may_be_named_by_its_number() -> None:
-    found, kept = finished(records()), {"accuracy_drop_pp": Constraint(max=1)}
+    found, kept = finished(records()), small_spec(constraints={"accuracy_drop_pp": {"max": 1}})
     assert best(found, Selector(trial=3), kept).number == 3
     copy = found[3].model_copy(update={"number": 20, "duplicate_of": 3})
     assert best([*found, copy], Selector(trial=20)).number == 3
@@ -311,8 +310,21 @@ def test_a_trial_may_be_named_by_its_number() -> None:
         best(found, Selector(trial=failed.number))
 
 
+def test_what_another_engine_shows_in_place_of_one_that_refuses_it_is_not_shipped() -> None:
+    found = finished(records())
+    quickest = found[4].model_copy(update={"number": 21, "engine": "float", "kind": "baseline", "uid": "of float"})
+    quickest = quickest.model_copy(update={"metrics": quickest.metrics.model_copy(update={"accuracy": 1.0})})
+    assert best([*found, quickest], Selector(by="accuracy"), small_spec()).number == 4
+    assert best([*found, quickest], Selector(trial=21), small_spec()).number == 21
+    own = {"compress": {}, "target": {"engine": "float", "batch_size": 3}}
+    asked = small_spec(baselines=[own])
+    wanted = quickest.model_copy(update={"uid": asked.baselines[0].uid()})
+    assert best([*found, wanted], Selector(by="accuracy"), asked).number == 21
+    assert Places.of(asked, [*found, quickest], {}).members().keys() == Places.of(asked, found, {}).members().keys()
+
+
 def test_the_best_keeps_the_constraints_of_the_spec_too() -> None:
-    found, kept = finished(records()), {"accuracy_drop_pp": Constraint(max=1)}
+    found, kept = finished(records()), small_spec(constraints={"accuracy_drop_pp": {"max": 1}})
     assert best(found, Selector(by="size_bytes"), kept).number == 4
     with pytest.raises(SweepError, match="no trial keeps accuracy_drop_pp ≤ 1 and size_bytes ≤ 5000"):
         best(found, Selector(max={"size_bytes": 5000}), kept)

@@ -190,7 +190,7 @@ class Watch:
         loss = self._little(records) if bound is None or bound.max is None else bound.max
         most = f"accuracy_drop_pp={loss:g}"
         try:
-            if best(records, Selector.parse(max=[most], by=by), self.spec.constraints).name == UNCOMPRESSED:
+            if best(records, Selector.parse(max=[most], by=by), self.spec).name == UNCOMPRESSED:
                 by = "size_bytes"
         except SweepError as error:
             return [f"  {error}"]

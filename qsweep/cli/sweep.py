@@ -51,4 +51,4 @@ def choose(
 
     spec, folder = find(path)
     selector = Selector.parse(maxima or (), minima or (), by, trial, spec.task)
-    return best(folder.records(), selector, spec.constraints), spec, folder
+    return best(folder.records(), selector, spec), spec, folder

@@ -41,8 +41,8 @@ def outputs(run: Runner, task: Task, split: SplitName, batch_size: int, device: 
 def parity(
     deployed: Tensor, simulated: Tensor, labels: Tensor, settings: Measure, parts: Parts | None = None
 ) -> dict[str, float]:
-    """`parity_top1` and `parity_max_abs` of two outputs (N, C, ...) or, of tokens, (N, ..., C) for samples with these labels (N, ...), or of the
-    several `parts` that lie side by side in them; see `Measure.parity_top1`.
+    """`parity_top1` and `parity_max_abs` of two outputs, (N, C, ...) or, of tokens, (N, ..., C), for samples with these
+    labels (N, ...), or of the several `parts` that lie side by side in them; see `Measure.parity_top1`.
 
     Raises ParityFailure below the bound of the former.
     """

@@ -63,7 +63,7 @@ def promote(sweep: Path, selector: Selector, name: str, alias: str = "champion")
         )
     folder = SweepFolder.at(sweep)
     spec = folder.spec()
-    record = best(folder.records(), selector, spec.constraints)
+    record = best(folder.records(), selector, spec)
     uri = tracking_uri(spec.track.uri, folder.root)
     client = connect(uri)  # first of all: it keeps MLflow quiet too
     with TemporaryDirectory() as place:

@@ -10,8 +10,8 @@ from qsweep.config import Config
 from qsweep.errors import SpecError, SweepError, did_you_mean
 from qsweep.records import Metrics, Record
 from qsweep.space import complaint
-from qsweep.spec import Constraint, no_share, shares
-from qsweep.study.front import feasible, figures, losses
+from qsweep.spec import Constraint, Spec, no_share, shares
+from qsweep.study.front import feasible, figures, losses, of_target
 from qsweep.tasks import TaskConfig
 
 _ENDS = {"failed": "failed", "refused": "was refused"}
@@ -67,7 +67,8 @@ class Selector(Config):
         try:
             return cls(max=_bounds("max", max, task), min=_bounds("min", min, task), by=by, trial=trial)
         except ValidationError as error:
-            raise SpecError(f"`--{complaint(error).removeprefix('`')}") from None
+            told = complaint(error)
+            raise SpecError(f"`--{told[1:]}" if told.startswith("`") else told) from None
 
     @property
     def bounds(self) -> dict[str, Constraint]:
@@ -92,15 +93,15 @@ class Selector(Config):
         return " and ".join(bounds + [f"{name} ≥ {bound:g}" for name, bound in self.min.items()])
 
 
-def best(records: Sequence[Record], selector: Selector, constraints: Mapping[str, Constraint] | None = None) -> Record:
-    """The record to ship, baselines included, out of those that keep the bounds and `constraints`, a spec's.
+def best(records: Sequence[Record], selector: Selector, spec: Spec | None = None) -> Record:
+    """The record to ship, baselines included, out of those that keep the bounds, and those of `spec` on its engines.
 
     Raises SweepError, with the nearest miss, where none does, and where there is no such trial.
     """
     if selector.trial is not None:
         return _numbered(records, selector.trial)
-    constraints = constraints or {}
-    selector = selector.within(constraints)
+    if spec is not None:
+        records, selector = of_target(spec, records), selector.within(spec.constraints)
     done = [r for r in records if r.state == "complete" and r.duplicate_of is None and _measured(r, selector.by)]
     if not done:
         raise SweepError(

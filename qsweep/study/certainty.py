@@ -16,6 +16,7 @@ from qsweep.study.front import (
     judged,
     measurements,
     of_records,
+    of_target,
     pareto,
     signs,
     values_of,
@@ -53,7 +54,7 @@ class Places:
     @classmethod
     def of(cls, spec: Spec, records: Sequence[Record], scores: Scores) -> Places:
         points = spec.task.judged_by.scale
-        return cls(records, spec.objectives, spec.constraints, scores, spec.search.seed, points)
+        return cls(of_target(spec, records), spec.objectives, spec.constraints, scores, spec.search.seed, points)
 
     @cached_property
     def front(self) -> list[Record]:

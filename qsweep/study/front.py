@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qsweep.records import Call, Metrics, Record
-from qsweep.spec import Constraint
+from qsweep.spec import Constraint, Spec
+from qsweep.study.points import targets
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -28,6 +29,13 @@ class Measurement(NamedTuple):
     kernels: str
     call: Call
     """What its latency is that of."""
+
+
+def of_target(spec: Spec, records: Sequence[Record]) -> list[Record]:
+    """The model itself, and what runs on an engine that the spec asks for, in its target or in baselines of its own: a
+    person who ships for one does not choose what `float` shows in its place."""
+    engines, own = {engine.engine for engine in targets(spec)}, {config.uid() for config in spec.baselines}
+    return [record for record in records if not record.number or record.engine in engines or record.uid in own]
 
 
 def measurements(records: Sequence[Record]) -> list[Measurement]:

@@ -40,7 +40,8 @@ def load_class(path: Path, name: str) -> type:
     _call(path, "import", spec.loader.exec_module, module)
     found = getattr(module, name, None)
     if not isinstance(found, type):
-        classes = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module_name]
+        known = vars(module).items()
+        classes = [key for key, value in known if isinstance(value, type) and value.__module__ == module_name]
         raise TaskFailure(f"`{path}`: must have a class `{name}` (it has {', '.join(classes) or 'none'})")
     missing = [method for method in METHODS if not callable(getattr(found, method, None))]
     if missing:

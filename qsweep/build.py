@@ -65,6 +65,8 @@ def context_of(
 
 def compress(config: Compression, model: nn.Module, context: Context, clock: Clock) -> QuantizedModel:
     """`model`, changed in place by the stages of `config` in their order, as the hub form."""
+    for later in config.stages()[1:]:
+        later.check(context)
     for name, stage in (("prune", config.prune), ("distill", config.distill)):
         if stage is not None:
             context.progress(name)

@@ -67,6 +67,10 @@ class Stage(Config, ABC):
         """This stage's part of a trial's name, such as `prune50`."""
         return self.method
 
+    def check(self, context: Context) -> None:
+        """Raise what `apply` would, as far as the uncompressed model of `context` tells: stages before this one may
+        train for hours."""
+
 
 def stage_key(stage: Stage, context: Context) -> str:
     """Identity of what `stage.apply(model, context)` returns: its key in the store, `context.key` of the next stage.

@@ -13,12 +13,17 @@ from test_prune import context, model, zeros
 from torch import Tensor, nn
 from toy_task import Toy
 
+from qsweep.build import Clock, compress
 from qsweep.distill._loss import divergence, squared, with_teacher
 from qsweep.distill.logits import Logits
 from qsweep.distill.outputs import Outputs
-from qsweep.errors import TaskFailure
+from qsweep.errors import Refused, TaskFailure
 from qsweep.evaluate import predict
 from qsweep.prune._global import zero_smallest
+from qsweep.prune.magnitude import Magnitude
+from qsweep.quantize.ptq import PTQ
+from qsweep.quantize.qat import QAT
+from qsweep.spec import Compression
 
 
 def logits(seed: int, *shape: int) -> Tensor:
@@ -153,3 +158,23 @@ def test_without_epochs_the_model_stays_as_it_is_and_the_rate_counts_for_nothing
 @pytest.mark.parametrize(("temperature", "label"), [(4, "T4"), (2.5, "T2.5"), (10.0, "T10"), (3.14159, "T3.1")])
 def test_the_name_of_a_distillation_tells_its_temperature(temperature: Any, label: str) -> None:
     assert Logits(temperature=temperature).label() == label
+
+
+@pytest.mark.parametrize(
+    ("stages", "error", "message"),
+    [
+        ({"distill": Logits(outputs=["logit"])}, TaskFailure, "`distill.outputs`: must be outputs of the model"),
+        ({"quantize": QAT(layer_bits={"clasifier.*": 8})}, Refused, r"`layer_bits`: `clasifier\.\*` must match"),
+        ({"quantize": PTQ(float_layers=["front.*"])}, Refused, r"`float_layers`: `front\.\*` must match"),
+    ],
+    ids=["output", "layer_bits", "float_layers"],
+)
+def test_what_a_later_stage_refuses_is_told_before_anything_is_trained(
+    stages: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    begun: list[str] = []
+    found = replace(context(tmp_path), progress=begun.append)
+    config = Compression(prune=Magnitude(sparsity=0.5), **stages)
+    with pytest.raises(error, match=message):
+        compress(config, found.original(), found, Clock())
+    assert "prune" not in begun

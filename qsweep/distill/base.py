@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from qsweep.tasks import Task
     from qsweep.tasks._parts import Parts
 
 
@@ -54,17 +56,24 @@ class Distillation(Stage):
         from copy import deepcopy
 
         from qsweep.distill._loss import with_teacher
-        from qsweep.tasks._user import parts_of
 
         teacher = context.teacher()
         if context.device.type != "cpu":  # what others are given stays on the CPU
             teacher = deepcopy(teacher).to(context.device)
-        parts, labelled = (parts_of(context.task, role) for role in ("outputs", "labels"))
+        return with_teacher(teacher, context.task.loss, partial(self._distance, context.task), self.alpha)
 
-        def distance(outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
-            return self.distance(outputs, targets, None if labelled else labels, parts)
+    def check(self, context: Context) -> None:
+        from qsweep.evaluate import predict
 
-        return with_teacher(teacher, context.task.loss, distance, self.alpha)
+        inputs, labels = (part[:2] for part in context.task.samples("train"))
+        outputs = predict(context.original(), context.task, inputs)
+        self._distance(context.task, outputs, outputs, labels)
+
+    def _distance(self, task: Task, outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+        from qsweep.tasks._user import parts_of
+
+        parts, several = (parts_of(task, role) for role in ("outputs", "labels"))
+        return self.distance(outputs, targets, None if several else labels, parts)
 
     @abstractmethod
     def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor | None, parts: Parts | None = None) -> Tensor:

@@ -80,6 +80,12 @@ class LowBit(Quantization):
         """Whether the layer with the weight named `layer` is left as it is."""
         return any(fnmatchcase(layer, pattern) for pattern in self.float_layers)
 
+    def check(self, context: Context) -> None:
+        from qsweep.hub.export import float_graph
+
+        graph = float_graph(context.original(), context)
+        self.check_layers(graph.layers(), graph.recurrent_weights)
+
     def check_layers(self, layers: Sequence[Layer], recurrent: Sequence[str]) -> None:
         """Raises Refused for a model without layers to quantize, and for a pattern that matches none of these and none
         of the weights of recurrent layers."""

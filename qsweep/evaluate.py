@@ -18,6 +18,8 @@ _PART = 256
 """Samples that are looked at together."""
 _GROUPS = 500
 """Of samples that are left out of a metric in turns: the spread that they tell is right within 3 %."""
+_FEW = 500
+"""Samples that a teacher is held against the model on."""
 _SAME = 1e-4
 """Of the largest output: how far two calls of one model may be apart."""
 
@@ -136,11 +138,29 @@ def check(task: Task, model: nn.Module) -> list[str]:
             if odd is None:
                 raise
             raise type(error)(f"{error}; labels of sample {odd} of `{split}` are NaN or infinity") from error
+        if split == "train":
+            known = labels
+        elif strange := _strange_classes(outputs, labels, known):
+            warned.append(f"`{split}` has labels that neither the model nor `train` knows: {strange}")
         if split != "train" and (metric := _metric(task)) is not None:  # which may need samples of all classes
             metric(task.score(outputs[torch.arange(len(labels)) % len(outputs)], labels))
     if (teacher := own_teacher(task)) is not None:
         _check_teacher(task, teacher(), inputs[:4], outputs[:4].shape)
     return list(dict.fromkeys(warned))
+
+
+def _strange_classes(outputs: Tensor, labels: Tensor, known: Tensor) -> str | None:
+    """Which of the whole `labels` number no class of `outputs` and are not among `known`, such as one for what is left
+    out; None where there are none, or where labels are no classes."""
+    axis = class_axis(outputs, labels)
+    if outputs.dim() != labels.dim() + 1 or labels.is_floating_point() or (count := outputs.shape[axis]) < 2:
+        return None
+    found = torch.unique(labels)
+    found = found[((found < 0) | (found >= count)) & ~torch.isin(found, known)]
+    few = ", ".join(str(int(value)) for value in found[:5])
+    share = torch.isin(labels, found).float().mean().item()
+    more = ", ..." if len(found) > 5 else ""
+    return f"{few}{more} ({share:.1%} of them; classes are 0 to {count - 1})" if len(found) else None
 
 
 def _first_not_finite(values: Tensor) -> int | None:
@@ -217,6 +237,17 @@ def _check_teacher(task: Task, teacher: nn.Module, inputs: Tensor, shape: torch.
         raise TaskFailure(f"`teacher()`: {error}") from error
     if found != shape:
         raise TaskFailure(f"`teacher()` must give outputs {tuple(shape)}, as the model does (got {tuple(found)})")
+
+
+def doubts_of_teacher(task: Task, model: nn.Module) -> Iterator[str]:
+    """A sentence where the task's own teacher scores less than `model`, trained, on the first validation samples."""
+    if (teacher := own_teacher(task)) is None:
+        return
+    inputs, labels = (part[:_FEW] for part in task.samples("validation"))
+    own, other = (accuracy_of_part(task, predict(each, task, inputs), labels) for each in (model, teacher()))
+    if own is not None and other is not None and other < own:
+        first = f"the first {len(labels)} validation samples"
+        yield f"`teacher()` scores {other:.4g} on {first}, less than the model ({own:.4g}), which would follow it"
 
 
 def layout(inputs: Tensor) -> torch.memory_format:

@@ -20,7 +20,7 @@ from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.config import content_hash
 from qsweep.errors import Crashed, Refused, TaskFailure
-from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
+from qsweep.evaluate import accuracy, accuracy_of_part, check, doubts_of_teacher, judged, predict
 from qsweep.failures import known
 from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure
@@ -136,7 +136,7 @@ def _prepare(job: Job) -> Result:
         "about": about,
         "interface": task.interface if isinstance(task, UserTask) else {},
         "samples": task.seen if isinstance(task, UserTask) else {},
-        "doubts": [*warned, *doubts(task, job.task_config.judged_by)],
+        "doubts": [*warned, *doubts_of_teacher(task, model), *doubts(task, job.task_config.judged_by)],
     }
 
 

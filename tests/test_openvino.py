@@ -243,6 +243,11 @@ def test_bf16_and_float32_are_the_model(tmp_path: Path) -> None:
     assert sizes[0] < 0.6 * sizes[1]
 
 
+class Whole(nn.Module):
+    def forward(self, numbers: Tensor) -> Tensor:
+        return numbers.long()
+
+
 class Words(nn.Module):
     """Numbers of words beside a mask, (N, 2, T)."""
 
@@ -382,6 +387,18 @@ def test_what_is_exported_takes_any_batch_and_needs_openvino_alone(artifact: Pat
     wanted = engine.load(artifact)(NOISE)
     for inputs, outputs in ((NOISE, wanted), (NOISE[:3], wanted[:3])):
         torch.testing.assert_close(torch.from_numpy(run(inputs.numpy())[0]), outputs)
+
+
+def test_an_export_that_openvino_gets_wrong_for_any_batch_takes_that_which_was_measured(tmp_path: Path) -> None:
+    tokens = nn.Sequential(Whole(), nn.Embedding(100, 32), nn.Linear(32, 7))
+    inputs = torch.randint(0, 100, (4, 8), generator=torch.Generator().manual_seed(0)).float()
+    model = PTQ(activation_mode="token", calibration_samples=4).apply(tokens, shared("tokens of words", inputs))
+    engine = lowered(model, tmp_path / "artifact", 4)
+    (out := tmp_path / "out").mkdir()
+    engine.export(tmp_path / "artifact", out)
+    run = core().compile_model(out / "model.xml", "CPU", json.loads((out / "settings.json").read_text())["CPU"])
+    wanted = engine.load(tmp_path / "artifact")(inputs)
+    torch.testing.assert_close(torch.from_numpy(run(inputs.numpy())[0]), wanted)
 
 
 def test_an_artifact_takes_the_batches_that_it_is_loaded_for(artifact: Path) -> None:

@@ -292,6 +292,27 @@ def test_an_export_runs_without_qsweep(swept: SweepFolder, made: Path, tmp_path:
     assert (session.run(None, {given.name: inputs(4).numpy()})[0] == load(made)(inputs(4)).numpy()).all()
 
 
+def test_the_command_says_where_an_export_is_larger_than_what_is_promoted(
+    swept: SweepFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qsweep.cli import shipping
+
+    record = swept.records()[4]
+    shipping.export(swept.path, tmp_path / "one", trial=4)
+    size = (tmp_path / "one" / "model.onnx").stat().st_size
+    said = capsys.readouterr().out
+    assert f"{size:,} bytes" in said
+    assert record.metrics.size_bytes is not None
+    larger = (
+        f"these are {size:,} bytes for the runtime alone; `promote` ships the same in {record.metrics.size_bytes:,.0f}"
+    )
+    assert (larger in " ".join(said.split())) == (size > 1.05 * record.metrics.size_bytes)
+    swept.write(record.model_copy(update={"metrics": record.metrics.model_copy(update={"size_bytes": size / 2})}))
+    shipping.export(swept.path, tmp_path / "two", trial=4)
+    assert f"`promote` ships the same in {size / 2:,.0f}, packed" in " ".join(capsys.readouterr().out.split())
+    swept.write(record)
+
+
 def test_the_best_is_chosen_by_its_metric_within_the_bounds() -> None:
     found = finished(records())
     assert best(found, Selector(by="accuracy")).number == 4

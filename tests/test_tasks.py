@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from toy_task import Toy
 
 from qsweep.errors import DataError, NotFinite, TaskFailure
 from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
@@ -363,6 +364,30 @@ def test_a_task_may_import_modules_beside_it(tmp_path: Path) -> None:
     (tmp_path / "beside_the_task.py").write_text("SIZE = 4")
     task = user(tmp_path, "import torch\n", "import torch\nfrom beside_the_task import SIZE\n")
     assert task.samples("train").inputs.shape == (6, 3)
+
+
+class Counted(Toy):
+    """Some labels are others."""
+
+    def __init__(self, **others: int) -> None:
+        super().__init__()
+        self.others = others
+
+    def samples(self, split: SplitName) -> Samples:
+        inputs, labels = super().samples(split)
+        labels[-self.count // 5 :] = self.others.get(split, 0)
+        return Samples(inputs, labels)
+
+
+@pytest.mark.parametrize("label", [2, -1])
+def test_labels_that_number_no_class_are_told(label: int) -> None:
+    task = Counted(validation=label)
+    (said,) = check(task, task.model())
+    assert said == (
+        f"`validation` has labels that neither the model nor `train` knows: {label} (20.0% of them; classes are 0 to 1)"
+    )
+    left_out = Counted(train=-100, validation=-100, test=-100)  # as cross entropy leaves it out
+    assert check(left_out, left_out.model()) == []
 
 
 def use(task: Task) -> None:

@@ -14,7 +14,7 @@ from toy_task import Toy
 import qsweep
 from qsweep.build import context_of
 from qsweep.errors import TaskFailure
-from qsweep.evaluate import check
+from qsweep.evaluate import check, doubts_of_teacher
 from qsweep.store import Store
 from qsweep.tasks._user import guarded
 from qsweep.tasks.python import Python
@@ -52,6 +52,25 @@ def test_a_student_follows_the_teacher_of_its_task(quantize: dict[str, Any] | No
     distill = DISTILLED if quantize is None else DISTILLED | {"epochs": 0}
     assert accuracy(Taught(257), {"distill": distill, "quantize": quantize or {"method": "ptq"}}) < 0.3
     assert accuracy(Taught(257), {"quantize": QAT}) > 0.7
+
+
+class Knowing(Toy):
+    """Its teacher is right."""
+
+    def teacher(self) -> nn.Module:
+        teacher = Reversed()
+        teacher.weight.data.neg_()
+        return teacher
+
+
+def test_a_teacher_that_is_worse_than_the_model_is_told() -> None:
+    right, wrong = Knowing().teacher(), Taught().teacher()
+    (said,) = doubts_of_teacher(Taught(), right)
+    assert said == (
+        "`teacher()` scores 0 on the first 65 validation samples, less than the model (1), which would follow it"
+    )
+    assert not [*doubts_of_teacher(Knowing(), right), *doubts_of_teacher(Knowing(), wrong)]
+    assert not [*doubts_of_teacher(Toy(), right)]
 
 
 WITH_TEACHER = """

@@ -13,6 +13,8 @@ Name = Annotated[str, typer.Option("--name", help="The registered model of MLflo
 Alias = Annotated[
     str, typer.Option("--alias", help="What the new version is called; it moves from the version before.")
 ]
+_LARGER = 1.05
+"""Times what `promote` ships, from which on an export says so."""
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")]
 
 
@@ -62,5 +64,8 @@ def export(
     made = write(record, folder.path, out)
     files = sorted(path for path in made.rglob("*") if path.is_file())
     say(f"{record.name} on {place_text(record)}:", *(f"  {path}  {path.stat().st_size:,} bytes" for path in files))
+    total, packed = sum(path.stat().st_size for path in files), record.metrics.size_bytes
+    if packed is not None and total > _LARGER * packed:
+        say(f"note: these are {total:,} bytes for the runtime alone; `promote` ships the same in {packed:,.0f}, packed")
     if note := TrialConfig.model_validate(record.config).target.export_note:
         say(f"note: {note}")

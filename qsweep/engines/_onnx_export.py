@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def exported(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
     _with_flattens_as_reshapes(graph, example)
     batch = torch.export.Dim("batch")
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _once():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _once(), _quiet():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 graph,
@@ -58,6 +59,18 @@ def exported(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
         raise Refused(f"`torch.onnx` cannot export the model: {why(error)}") from error
     assert program is not None
     return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what its optimizer says of constants that it leaves as they are."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _in_known_ops(graph: torch.fx.GraphModule) -> None:

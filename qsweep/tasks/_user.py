@@ -150,7 +150,8 @@ class UserTask:
             if not value.is_floating_point() or value.shape[:1] != (count,):
                 must = f"must be floating point, of shape ({count}, ...) for {count} samples"
                 got = f"{value.dtype}, {tuple(value.shape)}"
-                raise TaskFailure(f"the model's output `{part.name}` {must} (got {got})")
+                which = f"output `{part.name}`" if part.name else "output"
+                raise TaskFailure(f"the model's {which} {must} (got {got})")
         return parts.joined(outputs, torch.float32)
 
     def _known(self, role: Role, value: Any, complaint: Callable[[str], TaskFailure]) -> Parts:

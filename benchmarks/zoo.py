@@ -1,7 +1,7 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [network] [token] [chain] [openvino] [alone] [latency] [phone] [server] [packed] [channels]
+    python benchmarks/zoo.py [network] [token] [chain] [openvino] [litert] [alone] [latency] [phone] [server] [packed] [channels]
         [narrow]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
@@ -53,8 +53,8 @@ accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point.
 one input (after @ an image's pixels a side) that are not the reference's; behind norms and softmax a float may fall
 on the other side of a tie, and what follows from it. Tokens: ranges that each row of a linear sets itself; at the end
 OpenVINO's deviation from the reference and its share of integers. Latencies
-are medians of ONNX Runtime on one thread for one image of 224 pixels a side. OpenVINO: deviations as above, the share
-of integers. Phone: ExecuTorch with XNNPACK, on this machine: the same, latency of int8 over that of float32 and of ONNX
+are medians of ONNX Runtime on one thread for one image of 224 pixels a side. OpenVINO, LiteRT: deviations as above,
+the share of integers. Phone: ExecuTorch with XNNPACK, on this machine: the same, latency of int8 over that of float32 and of ONNX
 Runtime's int8. Server: the same of OpenVINO. Weights alone: 4 bits and real activations; deviation of the simulation
 from the model and of both runtimes from the simulation, their shares of integers. Of transformers (after @ tokens):
 latencies over float32's, by bits and inputs that share a scale, beside int8 with fixed ranges and with those of tokens.
@@ -130,12 +130,23 @@ def token(name: str) -> dict[str, Any]:
 def openvino(name: str, mode: str = "static") -> dict[str, Any]:
     """How far OpenVINO's outputs are from the reference's, and its share of integers."""
     from qsweep.engines.openvino import OpenVINO
+
+    return beside_reference(name, OpenVINO(), mode)
+
+
+def litert(name: str) -> dict[str, Any]:
+    """The same of LiteRT."""
+    from qsweep.engines.litert import LiteRT
+
+    return beside_reference(name, LiteRT(), "static")
+
+
+def beside_reference(name: str, engine: EngineConfig, mode: str) -> dict[str, Any]:
     from qsweep.hub.integer import IntegerInterpreter
 
     with quantized(name, activation_mode=mode) as (model, inputs, graph, found):
         wanted, reference = model(inputs).detach(), IntegerInterpreter(graph.graph)(inputs)
-        engine = OpenVINO(batch_size=len(inputs))
-        artifact, runner = lowered(engine, graph, found, "int8")
+        artifact, runner = lowered(engine.model_copy(update={"batch_size": len(inputs)}), graph, found, "int8")
         return {
             **deviations(wanted, reference, runner(inputs)),
             "share": engine.integer_macs(artifact, runner, inputs) / (len(inputs) * graph.macs),
@@ -378,6 +389,7 @@ PARTS: dict[str, tuple[str, str, Say]] = {
     "token": ("less apart from the reference than int8 from float", ", tokens", said_of_network),
     "chain": ("none differs, one in 1000 behind floats", ", chain", said_of_chain),
     "openvino": ("less apart from the reference than int8 from float", ", openvino", said_of_openvino),
+    "litert": ("less apart from the reference than int8 from float", ", litert", said_of_openvino),
     "alone": ("less apart from the simulation than 4 bits from float", ", weights alone", said_of_alone),
     "latency": ("under float32", ", latency", said_of_latency),
     "phone": ("less apart than int8 from float, under float32", ", phone", said_of_phone),
@@ -412,8 +424,8 @@ def main() -> None:
     from zoo_models import CHAINS, LATENCIES, NAMES, SIZED
 
     transformers = [name for name in NAMES if name.startswith("transformers ")]
-    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "openvino": NAMES, "alone": NAMES}
-    names |= {"channels": NAMES} | dict.fromkeys(TIMED, LATENCIES) | {"packed": SIZED}
+    names = {"network": NAMES, "token": transformers, "chain": CHAINS, "openvino": NAMES, "litert": NAMES}
+    names |= {"alone": NAMES, "channels": NAMES} | dict.fromkeys(TIMED, LATENCIES) | {"packed": SIZED}
     for part in sys.argv[1:] or PARTS:
         there = [name for name in names[part] if find_spec(name.split()[0])]
         with ThreadPoolExecutor(1 if part in TIMED else os.cpu_count()) as pool:

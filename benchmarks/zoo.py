@@ -1,8 +1,8 @@
 """Whether networks of timm, torchvision and transformers come through: exported, quantized, lowered, and to what share.
 
     pip install timm torchvision transformers      # of those that are missing their networks are left out
-    python benchmarks/zoo.py [network] [token] [chain] [openvino] [litert] [alone] [latency] [phone] [server] [packed] [channels]
-        [narrow]
+    python benchmarks/zoo.py [network] [token] [chain] [openvino] [litert] [alone] [latency] [phone] [server] [packed]
+        [channels] [narrow]
 
 Each is quantized to 8 bits with random weights, in a process of its own, and run by `onnxruntime`, which is held
 against `reference`; where Triton is installed it is planned for `cuda`, too, which needs no GPU. Chains of its kernels
@@ -54,8 +54,8 @@ one input (after @ an image's pixels a side) that are not the reference's; behin
 on the other side of a tie, and what follows from it. Tokens: ranges that each row of a linear sets itself; at the end
 OpenVINO's deviation from the reference and its share of integers. Latencies
 are medians of ONNX Runtime on one thread for one image of 224 pixels a side. OpenVINO, LiteRT: deviations as above,
-the share of integers. Phone: ExecuTorch with XNNPACK, on this machine: the same, latency of int8 over that of float32 and of ONNX
-Runtime's int8. Server: the same of OpenVINO. Weights alone: 4 bits and real activations; deviation of the simulation
+the share of integers. Phone: ExecuTorch with XNNPACK, on this machine: the same, latency of int8 over that of float32
+and of ONNX Runtime's int8. Server: the same of OpenVINO. Weights alone: 4 bits and real activations; deviation of the simulation
 from the model and of both runtimes from the simulation, their shares of integers. Of transformers (after @ tokens):
 latencies over float32's, by bits and inputs that share a scale, beside int8 with fixed ranges and with those of tokens.
 Channels: half of those that can go are zeros; deviation of the network without them, the shares of work (multiply-

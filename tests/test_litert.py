@@ -255,6 +255,27 @@ def test_a_damaged_file_is_told(artifact: Path, tmp_path: Path) -> None:
         LiteRT(batch_size=COUNT).load(tmp_path)
 
 
+class Twice(nn.Module):
+    """One weight, read by two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(64, 64, bias=False), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.relu(self.layer(torch.relu(self.layer(x.flatten(1))))))
+        return found
+
+
+def test_a_weight_that_several_layers_read_is_stored_once(tmp_path: Path) -> None:
+    model = PTQ(calibration_samples=200).apply(made(Twice), shared("twice", NOISE))
+    run = lowered(model, tmp_path / "artifact").load(tmp_path / "artifact")
+    assert_close(run(NOISE), IntegerInterpreter(model.graph)(NOISE), within=0.03)
+    content = (tmp_path / "artifact" / "model.tflite").read_bytes()
+    weight = next(layer.weight for layer in model.layers() if layer.name == "layer.weight")
+    assert content.count(weight.numpy().tobytes()) == 1
+
+
 class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(x).flatten(1)

@@ -20,8 +20,6 @@ from qsweep.hub.nodes import arguments, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
 
 SAME, VALID = schema.Padding.SAME, schema.Padding.VALID
-
-
 AVERAGE = "average"
 """The name of weights by which pools are computed: no work of the model's."""
 
@@ -158,13 +156,11 @@ def average(values: Values, node: fx.Node, given: Value, result: Result) -> Valu
     share = shares.flatten()[0].item() if even else 1.0
     if result.grid is None:
         stored = values.constant(torch.full((1, *kernel, count), share)).index
+        bias = values.constant(torch.zeros(count)).index
     else:
-        stored = values.file.constant(
-            torch.ones(1, *kernel, count, dtype=torch.int8), [share] * count, axis=3, name=AVERAGE
-        )
-    bias = (
-        values.constant(torch.zeros(count)).index if result.grid is None else _no_bias(values, image, [share] * count)
-    )
+        ones_of = torch.ones(1, *kernel, count, dtype=torch.int8)
+        stored = values.file.constant(ones_of, [share] * count, axis=3, name=AVERAGE)
+        bias = _no_bias(values, image, [share] * count)
     made = values.make(
         "DEPTHWISE_CONV_2D",
         [image, stored, bias],
@@ -180,8 +176,35 @@ def average(values: Values, node: fx.Node, given: Value, result: Result) -> Valu
     )
     if even:
         return made
-    map_ = values.constant(shares, channels_last(4))
-    return values.make("MUL", [made, map_], result.shape, made.order, kind="MulOptions", fusedActivationFunction=NONE)
+    each = values.constant(shares, channels_last(4))
+    return values.make("MUL", [made, each], result.shape, made.order, kind="MulOptions", fusedActivationFunction=NONE)
+
+
+def every(values: Values, image: Value, dim: int, step: int) -> Value:
+    """Every `step`th row (`dim` 2) or column (3) of images, as a depthwise convolution by one: XNNPACK, which has no
+    slices with a step, would hand over to slower kernels and begin anew behind them."""
+    count = image.shape[1]
+    image = values.arranged(image, channels_last(4))
+    shape = [size if place != dim else -(-size // step) for place, size in enumerate(image.shape)]
+    if image.grid is None:
+        one, bias = values.constant(torch.ones(1, 1, 1, count)).index, values.constant(torch.zeros(count)).index
+    else:
+        kernel = torch.ones(1, 1, 1, count, dtype=torch.int8)
+        one = values.file.constant(kernel, [1.0] * count, axis=3, name=AVERAGE)
+        bias = _no_bias(values, image, [1.0] * count)
+    return values.make(
+        "DEPTHWISE_CONV_2D",
+        [image, one, bias],
+        shape,
+        image.order,
+        grid=image.grid,
+        kind="DepthwiseConv2DOptions",
+        padding=VALID,
+        strideH=step if dim == 2 else 1,
+        strideW=step if dim == 3 else 1,
+        depthMultiplier=1,
+        fusedActivationFunction=NONE,
+    )
 
 
 def maximum(values: Values, node: fx.Node, given: Value, shape: Sequence[int]) -> Value:
@@ -248,14 +271,16 @@ def padded(
 
 def _stored(values: Values, weight: Weight, laid: Tensor, axis: int, *, integers: bool) -> int:
     """The index of weights as they are `laid`; those that floats read are made real as the file is loaded."""
-    if weight.scales is None:
-        return values.file.constant(laid.float(), name=weight.name)
-    stored = values.file.constant(laid, weight.scales.tolist(), axis=axis, name=weight.name)
-    if integers:
-        return stored
-    real = values.file.tensor(laid.shape, torch.float32)
-    values.file.operator("DEQUANTIZE", [stored], real, "DequantizeOptions")
-    return real
+    key = weight.name, tuple(laid.shape), integers
+    if key not in values.stored:
+        scales = [] if weight.scales is None else weight.scales.tolist()
+        held = laid if scales else laid.float()
+        stored = values.file.constant(held, scales, axis=axis, name=weight.name)
+        if scales and not integers:
+            packed, stored = stored, values.file.tensor(laid.shape, torch.float32)
+            values.file.operator("DEQUANTIZE", [packed], stored, "DequantizeOptions")
+        values.stored[key] = stored
+    return values.stored[key]
 
 
 def _bias(values: Values, node: fx.Node, given: Value, weight: Weight, result: Result) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
-from qsweep.engines._litert_layers import maximum, padded
+from qsweep.engines._litert_layers import every, maximum, padded
 from qsweep.engines._litert_ops import NONE, shape_of, write
 from qsweep.engines._litert_values import Value, Values, channels_last, plain
 from qsweep.errors import Refused
@@ -45,6 +46,9 @@ def _slice(values: Values, node: fx.Node) -> Value:
     start = named["index"] % size if alone else _within(named["start"] or 0, size)
     end = start + 1 if alone else _within(size if named["end"] is None else named["end"], size)
     step = 1 if alone else named["step"]
+    if step > 1 and len(given.shape) == 4 and dim > 1 and (given.grid or given.dtype == torch.float32):
+        whole = given if (start, end) == (0, size) else _sliced(values, given, dim, start, end)
+        return every(values, whole, dim, step)
     made = _sliced(values, given, dim, start, end, step)
     return values.reshaped(made, shape_of(node)) if alone else made
 

@@ -53,6 +53,8 @@ class Values:
         self.of: dict[fx.Node, Value] = {}
         self.constants: dict[fx.Node, Tensor] = {}
         """Nodes that no input goes into."""
+        self.stored: dict[tuple[str, tuple[int, ...], bool], int] = {}
+        """Weights by name, as they are laid and whether integers are read, each once however many layers read it."""
         self._real: dict[int, Value] = {}
         self._arranged: dict[tuple[int, Order], Value] = {}
         self._laid: dict[tuple[fx.Node, int, Order], Value] = {}

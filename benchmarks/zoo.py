@@ -56,8 +56,8 @@ OpenVINO's deviation from the reference and its share of integers. Latencies
 are medians of ONNX Runtime on one thread for one image of 224 pixels a side. OpenVINO, LiteRT: deviations as above,
 the share of integers. Phone: ExecuTorch with XNNPACK, on this machine: the same, latency of int8 over that of float32
 and of ONNX Runtime's int8. Server: the same of OpenVINO. Weights alone: 4 bits and real activations; deviation of the
-simulation from the model and of both runtimes from the simulation, their shares of integers. Of transformers (after @ tokens):
-latencies over float32's, by bits and inputs that share a scale, beside int8 with fixed ranges and with those of tokens.
+simulation from the model and of both runtimes from the simulation, their shares of integers. Of transformers (after @
+tokens): latencies over float32's, by bits and inputs that share a scale, beside int8 with fixed ranges and with those of tokens.
 Channels: half of those that can go are zeros; deviation of the network without them, the shares of work (multiply-
 accumulates) and parameters that are left. Narrow: latency of its int8 over that of the whole network's.
 """

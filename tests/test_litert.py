@@ -255,6 +255,30 @@ def test_a_damaged_file_is_told(artifact: Path, tmp_path: Path) -> None:
         LiteRT(batch_size=COUNT).load(tmp_path)
 
 
+class Turned(nn.Module):
+    """Reads one tensor as it is, and turned around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns, self.head = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(48, 10)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.rows(x[:, 0]))
+        x = torch.cat([x, x * x.mean(1, keepdim=True)], 2)[:, :, :8]
+        both = self.rows(self.norm(x)) + self.columns(self.norm(x.transpose(1, 2)))
+        found: Tensor = self.head((both + self.columns(x.transpose(1, 2))).flatten(1))
+        return found
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_tensor_that_is_read_in_two_orders_is_each_in_its_place(quantized: bool, tmp_path: Path) -> None:
+    found, model = shared("turned", NOISE), made(Turned)
+    graph = PTQ(calibration_samples=200).apply(model, found) if quantized else float_graph(model, found)
+    run = lowered(graph, tmp_path / "artifact").load(tmp_path / "artifact")
+    assert_close(run(NOISE), IntegerInterpreter(graph.graph)(NOISE), within=0.06 if quantized else 1e-4)
+
+
 class Twice(nn.Module):
     """One weight, read by two layers."""
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from ai_edge_litert import schema_py_generated as schema
@@ -121,12 +121,15 @@ def _constant(graph: fx.GraphModule, values: Values, node: fx.Node) -> Tensor | 
     if node.op == "get_attr":
         return constant(graph, node)
     read = () if node.target in _FILLED else node.all_input_nodes
-    if node.op != "call_function" or any(given not in values.constants for given in read):
+    stored = {given for given in read if given.target is DEQUANTIZE_WEIGHT}
+    if node.op != "call_function" or any(given not in values.constants and given not in stored for given in read):
         return None
     if node.target is DEQUANTIZE_WEIGHT and any(user.target in COMPUTE for user in node.users):
         return None
 
     def tensor(given: fx.Node) -> Tensor:
+        if given in stored:
+            return cast(Any, given.target)(*fx.map_arg(given.args, tensor))  # type: ignore[no-any-return]
         known = values.constants.get(given)
         return torch.empty(shape_of(given), dtype=dtype_of(given)) if known is None else known
 

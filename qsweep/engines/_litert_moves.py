@@ -173,9 +173,10 @@ def _selected(values: Values, node: fx.Node) -> Value:
 @write(aten.index.Tensor)
 def _indexed(values: Values, node: fx.Node) -> Value:
     places: Any = arguments(node)["indices"]
-    if len(places) != 1:
+    used = [axis for axis, each in enumerate(places) if each is not None]
+    if len(used) != 1:
         raise Refused("LiteRT looks places up in one dimension")
-    return _gathered(values, node, source(node), places[0], 0)
+    return _gathered(values, node, source(node), places[used[0]], used[0])
 
 
 def _gathered(values: Values, node: fx.Node, table: fx.Node, places: fx.Node, axis: int) -> Value:

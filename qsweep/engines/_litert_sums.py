@@ -59,6 +59,16 @@ def _spread(values: Values, node: fx.Node) -> Value:
     return (result.of("SQRT") if node.target is aten.std.correction else result).value
 
 
+@write(aten.linalg_vector_norm.default)
+def _length(values: Values, node: fx.Node) -> Value:
+    named, given = arguments(node), Real(values, values.real(source(node)))
+    if named["ord"] != 2:
+        raise Refused(f"LiteRT measures vectors by their squares (`{node.target}`: {named['ord']})")
+    dims = named["dim"] or range(len(given.value.shape))
+    squares = reduced(values, "SUM", (given * given).value, dims, named["keepdim"])
+    return Real(values, squares).of("SQRT").value
+
+
 @write(aten.adaptive_avg_pool2d.default)
 def _adaptive(values: Values, node: fx.Node) -> Value:
     if shape_of(node)[2:] != [1, 1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,8 +55,9 @@ class Values:
         """Nodes that no input goes into."""
         self.stored: dict[tuple[str, tuple[int, ...], bool], int] = {}
         """Weights by name, as they are laid and whether integers are read, each once however many layers read it."""
-        self._real: dict[int, Value] = {}
-        self._arranged: dict[tuple[int, Order], Value] = {}
+        self._real: dict[int, int] = {}
+        """By number: what the integers stand for. One tensor may be the value of several nodes, in other orders."""
+        self._turned: dict[tuple[int, tuple[int, ...]], int] = {}
         self._laid: dict[tuple[fx.Node, int, Order], Value] = {}
 
     def make(
@@ -119,18 +120,18 @@ class Values:
         if value.grid is None:
             return value
         if value.index not in self._real:
-            self._real[value.index] = self.make("DEQUANTIZE", [value], value.shape, value.order)
-        return self._real[value.index]
+            self._real[value.index] = self.make("DEQUANTIZE", [value], value.shape, value.order).index
+        return replace(value, index=self._real[value.index], dtype=torch.float32, grid=None)
 
     def arranged(self, value: Value, order: Order) -> Value:
         """The same, laid in `order`."""
         if value.order == order:
             return value
-        if (value.index, order) not in self._arranged:
-            turned = self.numbers(*(value.order.index(dim) for dim in order))
-            made = self.moved("TRANSPOSE", value, [turned], value.shape, order, "TransposeOptions")
-            self._arranged[value.index, order] = made
-        return self._arranged[value.index, order]
+        turned = tuple(value.order.index(dim) for dim in order)
+        if (value.index, turned) not in self._turned:
+            made = self.moved("TRANSPOSE", value, [self.numbers(*turned)], value.shape, order, "TransposeOptions")
+            self._turned[value.index, turned] = made.index
+        return replace(value, index=self._turned[value.index, turned], order=order)
 
     def reshaped(self, value: Value, shape: Sequence[int]) -> Value:
         """As `torch.reshape` gives it."""

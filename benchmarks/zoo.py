@@ -52,14 +52,14 @@ model's, and of ONNX Runtime's from the reference's, over the deviation of the m
 accumulates on integer kernels; what `cuda` leaves to PyTorch in floating point. Of chains of kernels: the integers of
 one input (after @ an image's pixels a side) that are not the reference's; behind norms and softmax a float may fall
 on the other side of a tie, and what follows from it. Tokens: ranges that each row of a linear sets itself; at the end
-OpenVINO's deviation from the reference and its share of integers. Latencies
-are medians of ONNX Runtime on one thread for one image of 224 pixels a side. OpenVINO, LiteRT: deviations as above,
-the share of integers. Phone: ExecuTorch with XNNPACK, on this machine: the same, latency of int8 over that of float32
-and of ONNX Runtime's int8. Server: the same of OpenVINO. Weights alone: 4 bits and real activations; deviation of the
-simulation from the model and of both runtimes from the simulation, their shares of integers. Of transformers (after @
-tokens): latencies over float32's, by bits and inputs that share a scale, beside int8 with fixed ranges and with those of tokens.
-Channels: half of those that can go are zeros; deviation of the network without them, the shares of work (multiply-
-accumulates) and parameters that are left. Narrow: latency of its int8 over that of the whole network's.
+OpenVINO's deviation from the reference and its share of integers. Latencies are medians of ONNX Runtime on one thread
+for one image of 224 pixels a side. OpenVINO, LiteRT: deviations as above, the share of integers. Phone: ExecuTorch
+with XNNPACK, on this machine: the same, latency of int8 over that of float32 and of ONNX Runtime's int8. Server: the
+same of OpenVINO. Weights alone: 4 bits and real activations; deviation of the simulation from the model and of both
+runtimes from the simulation, their shares of integers. Of transformers (after @ tokens): latencies over float32's, by
+bits and inputs that share a scale, beside int8 with fixed ranges and with those of tokens. Channels: half of those
+that can go are zeros; deviation of the network without them, the shares of work (multiply- accumulates) and
+parameters that are left. Narrow: latency of its int8 over that of the whole network's.
 """
 
 HALF = {"sparsity": 0.5, "multiple": 8}

@@ -181,6 +181,8 @@ ELEMENTWISE = {
         F.interpolate(x, scale_factor=2, mode="bilinear")[..., ::2, ::2]
         + F.interpolate(x, size=(15, 9), mode="bilinear", align_corners=True)[..., :8, :8]
     ),
+    "windows": lambda x: F.adaptive_avg_pool2d(x, (5, 3)) + F.adaptive_avg_pool2d(F.max_pool2d(x, 4), (5, 3)),
+    "lengths": lambda x: x / (x.norm(dim=1, keepdim=True) + 1),
     "shuffled": lambda x: F.pixel_shuffle(x.repeat(1, 2, 1, 1), 4).repeat_interleave(2, 1)[:, :, :8, :8],
 }
 

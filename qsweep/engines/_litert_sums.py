@@ -71,9 +71,16 @@ def _length(values: Values, node: fx.Node) -> Value:
 
 @write(aten.adaptive_avg_pool2d.default)
 def _adaptive(values: Values, node: fx.Node) -> Value:
-    if shape_of(node)[2:] != [1, 1]:
-        raise Refused("LiteRT averages windows of one size, or whole images")
-    return reduced(values, "MEAN", values.real(source(node)), (2, 3), True)
+    """Windows that differ in size as products with the shares that pixels have in them, for columns, then for rows."""
+    given, shape = values.real(source(node)), shape_of(node)
+    if shape[2:] == [1, 1]:
+        return reduced(values, "MEAN", given, (2, 3), True)
+    down, across = (
+        aten.adaptive_avg_pool2d(torch.eye(before).unsqueeze(0), [now, before])[0]
+        for before, now in zip(given.shape[2:], shape[2:], strict=True)
+    )
+    columns = _multiplied(values, given, values.constant(across.T.contiguous()), [*given.shape[:3], shape[3]])
+    return _multiplied(values, values.constant(down), columns, shape)
 
 
 @write(aten.avg_pool2d.default)

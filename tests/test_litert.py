@@ -235,6 +235,8 @@ def test_what_is_exported_is_the_file_and_its_weights_have_their_names(artifact:
     interpreter.invoke()
     found = torch.from_numpy(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]))
     assert torch.equal(found, LiteRT(batch_size=COUNT).load(artifact)(NOISE))
+    signed = interpreter.get_signature_runner()(input=NOISE.numpy())
+    assert torch.equal(torch.from_numpy(signed["output"]), found)
     names = {tensor["name"] for tensor in interpreter.get_tensor_details()}
     assert {"input", "output", *(name for name, value in network("mlp").named_parameters() if value.dim() > 1)} <= names
 

@@ -103,7 +103,8 @@ class File:
         self._operators.append(operator)
 
     def write(self, path: Path, given: int, result: int) -> None:
-        """`given`, `result`: the numbers of what it takes and what it gives."""
+        """`given`, `result`: the numbers of what it takes and what it gives, which are `input` and `output` to who calls
+        it by its signature."""
         self._tensors[given].name, self._tensors[result].name = "input", "output"
         graph, model = schema.SubGraphT(), schema.ModelT()
         graph.tensors, graph.operators = self._tensors, self._operators
@@ -114,6 +115,13 @@ class File:
             code.builtinCode, code.version = getattr(schema.BuiltinOperator, name), version
             code.deprecatedBuiltinCode = min(code.builtinCode, 127)
             model.operatorCodes.append(code)
+        signature = schema.SignatureDefT()
+        signature.signatureKey, signature.inputs, signature.outputs = "serving_default", [], []
+        for named, place in ((signature.inputs, given), (signature.outputs, result)):
+            tensor = schema.TensorMapT()
+            tensor.name, tensor.tensorIndex = self._tensors[place].name, place
+            named.append(tensor)
+        model.signatureDefs = [signature]
         builder = flatbuffers.Builder(1 << 16)
         builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
         path.write_bytes(builder.Output())

@@ -103,8 +103,8 @@ class File:
         self._operators.append(operator)
 
     def write(self, path: Path, given: int, result: int) -> None:
-        """`given`, `result`: the numbers of what it takes and what it gives, which are `input` and `output` to who calls
-        it by its signature."""
+        """`given`, `result`: the numbers of what it takes and gives, `input` and `output` to who calls it by its
+        signature."""
         self._tensors[given].name, self._tensors[result].name = "input", "output"
         graph, model = schema.SubGraphT(), schema.ModelT()
         graph.tensors, graph.operators = self._tensors, self._operators

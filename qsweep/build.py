@@ -71,8 +71,9 @@ def compress(config: Compression, model: nn.Module, context: Context, clock: Clo
         if stage is not None:
             context.progress(name)
             with clock(name):
-                model = stage.apply(model, context)
-            context = replace(context, key=stage_key(stage, context))
+                settled = stage.settled(context)
+                model = settled.apply(model, context)
+            context = replace(context, key=stage_key(settled, context))
     if config.distill is not None:
         context = replace(context, loss=config.distill.loss(context))
     context.progress("quantize")

@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from qsweep.config import Config
 from qsweep.store import Store
@@ -66,6 +66,10 @@ class Stage(Config, ABC):
     def label(self) -> str:
         """This stage's part of a trial's name, such as `prune50`."""
         return self.method
+
+    def settled(self, context: Context) -> Self:
+        """One stage for all that give the same result for the model of `context`, so that it is computed once."""
+        return self
 
     def check(self, context: Context) -> None:
         """Raise what `apply` would, as far as the uncompressed model of `context` tells: stages before this one may

@@ -10,19 +10,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 from toy_task import Toy
 
+from qsweep.build import Clock, compress
 from qsweep.errors import NotFinite, TaskFailure
 from qsweep.hub.export import export
 from qsweep.prune import Pruning
-from qsweep.prune._channels import zero_channels
+from qsweep.prune._channels import alike, zero_channels
 from qsweep.prune._global import zero_smallest
 from qsweep.prune.channels import Channels
 from qsweep.prune.magnitude import Magnitude
+from qsweep.quantize.qat import QAT
+from qsweep.spec import Compression
 from qsweep.stage import Context, stage_key
 from qsweep.store import Store
 from qsweep.tasks.base import Training
@@ -178,6 +181,31 @@ def test_layers_keep_a_multiple_of_channels_and_at_least_one(
     zero_channels(pruned, IMAGES, sparsity, multiple)
     assert int(pruned.get_parameter("0.weight").flatten(1).any(1).sum()) == left
     assert export(pruned, IMAGES).layers()[0].weight.shape[0] == left
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=2), st.floats(0, 0.999), st.integers(1, 16))
+@settings(max_examples=50, deadline=None)
+def test_sparsities_that_leave_the_same_channels_are_one(widths: list[int], sparsity: float, multiple: int) -> None:
+    def left(sparsity: float) -> list[int]:
+        pruned = chain(*widths, 32)
+        zero_channels(pruned, IMAGES, sparsity, multiple)
+        return [int(value.flatten(1).any(1).sum()) for name, value in pruned.named_parameters() if value.dim() == 4]
+
+    one = alike(chain(*widths, 32), IMAGES, sparsity, multiple)
+    assert left(one) == left(sparsity)
+    assert alike(chain(*widths, 32), IMAGES, one, multiple) == one
+    other = sparsity + (one - sparsity) / 2
+    assert alike(chain(*widths, 32), IMAGES, other, multiple) == one
+
+
+def test_what_differs_in_its_sparsity_alone_is_trained_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    found = context(tmp_path, progress=said.append)
+    for sparsity in (0.48, 0.5, 0.52, 0.1):
+        config = Compression(prune=Channels(sparsity=sparsity, multiple_of=2), quantize=QAT())
+        compress(config, model(), found, Clock())
+    trained = [line for line in said if line.startswith("epoch")]
+    assert len(trained) == 2 * 2, said
 
 
 def test_the_channels_with_the_smallest_weights_go_first() -> None:

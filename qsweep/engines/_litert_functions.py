@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qsweep.engines._litert_file import TYPES
-from qsweep.engines._litert_ops import NONE, Real, dtype_of, shape_of, step, write
+from qsweep.engines._litert_ops import NONE, Real, as_type, dtype_of, shape_of, step, write
 from qsweep.engines._litert_values import Value, Values
 from qsweep.errors import Refused
 from qsweep.hub.kinds import aten
@@ -102,8 +102,7 @@ def _cast(values: Values, node: fx.Node) -> Value:
         return given
     if dtype not in TYPES:
         raise Refused(f"LiteRT has no tensors of {dtype} here")
-    options = {"inDataType": TYPES[given.dtype], "outDataType": TYPES[dtype]}
-    return step(values, "CAST", "CastOptions", dtype, given, **options)
+    return as_type(values, given, dtype)
 
 
 _TWO: dict[Any, tuple[str, str]] = {
@@ -151,10 +150,7 @@ def _two(values: Values, node: fx.Node) -> Value:
 
 def _typed(values: Values, value: Value) -> Value:
     """Integers that stand for nothing as floats, where the other side of them is: a table's rows times their scales."""
-    if value.dtype != torch.int8:
-        return value
-    options = {"inDataType": TYPES[torch.int8], "outDataType": TYPES[torch.float32]}
-    return step(values, "CAST", "CastOptions", torch.float32, value, **options)
+    return as_type(values, value, torch.float32) if value.dtype == torch.int8 else value
 
 
 @write(aten.rsub.Scalar)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import fx
 
 from qsweep.engines._litert_layers import every, maximum, padded
-from qsweep.engines._litert_ops import NONE, shape_of, write
+from qsweep.engines._litert_ops import NONE, as_type, shape_of, write
 from qsweep.engines._litert_values import Value, Values, channels_last, plain
 from qsweep.errors import Refused
 from qsweep.hub.kinds import NEAREST, aten
@@ -80,7 +83,7 @@ def _part(values: Values, node: fx.Node) -> Value:
 
 @write(aten.cat.default)
 def _joined(values: Values, node: fx.Node) -> Value:
-    nodes: list[fx.Node] = arguments(node)["tensors"]
+    nodes = [each for each in arguments(node)["tensors"] if math.prod(shape_of(each))]  # caches begin with nothing
     known = [values.value(each) for each in nodes]
     alike = len({(each.grid and each.grid[:2], each.dtype) for each in known}) == 1
     order = known[0].order
@@ -172,11 +175,47 @@ def _selected(values: Values, node: fx.Node) -> Value:
 
 @write(aten.index.Tensor)
 def _indexed(values: Values, node: fx.Node) -> Value:
-    places: Any = arguments(node)["indices"]
+    places: list[fx.Node | None] = arguments(node)["indices"]
     used = [axis for axis, each in enumerate(places) if each is not None]
-    if len(used) != 1:
-        raise Refused("LiteRT looks places up in one dimension")
-    return _gathered(values, node, source(node), places[used[0]], used[0])
+    if len(used) == 1:
+        return _gathered(values, node, source(node), cast(fx.Node, places[used[0]]), used[0])
+    if used != list(range(len(places))):
+        raise Refused("LiteRT looks places up in the first dimensions")
+    shape = np.broadcast_shapes(*(tuple(each.meta["val"].shape) for each in places if each is not None))
+    return _picked(values, node, [_spread(values, values.value(each), shape) for each in places if each is not None])
+
+
+@write(aten.gather.default)
+def _taken(values: Values, node: fx.Node) -> Value:
+    named, shape = arguments(node), shape_of(node)
+    grids = torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
+    places = [values.constant(grid.to(torch.int32)) for grid in grids]
+    places[named["dim"] % len(shape)] = _spread(values, values.value(named["index"]), shape)
+    return _picked(values, node, places)
+
+
+def _spread(values: Values, places: Value, shape: Sequence[int]) -> Value:
+    """Indices of one dimension for each of `shape`, int32."""
+    places = values.reshaped(places, [1] * (len(shape) - len(places.shape)) + list(places.shape))
+    places = places if places.dtype == torch.int32 else as_type(values, places, torch.int32)
+    if places.shape == tuple(shape):
+        return places
+    return values.moved("BROADCAST_TO", places, [values.numbers(*shape)], shape, kind="BroadcastToOptions")
+
+
+def _picked(values: Values, node: fx.Node, places: Sequence[Value]) -> Value:
+    """What stands at `places`, of one shape, in the first dimensions of what `node` is given."""
+    data = values.real(source(node))
+    data, kept = values.arranged(data, plain(len(data.shape))), data.dtype
+    if kept == torch.bool:  # of which there is no kernel
+        data = as_type(values, data, torch.int32)
+    columns = [values.reshaped(each, [*each.shape, 1]) for each in places]
+    rank = len(columns[0].shape) - 1
+    joined: dict[str, Any] = {"axis": rank, "fusedActivationFunction": NONE}
+    wide = [*places[0].shape, len(columns)]
+    which = values.moved("CONCATENATION", columns[0], columns[1:], wide, kind="ConcatenationOptions", **joined)
+    found = values.make("GATHER_ND", [data, which], shape_of(node), dtype=data.dtype, kind="GatherNdOptions")
+    return as_type(values, found, kept) if kept != data.dtype else found
 
 
 def _gathered(values: Values, node: fx.Node, table: fx.Node, places: fx.Node, axis: int) -> Value:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from qsweep.engines._litert_file import TYPES
 from qsweep.engines._litert_layers import Result, average, convolution, linear, transposed, weight_of
-from qsweep.engines._litert_ops import NONE, Real, shape_of, step, write
+from qsweep.engines._litert_ops import NONE, Real, as_type, shape_of, step, write
 from qsweep.engines._litert_values import Order, Value, Values, plain
 from qsweep.errors import Refused
 from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, LINEARS, TRANSPOSED, aten
@@ -57,6 +58,31 @@ def _spread(values: Values, node: fx.Node) -> Value:
     variance = reduced(values, "MEAN", (centred * centred).value, dims, named["keepdim"])
     result = Real(values, variance) * (count / (count - correction))
     return (result.of("SQRT") if node.target is aten.std.correction else result).value
+
+
+@write(aten.argmax.default, aten.argmin.default)
+def _place_of_extreme(values: Values, node: fx.Node) -> Value:
+    named, given = arguments(node), values.real(source(node))
+    if given.dtype in (torch.int64, torch.bool):  # of which there is no kernel
+        given = as_type(values, given, torch.int32)
+    if named["dim"] is None:
+        given = values.reshaped(given, [math.prod(given.shape)])
+    given = values.arranged(given, plain(len(given.shape)))
+    dim = (named["dim"] or 0) % len(given.shape)
+    axis = values.file.constant(torch.tensor(dim, dtype=torch.int32))
+    name, kind = ("ARG_MAX", "ArgMaxOptions") if node.target is aten.argmax.default else ("ARG_MIN", "ArgMinOptions")
+    shape = [size for place, size in enumerate(given.shape) if place != dim]
+    options: dict[str, Any] = {"outputType": TYPES[torch.int64]}
+    made = values.make(name, [given, axis], shape, dtype=torch.int64, kind=kind, **options)
+    return values.reshaped(made, shape_of(node))
+
+
+@write(aten.cumsum.default)
+def _running(values: Values, node: fx.Node) -> Value:
+    given = values.real(source(node))
+    axis = given.order.index(arguments(node)["dim"] % len(given.shape))
+    place = values.file.constant(torch.tensor(axis, dtype=torch.int32))
+    return values.moved("CUMSUM", given, [place], given.shape, given.order, "CumsumOptions")
 
 
 @write(aten.linalg_vector_norm.default)

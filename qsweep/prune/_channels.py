@@ -25,8 +25,7 @@ def zero_channels(model: nn.Module, example: Tensor, sparsity: float, multiple: 
     check_finite(model)
     coupling = coupling_of(model, example)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    free = loose(model, coupling)
-    widths = [width for width in coupling.widths() if free.isdisjoint(width.channels)]
+    widths = _widths(model, coupling)
     if not widths:
         raise TaskFailure("channel pruning needs layers whose channels other layers alone read (this model has none)")
     scores, gone = _importance(coupling, parameters), set()
@@ -40,9 +39,34 @@ def zero_channels(model: nn.Module, example: Tensor, sparsity: float, multiple: 
     return coupling
 
 
+def alike(model: nn.Module, example: Tensor, sparsity: float, multiple: int) -> float:
+    """The middle of all sparsities that leave as many channels of every layer of `model` as `sparsity` does."""
+    widths = _widths(model, coupling_of(model, example))
+    lowest, highest = 0.0, 1.0
+    for width in widths:
+        step, count = _step(width, multiple), len(width.channels)
+        left = _left(width, sparsity, multiple)
+        if left < count:
+            lowest = max(lowest, 1 - (left / step + 0.5) * step / count)
+        if left > step:
+            highest = min(highest, 1 - (math.ceil(left / step) - 0.5) * step / count)
+    middle = (lowest + highest) / 2
+    same = all(_left(width, middle, multiple) == _left(width, sparsity, multiple) for width in widths)
+    return middle if same else sparsity
+
+
+def _widths(model: nn.Module, coupling: Coupling) -> list[Width]:
+    free = loose(model, coupling)
+    return [width for width in coupling.widths() if free.isdisjoint(width.channels)]
+
+
+def _step(width: Width, multiple: int) -> int:
+    return multiple // math.gcd(multiple, width.each)
+
+
 def _left(width: Width, sparsity: float, multiple: int) -> int:
     """How many of the channels of `width` stay."""
-    step, count = multiple // math.gcd(multiple, width.each), len(width.channels)
+    step, count = _step(width, multiple), len(width.channels)
     steps = math.floor((1 - sparsity) * count / step + 0.5)
     return min(count, max(1, steps) * step)
 

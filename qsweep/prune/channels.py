@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -40,6 +40,13 @@ class Channels(Pruning):
 
     def settings(self, context: Context) -> dict[str, Any]:
         return {"learning_rate": context.training.rate} if self.learning_rate is None else {}
+
+    def settled(self, context: Context) -> Self:
+        from qsweep.hub.export import example_of
+        from qsweep.prune._channels import alike
+
+        sparsity = alike(context.original(), example_of(context), self.sparsity, self.multiple_of)
+        return self.model_copy(update={"sparsity": sparsity})
 
     def cut(self, model: nn.Module, context: Context) -> Coupling:
         from qsweep.hub.export import example_of

@@ -15,6 +15,7 @@ from ai_edge_litert import schema_py_generated as schema
 from torch import Tensor, fx
 
 from qsweep.engines import _litert_functions, _litert_moves  # noqa: F401  # with the ops that they write
+from qsweep.engines._decompositions import ops_of
 from qsweep.engines._litert_file import File
 from qsweep.engines._litert_layers import Result, average, convolution, linear, weight_of
 from qsweep.engines._litert_ops import NONE, OPS, dtype_of, shape_of
@@ -110,7 +111,10 @@ def _static(model: QuantizedModel, batch_size: int) -> fx.GraphModule:
         table = torch.export.default_decompositions()
         for op in OPS.keys() - {operator.getitem}:
             table.pop(op, None)  # type: ignore[no-untyped-call]
-        graph = program.run_decompositions(table).module(check_guards=False)
+        used = ops_of(program)
+        if used is None or any(op in table for op in used):  # it traces the graph once more
+            program = program.run_decompositions(table)
+        graph = program.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     graph.graph.eliminate_dead_code()
     return graph

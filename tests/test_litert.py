@@ -183,6 +183,7 @@ ELEMENTWISE = {
     ),
     "windows": lambda x: F.adaptive_avg_pool2d(x, (5, 3)) + F.adaptive_avg_pool2d(F.max_pool2d(x, 4), (5, 3)),
     "lengths": lambda x: x / (x.norm(dim=1, keepdim=True) + 1),
+    "whole numbers": lambda x: (x * 9).long() * 0.5 + (x * 9).long() / 4 + ((x > 0).long() == 1) * x + (x > 0.5) * 2,
     "sums so far": lambda x: (x > 0).long().cumsum(2).float() + x.cumsum(3),
     "places": lambda x: x.permute(1, 2, 0, 3)[torch.tensor([3, 1]), torch.tensor([0, 7])].permute(1, 0, 2),
     "taken": lambda x: x.gather(2, x.argmin(3, keepdim=True).expand(-1, -1, -1, 8)),

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qsweep.engines._litert_file import TYPES
-from qsweep.engines._litert_ops import NONE, Real, as_type, dtype_of, shape_of, step, write
+from qsweep.engines._litert_ops import NONE, Real, dtype_of, shape_of, step, write
 from qsweep.engines._litert_values import Value, Values
 from qsweep.errors import Refused
 from qsweep.hub.kinds import aten
@@ -39,7 +38,10 @@ _ONE: dict[Any, tuple[str, str]] = {
 @write(*_ONE)
 def _one(values: Values, node: fx.Node) -> Value:
     op: Any = node.target
-    return step(values, *_ONE[op], dtype_of(node), values.real(source(node)))
+    given = values.real(source(node))
+    if op is aten.bitwise_not.default and given.dtype != torch.bool:
+        raise Refused(f"LiteRT has no operator for `{op}` of {given.dtype}")
+    return step(values, *_ONE[op], dtype_of(node), given)
 
 
 def _softplus(x: Real, beta: float = 1, threshold: float = 20) -> Real:
@@ -79,15 +81,20 @@ _FUNCTIONS: dict[Any, Callable[..., Real]] = {
 @write(*_FUNCTIONS)
 def _function(values: Values, node: fx.Node) -> Value:
     op: Any = node.target
+    _, *rest = arguments(node).values()
+    return _FUNCTIONS[op](_real(values, node), *rest).value
+
+
+def _real(values: Values, node: fx.Node) -> Real:
+    """What `node` is given, a real number as its result is."""
     if dtype_of(node) != torch.float32:
         raise Refused(f"LiteRT has no operator for `{node.target}` of {dtype_of(node)}")
-    given, *rest = arguments(node).values()
-    return _FUNCTIONS[op](Real(values, values.real(given)), *rest).value
+    return Real(values, values.typed(values.real(source(node)), torch.float32))
 
 
 @write(aten.pow.Tensor_Scalar)
 def _power(values: Values, node: fx.Node) -> Value:
-    given, exponent = Real(values, values.real(source(node))), float(arguments(node)["exponent"])
+    given, exponent = _real(values, node), float(arguments(node)["exponent"])
     if exponent == 2:
         return (given * given).value
     if exponent == 0.5:
@@ -97,12 +104,7 @@ def _power(values: Values, node: fx.Node) -> Value:
 
 @write(aten._to_copy.default, aten.to.dtype)
 def _cast(values: Values, node: fx.Node) -> Value:
-    given, dtype = values.real(source(node)), dtype_of(node)
-    if given.dtype == dtype:
-        return given
-    if dtype not in TYPES:
-        raise Refused(f"LiteRT has no tensors of {dtype} here")
-    return as_type(values, given, dtype)
+    return values.typed(values.real(source(node)), dtype_of(node))
 
 
 _TWO: dict[Any, tuple[str, str]] = {
@@ -142,24 +144,34 @@ def _two(values: Values, node: fx.Node) -> Value:
     one, other, *factor = arguments(node).values()
     if factor and factor != [1]:
         raise Refused(f"LiteRT has no operator for `{op}` with a factor")
-    first, second = (_typed(values, each) for each in values.together([one, other], len(shape_of(node))))
+    dtype = _type_of(node, one, other)
+    first, second = values.together([one, other], len(shape_of(node)), [dtype] * 2)
     options: dict[str, Any] = {"fusedActivationFunction": NONE} if name in _FUSING else {}
     order = first.order if len(first.shape) >= len(second.shape) else second.order
     return values.make(name, [first, second], shape_of(node), order, dtype=dtype_of(node), kind=kind, **options)
 
 
-def _typed(values: Values, value: Value) -> Value:
-    """Integers that stand for nothing as floats, where the other side of them is: a table's rows times their scales."""
-    return as_type(values, value, torch.float32) if value.dtype == torch.int8 else value
+def _type_of(node: fx.Node, *given: Any) -> torch.dtype:
+    """In which an op computes: that of what it gives, where that is numbers; else that in which it compares, or the
+    only one that it takes. Raises Refused for operations on bits."""
+    if (dtype := dtype_of(node)) != torch.bool:
+        if "bitwise" in str(node.target):
+            raise Refused(f"LiteRT has no operator for `{node.target}` of {dtype}")
+        return dtype
+    if _TWO[node.target][0].startswith("LOGICAL"):
+        return dtype
+    found = torch.result_type(*(each.meta["val"] if isinstance(each, fx.Node) else each for each in given))
+    return torch.float32 if found.is_floating_point else torch.int32 if found == torch.bool else found
 
 
 @write(aten.rsub.Scalar)
 def _less(values: Values, node: fx.Node) -> Value:
-    given = Real(values, values.real(source(node)))
+    given = _real(values, node)
     return (given * -1.0 + float(arguments(node)["other"])).value
 
 
 @write(aten.where.self)
 def _where(values: Values, node: fx.Node) -> Value:
-    given = values.together([*arguments(node).values()], len(shape_of(node)))
+    dtypes = torch.bool, *[dtype_of(node)] * 2
+    given = values.together([*arguments(node).values()], len(shape_of(node)), dtypes)
     return values.make("SELECT_V2", given, shape_of(node), given[0].order, dtype=dtype_of(node), kind="SelectV2Options")

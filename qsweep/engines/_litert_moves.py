@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from qsweep.engines._litert_layers import every, maximum, padded
-from qsweep.engines._litert_ops import NONE, as_type, shape_of, write
+from qsweep.engines._litert_ops import NONE, shape_of, write
 from qsweep.engines._litert_values import Value, Values, channels_last, plain
 from qsweep.errors import Refused
 from qsweep.hub.kinds import NEAREST, aten
@@ -197,7 +197,7 @@ def _taken(values: Values, node: fx.Node) -> Value:
 def _spread(values: Values, places: Value, shape: Sequence[int]) -> Value:
     """Indices of one dimension for each of `shape`, int32."""
     places = values.reshaped(places, [1] * (len(shape) - len(places.shape)) + list(places.shape))
-    places = places if places.dtype == torch.int32 else as_type(values, places, torch.int32)
+    places = values.typed(places, torch.int32)
     if places.shape == tuple(shape):
         return places
     return values.moved("BROADCAST_TO", places, [values.numbers(*shape)], shape, kind="BroadcastToOptions")
@@ -208,14 +208,14 @@ def _picked(values: Values, node: fx.Node, places: Sequence[Value]) -> Value:
     data = values.real(source(node))
     data, kept = values.arranged(data, plain(len(data.shape))), data.dtype
     if kept == torch.bool:  # of which there is no kernel
-        data = as_type(values, data, torch.int32)
+        data = values.typed(data, torch.int32)
     columns = [values.reshaped(each, [*each.shape, 1]) for each in places]
     rank = len(columns[0].shape) - 1
     joined: dict[str, Any] = {"axis": rank, "fusedActivationFunction": NONE}
     wide = [*places[0].shape, len(columns)]
     which = values.moved("CONCATENATION", columns[0], columns[1:], wide, kind="ConcatenationOptions", **joined)
     found = values.make("GATHER_ND", [data, which], shape_of(node), dtype=data.dtype, kind="GatherNdOptions")
-    return as_type(values, found, kept) if kept != data.dtype else found
+    return values.typed(found, kept)
 
 
 def _gathered(values: Values, node: fx.Node, table: fx.Node, places: fx.Node, axis: int) -> Value:

@@ -10,7 +10,6 @@ import torch
 from ai_edge_litert import schema_py_generated as schema
 from torch import fx
 
-from qsweep.engines._litert_file import TYPES
 from qsweep.engines._litert_values import Value, Values
 
 NONE = schema.ActivationFunctionType.NONE
@@ -42,11 +41,6 @@ def step(
 ) -> Value:
     """An operator element by element, of values that lie alike, into the shape of the first."""
     return values.make(name, [given, *others], given.shape, given.order, dtype=dtype, kind=kind, **options)
-
-
-def as_type(values: Values, value: Value, dtype: torch.dtype) -> Value:
-    options: dict[str, Any] = {"inDataType": TYPES[value.dtype], "outDataType": TYPES[dtype]}
-    return step(values, "CAST", "CastOptions", dtype, value, **options)
 
 
 class Real:

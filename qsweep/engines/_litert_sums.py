@@ -11,7 +11,7 @@ from torch import fx
 
 from qsweep.engines._litert_file import TYPES
 from qsweep.engines._litert_layers import Result, average, convolution, linear, transposed, weight_of
-from qsweep.engines._litert_ops import NONE, Real, as_type, shape_of, step, write
+from qsweep.engines._litert_ops import NONE, Real, shape_of, step, write
 from qsweep.engines._litert_values import Order, Value, Values, plain
 from qsweep.errors import Refused
 from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, LINEARS, TRANSPOSED, aten
@@ -64,7 +64,7 @@ def _spread(values: Values, node: fx.Node) -> Value:
 def _place_of_extreme(values: Values, node: fx.Node) -> Value:
     named, given = arguments(node), values.real(source(node))
     if given.dtype in (torch.int64, torch.bool):  # of which there is no kernel
-        given = as_type(values, given, torch.int32)
+        given = values.typed(given, torch.int32)
     if named["dim"] is None:
         given = values.reshaped(given, [math.prod(given.shape)])
     given = values.arranged(given, plain(len(given.shape)))

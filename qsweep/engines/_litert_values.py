@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qsweep.engines._litert_file import File
+from qsweep.engines._litert_file import TYPES, File
 from qsweep.errors import Refused
 from qsweep.hub.form import Grid
 
@@ -141,17 +141,26 @@ class Values:
         sizes = list(shape)
         return self.moved("RESHAPE", value, [self.numbers(*sizes)], sizes, None, "ReshapeOptions", newShape=sizes)
 
-    def together(self, givens: Sequence[Any], rank: int) -> list[Value]:
-        """What an op takes element by element, nodes and numbers, real values where they stand for some, all of `rank`
-        dimensions and laid as the first that is computed and has so many."""
-        nodes = [given for given in givens if isinstance(given, fx.Node)]
-        computed = [self.of[node] for node in nodes if node in self.of]
+    def together(self, givens: Sequence[Any], rank: int, dtypes: Sequence[torch.dtype]) -> list[Value]:
+        """What an op takes element by element, nodes and numbers, real values where they stand for some, each of its
+        type, all of `rank` dimensions and laid as the first that is computed and has so many."""
+        computed = [self.of[given] for given in givens if given in self.of]
         order = next((value.order for value in computed if len(value.shape) == rank), plain(rank))
-        values = [self._wide(node, rank, order) for node in nodes]
-        dtype = values[0].dtype
-        numbers = (self.constant(torch.tensor(given, dtype=dtype)) for given in givens if given not in nodes)
-        known = iter(values)
-        return [next(known) if given in nodes else next(numbers) for given in givens]
+        return [
+            self.typed(self._wide(given, rank, order), dtype)
+            if isinstance(given, fx.Node)
+            else self.constant(torch.tensor(given, dtype=dtype))
+            for given, dtype in zip(givens, dtypes, strict=True)
+        ]
+
+    def typed(self, value: Value, dtype: torch.dtype) -> Value:
+        """The same numbers as another type. Raises Refused for one that tensors here do not have."""
+        if value.dtype == dtype:
+            return value
+        if dtype not in TYPES:
+            raise Refused(f"LiteRT has no tensors of {dtype} here")
+        options: dict[str, Any] = {"inDataType": TYPES[value.dtype], "outDataType": TYPES[dtype]}
+        return self.make("CAST", [value], value.shape, value.order, dtype=dtype, kind="CastOptions", **options)
 
     def _wide(self, node: fx.Node, rank: int, order: Order) -> Value:
         if node in self.constants:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
@@ -60,20 +59,25 @@ class Distillation(Stage):
         teacher = context.teacher()
         if context.device.type != "cpu":  # what others are given stays on the CPU
             teacher = deepcopy(teacher).to(context.device)
-        return with_teacher(teacher, context.task.loss, partial(self._distance, context.task), self.alpha)
+        return with_teacher(teacher, context.task.loss, self._distance(context.task), self.alpha)
 
     def check(self, context: Context) -> None:
         from qsweep.evaluate import predict
 
         inputs, labels = (part[:2] for part in context.task.samples("train"))
         outputs = predict(context.original(), context.task, inputs)
-        self._distance(context.task, outputs, outputs, labels)
+        self._distance(context.task)(outputs, outputs, labels)
 
-    def _distance(self, task: Task, outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+    def _distance(self, task: Task) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`distance` of what `task` has, by outputs, targets and labels."""
         from qsweep.tasks._user import parts_of
 
         parts, several = (parts_of(task, role) for role in ("outputs", "labels"))
-        return self.distance(outputs, targets, None if several else labels, parts)
+
+        def distance(outputs: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+            return self.distance(outputs, targets, None if several else labels, parts)
+
+        return distance
 
     @abstractmethod
     def distance(self, outputs: Tensor, targets: Tensor, labels: Tensor | None, parts: Parts | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qsweep.engines._litert_file import TYPES
 from qsweep.engines._litert_graph import write_graph
-from qsweep.engines._litert_layers import AVERAGE
+from qsweep.engines._litert_windows import ONES
 from qsweep.engines._silent import silent
 from qsweep.errors import BundleError, Refused, why
 from qsweep.hub.form import QuantizedModel
@@ -70,6 +70,6 @@ def integer_macs(path: Path) -> int:
     for operator in graph.operators:
         if model.operatorCodes[operator.opcodeIndex].builtinCode in _LAYERS:
             weight, result = graph.tensors[operator.inputs[1]], graph.tensors[operator.outputs[0]]
-            if weight.type == TYPES[torch.int8] and weight.name.decode() != AVERAGE:
+            if weight.type == TYPES[torch.int8] and weight.name.decode() != ONES:
                 macs += math.prod(map(int, result.shape[:-1])) * math.prod(map(int, weight.shape))
     return macs

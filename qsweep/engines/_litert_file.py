@@ -90,7 +90,7 @@ class File:
     def operator(self, name: str, inputs: Sequence[int], output: int, kind: str = "", **options: Any) -> None:
         """`options`: fields of `kind`, the class of the operator's options in the schema."""
         operator = schema.OperatorT()
-        integers = any(self._tensors[given].type == TYPES[torch.int8] for given in inputs if given >= 0)
+        integers = any(self._tensors[given].type == TYPES[torch.int8] for given in inputs)
         version = _VERSIONS.get(name, (1, 2))[integers]
         operator.opcodeIndex = self._codes.setdefault((name, version), len(self._codes))
         operator.inputs, operator.outputs = np.array(inputs, np.int32), np.array([output], np.int32)

@@ -17,10 +17,11 @@ from torch import Tensor, fx
 from qsweep.engines import _litert_functions, _litert_moves  # noqa: F401  # with the ops that they write
 from qsweep.engines._decompositions import ops_of
 from qsweep.engines._litert_file import File
-from qsweep.engines._litert_layers import Result, average, convolution, linear, weight_of
-from qsweep.engines._litert_ops import NONE, OPS, dtype_of, shape_of
+from qsweep.engines._litert_layers import convolution, linear, weight_of
+from qsweep.engines._litert_ops import NONE, OPS, Result, dtype_of, shape_of
 from qsweep.engines._litert_sums import reduced
 from qsweep.engines._litert_values import Value, Values, plain
+from qsweep.engines._litert_windows import average
 from qsweep.engines._program import by_rows
 from qsweep.errors import Refused
 from qsweep.hub.form import Grid, QuantizedModel, grid_of
@@ -61,10 +62,10 @@ class Step(NamedTuple):
 
     @property
     def bounds(self) -> Bounds:
-        ends = [rectified(node) for node in self.rectifiers]
-        return Bounds(
-            max([low for low, _ in ends], default=-torch.inf), min([high for _, high in ends], default=torch.inf)
-        )
+        found = UNBOUNDED
+        for node in self.rectifiers:
+            found = found.within(*rectified(node))
+        return found
 
 
 def write_graph(model: QuantizedModel, batch_size: int, path: Path) -> None:

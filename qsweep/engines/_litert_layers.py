@@ -1,27 +1,20 @@
-"""Convolutions, linears and pools as LiteRT has them, on integers or in floating point."""
+"""Convolutions and linears as LiteRT has them, on integers or in floating point."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from ai_edge_litert import schema_py_generated as schema
 from torch import Tensor, fx
 
-from qsweep.engines._litert_ops import NONE
+from qsweep.engines._litert_ops import Result
 from qsweep.engines._litert_values import Value, Values, channels_last, plain
+from qsweep.engines._litert_windows import VALID, pair, windows
 from qsweep.errors import Refused
-from qsweep.hub.form import Grid
-from qsweep.hub.kinds import aten
 from qsweep.hub.nodes import arguments, source
 from qsweep.hub.ops import DEQUANTIZE_WEIGHT
-
-SAME, VALID = schema.Padding.SAME, schema.Padding.VALID
-AVERAGE = "average"
-"""The name of weights by which pools are computed: no work of the model's."""
 
 
 class Weight(NamedTuple):
@@ -30,14 +23,6 @@ class Weight(NamedTuple):
     name: str
     values: Tensor
     scales: Tensor | None = None
-
-
-class Result(NamedTuple):
-    """What a layer is to give: its shape, integers on `grid` unless that is None, after `activation`."""
-
-    shape: Sequence[int]
-    grid: Grid | None = None
-    activation: int = NONE
 
 
 def weight_of(values: Values, node: fx.Node) -> Weight:
@@ -77,7 +62,7 @@ def convolution(values: Values, node: fx.Node, given: Value, weight: Weight, res
     flat = len(result.shape) == 3
     named = arguments(node)
     beside = {"stride": 1, "padding": 0, "dilation": 1}
-    sizes: dict[str, Any] = {name: _pair(named[name], least if flat else None) for name, least in beside.items()}
+    sizes: dict[str, Any] = {name: pair(named[name], least if flat else None) for name, least in beside.items()}
     image = _as_image(values, given) if flat else values.arranged(given, channels_last(4))
     kernel = weight.values.unsqueeze(2) if flat else weight.values
     groups, count = named["groups"], image.shape[1]
@@ -105,7 +90,7 @@ def convolution(values: Values, node: fx.Node, given: Value, weight: Weight, res
 def transposed(values: Values, node: fx.Node, given: Value, weight: Weight, shape: Sequence[int]) -> Value:
     """A transposed convolution in floating point, over one dimension or two."""
     flat, named = len(shape) == 3, arguments(node)
-    stride, padding = _pair(named["stride"], 1 if flat else None), _pair(named["padding"], 0 if flat else None)
+    stride, padding = pair(named["stride"], 1 if flat else None), pair(named["padding"], 0 if flat else None)
     if any(size != 1 for size in named["dilation"]):
         raise Refused("LiteRT takes transposed convolutions without dilation")
     image = _as_image(values, given) if flat else values.arranged(given, channels_last(4))
@@ -140,135 +125,6 @@ def _without_groups(kernel: Tensor, groups: int) -> Tensor:
     return wide.reshape(count, groups * each, *kernel.shape[2:])
 
 
-def average(values: Values, node: fx.Node, given: Value, result: Result) -> Value:
-    """`avg_pool2d`, as a depthwise convolution by the share of an element: of integers, exactly."""
-    named = arguments(node)
-    kernel = _pair(named["kernel_size"])
-    stride, padding = _pair(named["stride"] or kernel), _pair(named["padding"])
-    image, count = values.arranged(given, channels_last(4)), given.shape[1]
-    options = [named[name] for name in ("ceil_mode", "count_include_pad", "divisor_override")]
-    ones = torch.ones(1, 1, *given.shape[2:])
-    shares = aten.avg_pool2d(ones, kernel, stride, padding, *options)
-    counted = aten.avg_pool2d(ones, kernel, stride, padding, options[0], True, 1)  # how many there are in each
-    shares = shares / counted
-    even = bool((shares == shares.flatten()[0]).all())
-    image, mode = windows(values, image, result.shape, kernel, stride, padding, (1, 1))
-    share = shares.flatten()[0].item() if even else 1.0
-    if result.grid is None:
-        stored = values.constant(torch.full((1, *kernel, count), share)).index
-        bias = values.constant(torch.zeros(count)).index
-    else:
-        ones_of = torch.ones(1, *kernel, count, dtype=torch.int8)
-        stored = values.file.constant(ones_of, [share] * count, axis=3, name=AVERAGE)
-        bias = _no_bias(values, image, [share] * count)
-    made = values.make(
-        "DEPTHWISE_CONV_2D",
-        [image, stored, bias],
-        result.shape,
-        channels_last(4),
-        grid=result.grid,
-        kind="DepthwiseConv2DOptions",
-        padding=mode,
-        strideH=stride[0],
-        strideW=stride[1],
-        depthMultiplier=1,
-        fusedActivationFunction=result.activation,
-    )
-    if even:
-        return made
-    each = values.constant(shares, channels_last(4))
-    return values.make("MUL", [made, each], result.shape, made.order, kind="MulOptions", fusedActivationFunction=NONE)
-
-
-def every(values: Values, image: Value, dim: int, step: int) -> Value:
-    """Every `step`th row (`dim` 2) or column (3) of images, as a depthwise convolution by one: XNNPACK, which has no
-    slices with a step, would hand over to slower kernels and begin anew behind them."""
-    count = image.shape[1]
-    image = values.arranged(image, channels_last(4))
-    shape = [size if place != dim else -(-size // step) for place, size in enumerate(image.shape)]
-    if image.grid is None:
-        one, bias = values.constant(torch.ones(1, 1, 1, count)).index, values.constant(torch.zeros(count)).index
-    else:
-        kernel = torch.ones(1, 1, 1, count, dtype=torch.int8)
-        one = values.file.constant(kernel, [1.0] * count, axis=3, name=AVERAGE)
-        bias = _no_bias(values, image, [1.0] * count)
-    return values.make(
-        "DEPTHWISE_CONV_2D",
-        [image, one, bias],
-        shape,
-        image.order,
-        grid=image.grid,
-        kind="DepthwiseConv2DOptions",
-        padding=VALID,
-        strideH=step if dim == 2 else 1,
-        strideW=step if dim == 3 else 1,
-        depthMultiplier=1,
-        fusedActivationFunction=NONE,
-    )
-
-
-def maximum(values: Values, node: fx.Node, given: Value, shape: Sequence[int]) -> Value:
-    """`max_pool2d`, of integers where `given` is."""
-    named = arguments(node)
-    kernel = _pair(named["kernel_size"])
-    stride, padding = _pair(named["stride"] or kernel), _pair(named["padding"])
-    if any(size != 1 for size in _pair(named["dilation"])):
-        raise Refused("LiteRT takes max pools without dilation")
-    image = values.arranged(given, channels_last(4))
-    least = -128 if given.grid else torch.finfo(torch.float32).min
-    image, mode = windows(values, image, shape, kernel, stride, padding, (1, 1), least)
-    options = {"padding": mode, "strideH": stride[0], "strideW": stride[1], "fusedActivationFunction": NONE}
-    size = {"filterHeight": kernel[0], "filterWidth": kernel[1]}
-    return values.moved("MAX_POOL_2D", image, [], shape, image.order, "Pool2DOptions", **options, **size)
-
-
-def windows(
-    values: Values,
-    image: Value,
-    shape: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    fill: float | None = None,
-) -> tuple[Value, int]:
-    """`image`, padded where it has to be, and how an operator is told to pad it, so that windows give `shape`.
-
-    `fill`: what stands around it; None for the real 0.
-    """
-    before, after, same = [0, 0], [0, 0], True
-    for d in range(2):
-        size, given = image.shape[2 + d], shape[2 + d]
-        span = (kernel[d] - 1) * dilation[d] + 1
-        before[d] = padding[d]
-        after[d] = max(0, (given - 1) * stride[d] + span - size - padding[d])
-        needed = max(0, (math.ceil(size / stride[d]) - 1) * stride[d] + span - size)
-        same &= given == math.ceil(size / stride[d]) and needed // 2 == padding[d]
-    if not any(before) and not any(after):
-        return image, VALID
-    if same:
-        return image, SAME
-    around = [[0, 0], [before[0], after[0]], [before[1], after[1]], [0, 0]]
-    wide = [*image.shape[:2], *(image.shape[2 + d] + before[d] + after[d] for d in range(2))]
-    return padded(values, image, around, wide, fill), VALID
-
-
-def padded(
-    values: Values, value: Value, around: Sequence[Sequence[int]], shape: Sequence[int], fill: float | None = None
-) -> Value:
-    """`value` with so much before and after each dimension as it lies."""
-    sides = values.file.constant(torch.tensor(around, dtype=torch.int32))
-    if fill is None:
-        return values.moved("PAD", value, [sides], shape, value.order, "PadOptions")
-    if value.grid is None:
-        filling = values.file.constant(torch.tensor([fill], dtype=value.dtype))
-    else:
-        filling = values.file.constant(
-            torch.tensor([int(fill)], dtype=torch.int8), [value.grid.scale], value.grid.zero_point
-        )
-    return values.moved("PADV2", value, [sides, filling], shape, value.order, "PadV2Options")
-
-
 def _stored(values: Values, weight: Weight, laid: Tensor, axis: int, *, integers: bool) -> int:
     """The index of weights as they are `laid`; those that floats read are made real as the file is loaded."""
     key = weight.name, tuple(laid.shape), integers
@@ -294,12 +150,6 @@ def _bias(values: Values, node: fx.Node, given: Value, weight: Weight, result: R
     real = _constant_bias(values, node)
     integers = torch.zeros(count) if real is None else (real / step).round()
     return values.file.constant(integers.to(torch.int32), step.tolist())
-
-
-def _no_bias(values: Values, given: Value, scales: Sequence[float]) -> int:
-    assert given.grid is not None
-    steps = (torch.tensor(given.grid.scale, dtype=torch.float32) * torch.tensor(scales)).tolist()
-    return values.file.constant(torch.zeros(len(scales), dtype=torch.int32), steps)
 
 
 def _real_bias(values: Values, node: fx.Node, count: int) -> int:
@@ -330,11 +180,3 @@ def _as_sound(values: Values, image: Value) -> Value:
     rows = [count, length, channels]
     made = values.moved("RESHAPE", image, [values.numbers(*rows)], rows, None, "ReshapeOptions", newShape=rows)
     return replace(made, shape=(count, channels, length), order=channels_last(3))
-
-
-def _pair(sizes: Any, beside: int | None = None) -> tuple[int, int]:
-    """For height and width; `beside`: the height of signals, which have a width alone."""
-    given = [sizes] if isinstance(sizes, int) else list(sizes)
-    if len(given) == 2:
-        return given[0], given[1]
-    return (given[0] if beside is None else beside), given[0]

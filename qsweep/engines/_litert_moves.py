@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from qsweep.engines._litert_layers import every, maximum, padded
 from qsweep.engines._litert_ops import NONE, shape_of, write
 from qsweep.engines._litert_values import Value, Values, channels_last, plain
+from qsweep.engines._litert_windows import every, maximum, padded
 from qsweep.errors import Refused
 from qsweep.hub.kinds import NEAREST, aten
 from qsweep.hub.nodes import arguments, source
@@ -111,9 +111,8 @@ def _pad(values: Values, node: fx.Node) -> Value:
 
 @write(aten.expand.default)
 def _expanded(values: Values, node: fx.Node) -> Value:
-    given, shape = values.real(source(node)), shape_of(node)
-    if len(given.shape) < len(shape):
-        given = values.reshaped(given, [1] * (len(shape) - len(given.shape)) + list(given.shape))
+    shape = shape_of(node)
+    given = values.widened(values.real(source(node)), len(shape))
     if given.shape == tuple(shape):
         return given
     sizes = values.numbers(*(shape[dim] for dim in given.order))
@@ -122,11 +121,10 @@ def _expanded(values: Values, node: fx.Node) -> Value:
 
 @write(aten.repeat.default)
 def _repeated(values: Values, node: fx.Node) -> Value:
-    times, given = arguments(node)["repeats"], values.real(source(node))
-    given = values.reshaped(given, [1] * (len(times) - len(given.shape)) + list(given.shape))
-    return values.moved(
-        "TILE", given, [values.numbers(*(times[dim] for dim in given.order))], shape_of(node), given.order
-    )
+    times = arguments(node)["repeats"]
+    given = values.widened(values.real(source(node)), len(times))
+    laid = values.numbers(*(times[dim] for dim in given.order))
+    return values.moved("TILE", given, [laid], shape_of(node), given.order)
 
 
 @write(aten.max_pool2d.default)
@@ -196,7 +194,7 @@ def _taken(values: Values, node: fx.Node) -> Value:
 
 def _spread(values: Values, places: Value, shape: Sequence[int]) -> Value:
     """Indices of one dimension for each of `shape`, int32."""
-    places = values.reshaped(places, [1] * (len(shape) - len(places.shape)) + list(places.shape))
+    places = values.arranged(values.widened(places, len(shape)), plain(len(shape)))
     places = values.typed(places, torch.int32)
     if places.shape == tuple(shape):
         return places

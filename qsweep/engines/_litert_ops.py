@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from ai_edge_litert import schema_py_generated as schema
 from torch import fx
 
 from qsweep.engines._litert_values import Value, Values
+from qsweep.hub.form import Grid
 
 NONE = schema.ActivationFunctionType.NONE
 Write = Callable[[Values, fx.Node], Value]
@@ -25,6 +26,14 @@ def write(*targets: Any) -> Callable[[Write], Write]:
         return function
 
     return known
+
+
+class Result(NamedTuple):
+    """What a layer is to give: its shape, integers on `grid` unless that is None, after `activation`."""
+
+    shape: Sequence[int]
+    grid: Grid | None = None
+    activation: int = NONE
 
 
 def shape_of(node: fx.Node) -> list[int]:

@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from qsweep.engines._litert_file import TYPES
-from qsweep.engines._litert_layers import Result, average, convolution, linear, transposed, weight_of
-from qsweep.engines._litert_ops import NONE, Real, shape_of, step, write
+from qsweep.engines._litert_layers import convolution, linear, transposed, weight_of
+from qsweep.engines._litert_ops import NONE, Real, Result, shape_of, step, write
 from qsweep.engines._litert_values import Order, Value, Values, plain
+from qsweep.engines._litert_windows import average
 from qsweep.errors import Refused
 from qsweep.hub.kinds import COMPUTE, DEQUANTIZE, LINEARS, TRANSPOSED, aten
 from qsweep.hub.nodes import arguments, source
@@ -139,7 +140,7 @@ def _group_norm(values: Values, node: fx.Node) -> Value:
     named = arguments(node)
     given = values.real(source(node))
     parts = values.reshaped(
-        given, [given.shape[0], named["num_groups"], -(-math.prod(given.shape[1:]) // named["num_groups"])]
+        given, [given.shape[0], named["num_groups"], math.prod(given.shape[1:]) // named["num_groups"]]
     )
     normal = values.reshaped(_normal(values, parts, (2,), named["eps"]), given.shape)
     return _scaled(values, normal, named["weight"], named["bias"], [given.shape[1], *[1] * (len(given.shape) - 2)])

@@ -72,7 +72,7 @@ class Values:
         kind: str = "",
         **options: Any,
     ) -> Value:
-        """What the operator `name` gives of `inputs`; -1 stands for one that is left out."""
+        """What the operator `name` gives of `inputs`."""
         lies = plain(len(shape)) if order is None else order
         dtype = dtype if grid is None else torch.int8
         scales, zero_point = ([], 0) if grid is None else ([grid.scale], grid.zero_point)
@@ -141,6 +141,11 @@ class Values:
         sizes = list(shape)
         return self.moved("RESHAPE", value, [self.numbers(*sizes)], sizes, None, "ReshapeOptions", newShape=sizes)
 
+    def widened(self, value: Value, rank: int) -> Value:
+        """One of at least `rank` dimensions, the first of them 1 where it has less."""
+        missing = rank - len(value.shape)
+        return self.reshaped(value, [1] * missing + list(value.shape)) if missing > 0 else value
+
     def together(self, givens: Sequence[Any], rank: int, dtypes: Sequence[torch.dtype]) -> list[Value]:
         """What an op takes element by element, nodes and numbers, real values where they stand for some, each of its
         type, all of `rank` dimensions and laid as the first that is computed and has so many."""
@@ -165,10 +170,7 @@ class Values:
     def _wide(self, node: fx.Node, rank: int, order: Order) -> Value:
         if node in self.constants:
             return self._constant(node, rank, order)
-        value = self.real(node)
-        if len(value.shape) < rank:
-            value = self.reshaped(value, [1] * (rank - len(value.shape)) + list(value.shape))
-        return self.arranged(value, order)
+        return self.arranged(self.widened(self.real(node), rank), order)
 
     def _constant(self, node: fx.Node, rank: int, order: Order) -> Value:
         """One of `rank` dimensions, the first of them 1 where it has less."""

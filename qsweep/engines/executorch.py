@@ -1,16 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from qsweep.engines._one_file import OneFile
-from qsweep.engines.base import Runner
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qsweep.hub.form import QuantizedModel
-    from qsweep.store import Store
 
 
 class ExecuTorch(OneFile):
@@ -25,19 +17,8 @@ class ExecuTorch(OneFile):
     file: ClassVar[str] = "model.pte"
     engine: Literal["executorch"] = "executorch"
 
-    def lower(self, model: QuantizedModel, folder: Path, store: Store) -> None:
-        from qsweep.engines._executorch import lower
-        from qsweep.hub.accumulators import check_accumulators
+    @property
+    def _runtime(self) -> Any:
+        from qsweep.engines import _executorch
 
-        check_accumulators(model)
-        lower(model, folder / self.file, self.batch_size)
-
-    def load(self, folder: Path) -> Runner:
-        from qsweep.engines._executorch import runner
-
-        return runner(folder / self.file, self)
-
-    def integer_macs(self, folder: Path, runner: Runner, inputs: Tensor) -> int:
-        from qsweep.engines._executorch import integer_macs
-
-        return integer_macs(folder / self.file)
+        return _executorch

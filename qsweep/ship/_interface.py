@@ -35,11 +35,11 @@ class Interface:
         name = part.called("input")
         for key in (name,) if isinstance(inputs, Mapping) and name in inputs else part.path:
             try:
-                inputs = None if isinstance(key, str) and not isinstance(inputs, Mapping) else inputs[key]
+                if isinstance(key, str) and not isinstance(inputs, Mapping):  # of which PyTorch warns first
+                    raise TypeError
+                inputs = inputs[key]
             except (LookupError, TypeError):
-                inputs = None
-            if inputs is None:
-                raise DataError(f"inputs must be {self._inputs} (there is no `{part.name}`)")
+                raise DataError(f"inputs must be {self._inputs} (there is no `{part.name}`)") from None
         said = f"`{part.name}`" if part.path else "inputs"
         value = _tensor(inputs, said, str(part.dtype).removeprefix("torch."))
         if not value.dim() or value.shape[1:] != part.shape:

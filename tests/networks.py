@@ -17,8 +17,11 @@ from pydantic import TypeAdapter
 from torch import Generator, Tensor, nn
 
 from qsweep.build import context_of
-from qsweep.engines import Engine
+from qsweep.engines import Engine, EngineConfig
+from qsweep.hub.form import QuantizedModel
+from qsweep.hub.integer import IntegerInterpreter
 from qsweep.models import build
+from qsweep.quantize.ptq import PTQ
 from qsweep.stage import Context
 from qsweep.store import Store
 from qsweep.tasks import AnyTask, Task
@@ -266,3 +269,26 @@ def needs(engine: str) -> None:
     """Skip the test where `engine` does not work."""
     if (reason := TypeAdapter(Engine).validate_python({"engine": engine}).available()) is not None:
         pytest.skip(reason)
+
+
+def lowered(engine: EngineConfig, model: QuantizedModel, folder: Path) -> None:
+    """The artifact of `model` in `folder`; the model stays as it is."""
+    folder.mkdir(exist_ok=True)
+    before = model.graph.code
+    engine.lower(model, folder, Store(folder.parent / "store"))
+    assert model.graph.code == before
+
+
+def accuracy_lost(engine: EngineConfig, folder: Path, within: float) -> float:
+    """By a trained network in 8 bits, whose outputs are `within` that of the reference's."""
+    model, found, _ = digits()
+    samples = found.task.samples("validation")
+    inputs = found.task.transform(samples.inputs)
+    quantized = PTQ(calibration_samples=200).apply(model, found)
+    engine = engine.model_copy(update={"batch_size": len(inputs)})
+    lowered(engine, quantized, folder)
+    outputs = engine.load(folder)(inputs)
+    assert_close(outputs, IntegerInterpreter(quantized.graph)(inputs), within)
+    with torch.no_grad():
+        scores = [found.task.score(each, samples.labels).mean() for each in (model(inputs), outputs)]
+    return float(scores[0] - scores[1])

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layout_networks import ConvNeXt, Tokens, Transposed, Windowed
-from networks import NETWORKS, Function, Noise, assert_close, context, digits, made, network, shared
+from networks import NETWORKS, Function, Noise, accuracy_lost, assert_close, context, made, network, shared
+from networks import lowered as lowered_by
 from pydantic import TypeAdapter
 from test_gates import KINDS, Branches, Dense
 from test_odd_networks import INPUTS, ODD
@@ -33,7 +34,6 @@ from qsweep.hub.nodes import nodes_of
 from qsweep.quantize.cast import Cast
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression
-from qsweep.store import Store
 
 pytest.importorskip("ai_edge_litert", reason="LiteRT cannot be installed here")
 
@@ -43,10 +43,7 @@ NOISE = Noise(COUNT).inputs
 
 def lowered(model: QuantizedModel, folder: Path, batch_size: int = COUNT) -> LiteRT:
     engine = LiteRT(batch_size=batch_size)
-    folder.mkdir(exist_ok=True)
-    before = model.graph.code
-    engine.lower(model, folder, Store(folder.parent / "store"))
-    assert model.graph.code == before
+    lowered_by(engine, model, folder)
     return engine
 
 
@@ -331,13 +328,4 @@ def test_what_has_no_integer_kernels_is_refused(config: Any) -> None:
 
 
 def test_a_trained_network_keeps_its_accuracy(tmp_path: Path) -> None:
-    model, found, _ = digits()
-    samples = found.task.samples("validation")
-    inputs = found.task.transform(samples.inputs)
-    quantized = PTQ(calibration_samples=200).apply(model, found)
-    engine = lowered(quantized, tmp_path / "artifact", len(inputs))
-    outputs = engine.load(tmp_path / "artifact")(inputs)
-    assert_close(outputs, IntegerInterpreter(quantized.graph)(inputs), within=0.02)
-    with torch.no_grad():
-        lost = found.task.score(model(inputs), samples.labels).mean() - found.task.score(outputs, samples.labels).mean()
-    assert lost < 0.01
+    assert accuracy_lost(LiteRT(), tmp_path / "artifact", within=0.02) < 0.01

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from chain_networks import Transformer
 from layout_networks import ConvNeXt, NormedParts, Tokens, Upsampled, Windowed
-from networks import NETWORKS, Noise, assert_close, context, digits, made, network, shared
+from networks import NETWORKS, Noise, accuracy_lost, assert_close, context, digits, made, network, shared
+from networks import lowered as lowered_by
 from pydantic import TypeAdapter
 from test_engines import case, onnx_tensors
 from test_gates import KINDS
@@ -41,7 +42,6 @@ from qsweep.quantize.cast import Cast
 from qsweep.quantize.codebook import Codebook
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Compression
-from qsweep.store import Store
 
 pytest.importorskip("openvino", reason="OpenVINO cannot be installed here")
 
@@ -53,8 +53,7 @@ NOISE = Noise(COUNT).inputs
 
 def lowered(model: QuantizedModel, folder: Path, batch_size: int = COUNT) -> EngineConfig:
     engine = OpenVINO(batch_size=batch_size)
-    folder.mkdir(exist_ok=True)
-    engine.lower(model, folder, Store(folder.parent / "store"))
+    lowered_by(engine, model, folder)
     return engine
 
 
@@ -451,13 +450,4 @@ def test_bf16_is_taken_where_the_processor_computes_in_it(features: list[str], m
 
 
 def test_a_trained_network_keeps_its_accuracy(tmp_path: Path) -> None:
-    model, found, _ = digits()
-    samples = found.task.samples("validation")
-    inputs = found.task.transform(samples.inputs)
-    quantized = PTQ(calibration_samples=200).apply(model, found)
-    engine = lowered(quantized, tmp_path / "artifact", len(inputs))
-    outputs = engine.load(tmp_path / "artifact")(inputs)
-    assert_close(outputs, IntegerInterpreter(quantized.graph)(inputs), within=0.03)
-    with torch.no_grad():
-        lost = found.task.score(model(inputs), samples.labels).mean() - found.task.score(outputs, samples.labels).mean()
-    assert lost < 0.01
+    assert accuracy_lost(OpenVINO(), tmp_path / "artifact", within=0.03) < 0.01

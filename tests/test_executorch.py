@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,27 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_program_is_decomposed_only_where_that_changes_it_and_is_the_same_bit_for_bit(
+def test_a_program_is_traced_again_only_where_that_changes_it_and_is_the_same_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decompositions: list[Any]
 ) -> None:
-    from qsweep.engines import _executorch
+    from qsweep.engines import _executorch, _executorch_passes
 
+    traces, traced = _executorch_passes._ExportPassBase, []
+    own = traces.call
+    monkeypatch.setattr(traces, "call", lambda self, module: traced.append(self) or own(self, module))
     model, counts, programs = PTQ().apply(network("digits_cnn"), shared("digits_cnn", NOISE)), [], []
     lowered(model, tmp_path / "first of the process")  # it traces what it looks for, too
     for name in ("where it changes", "always"):
         decompositions.clear()
+        traced.clear()
         lowered(model, tmp_path / name)
-        counts.append(len(decompositions))
+        counts.append((len(decompositions), len(traced)))
         programs.append((tmp_path / name / "model.pte").read_bytes())
         monkeypatch.setattr(_executorch, "_changes", lambda *_, **__: True)
-    assert counts[0] < counts[1]
+        monkeypatch.setattr(_executorch, "traced_where_changed", nullcontext)
+    (decomposed, passes), (all_decomposed, all_passes) = counts
+    assert decomposed < all_decomposed
+    assert passes < all_passes
     assert programs[0] == programs[1]
 
 

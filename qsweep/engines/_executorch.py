@@ -30,6 +30,8 @@ with silent(), warnings.catch_warnings():
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
+    from qsweep.engines._executorch_passes import traced_where_changed
+
 if TYPE_CHECKING:
     from qsweep.engines.base import EngineConfig, Runner
 
@@ -39,7 +41,7 @@ def lower(model: QuantizedModel, path: Path, batch_size: int) -> None:
     example = torch.zeros(batch_size, *model.example.shape[1:])
     config = EdgeCompileConfig(_check_ir_validity=False)  # ops of quantized models are none of its core
     try:
-        with warnings.catch_warnings(), torch.no_grad(), decomposed_where(_changes):
+        with warnings.catch_warnings(), torch.no_grad(), decomposed_where(_changes), traced_where_changed():
             warnings.simplefilter("ignore")
             program = torch.export.export(for_xnnpack(model), (example,))
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)

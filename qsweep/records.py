@@ -143,7 +143,8 @@ class Record(BaseModel):  # no Config: its `uid` is that of the config it was ma
     """Wall time by stage."""
     failure: Failure | None = None
     duplicate_of: int | None = None
-    """The number of the record whose metrics these are, when an equal config had been evaluated before."""
+    """The number of the record whose metrics these are, when an equal config had been evaluated before, or one that has
+    given the same artifact, byte for byte."""
     repetitions: Listed[tuple[Repetition, ...]] = ()
     """What other seeds gave, by round. The artifact that ships is that of the record itself."""
     attempts: int = 1
@@ -159,6 +160,11 @@ class Record(BaseModel):  # no Config: its `uid` is that of the config it was ma
     """Identity of the code that runs, numbers left out: records that share it differ in latency by noise alone."""
     machine: str = ""
     """Fingerprint of the machine that measured it."""
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether something was run for it: one of an equal config has the folder of that one."""
+        return self.state != "refused" and self.folder.endswith(f"{self.number:04d}")
 
     @property
     def call(self) -> Call:

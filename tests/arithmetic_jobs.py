@@ -50,6 +50,8 @@ def build(folder: Path) -> None:
     else:
         bits = {"stem.weight": 8, "head.weight": (job["config"]["compress"]["quantize"] or {}).get("weight_bits", 8)}
         content = {"metrics": {"size_bytes": _size(job)}, "seconds": {"quantize": 0.01}, "layer_bits": bits}
+        if told.startswith("files "):
+            content["files"] = {"model.onnx": told}
         _write(folder, "build", content | {"place": job["place"]})
 
 

@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import lowered
 from pydantic import ValidationError
 from torch import Tensor, nn
 from toy_task import Toy
 
 from qsweep.build import Clock, compress
+from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.errors import NotFinite, TaskFailure
 from qsweep.hub.export import export
+from qsweep.measure.sizes import digests
 from qsweep.prune import Pruning
 from qsweep.prune._channels import alike, zero_channels
 from qsweep.prune._global import zero_smallest
@@ -201,11 +204,15 @@ def test_sparsities_that_leave_the_same_channels_are_one(widths: list[int], spar
 def test_what_differs_in_its_sparsity_alone_is_trained_once(tmp_path: Path) -> None:
     said: list[str] = []
     found = context(tmp_path, progress=said.append)
+    artifacts = []
     for sparsity in (0.48, 0.5, 0.52, 0.1):
         config = Compression(prune=Channels(sparsity=sparsity, multiple_of=2), quantize=QAT())
-        compress(config, model(), found, Clock())
+        quantized = compress(config, model(), found, Clock())
+        lowered(OnnxRuntime(), quantized, tmp_path / str(sparsity))
+        artifacts.append(digests(tmp_path / str(sparsity)))
     trained = [line for line in said if line.startswith("epoch")]
     assert len(trained) == 2 * 2, said
+    assert artifacts[0] == artifacts[1] == artifacts[2] != artifacts[3]
 
 
 def test_the_channels_with_the_smallest_weights_go_first() -> None:

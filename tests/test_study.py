@@ -121,6 +121,24 @@ def test_a_config_is_evaluated_once_and_its_equals_are_told_the_same(tmp_path: P
     assert states(tmp_path) == {"COMPLETE": 5 + len(copies)}
 
 
+def test_an_artifact_is_measured_once_whatever_configs_have_it(tmp_path: Path) -> None:
+    content = small_spec(target={"engine": "onnxruntime", "batch_size": {"choice": [1, 2]}}, search={"trials": 12})
+    same = {f"build_{number:04d}": "files a" for number in (4, 6, 7, 12)}
+    told(tmp_path, measure_0004="nan")  # of a trial that fails nothing is taken over
+    records = sweep(tmp_path, content, **same, build_0008="files b")
+    assert {n: r.duplicate_of for n, r in records.items() if r.duplicate_of is not None} == {12: 6}, records
+    first, copy = records[6], records[12]
+    assert records[7].config["target"] != first.config["target"]
+    assert copy.config != first.config
+    assert (copy.metrics, copy.evaluated, copy.folder) == (first.metrics, True, "trials/0012")
+    assert calls(tmp_path)["build 0012"] == 1
+    assert calls(tmp_path)["measure 0012"] == 0
+    before = calls(tmp_path)
+    assert sweep(tmp_path, content) == records
+    assert calls(tmp_path) == before
+    assert states(tmp_path) == {"COMPLETE": 12}
+
+
 def test_what_the_engine_refuses_is_not_run_and_told_as_infeasible(tmp_path: Path) -> None:
     quantize = {"choice": [{"method": "cast"}, {"method": "ptq", "weight_bits": 4}]}
     records = sweep(tmp_path, small_spec(quantize, search={"trials": 2}))

@@ -156,7 +156,7 @@ class Watch:
         from qsweep.study.points import enumerated
 
         search, trials = self.spec.search, [r for r in self.records.values() if r.kind == "trial"]
-        done = sum(r.duplicate_of is None and r.state != "refused" for r in trials)
+        done = sum(record.evaluated for record in trials)
         if done >= search.trials:
             return []
         if search.timeout is not None and time.monotonic() - self.start >= search.timeout:

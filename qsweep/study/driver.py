@@ -15,6 +15,7 @@ from qsweep.records import Record
 from qsweep.spec import Spec, TrialConfig
 from qsweep.study import outcome
 from qsweep.study.baselines import baselines, refusal
+from qsweep.study.evaluated import Evaluated
 from qsweep.study.final import Final
 from qsweep.study.folder import SweepFolder, disk_full_is_said, read_result
 from qsweep.study.interrupt import interruptible
@@ -100,8 +101,7 @@ class Driver:
         """By what the user's samples are known again."""
         self.pipeline = self._pipeline()
         self.records: dict[int, Record] = {}
-        self.originals: dict[str, Record] = {}
-        """The records that were evaluated, by uid."""
+        self.evaluated = Evaluated(folder.path)
         self.asked: set[str] = set()
         """Uids of the trials so far."""
         self.evaluating: dict[int, Pending] = {}
@@ -143,8 +143,7 @@ class Driver:
 
     def _remember(self, record: Record) -> Record:
         self.records[record.number] = record
-        if record.duplicate_of is None:
-            self.originals.setdefault(record.uid, record)
+        self.evaluated.add(record)
         if record.kind == "trial":
             self.asked.add(record.uid)
         return record
@@ -216,8 +215,8 @@ class Driver:
         return next((e for e in self.pipeline.active if self.evaluating[id(e)].number == 0), None)
 
     def _may_ask(self) -> bool:
-        evaluated = (r for r in self.records.values() if r.duplicate_of is None and r.state != "refused")
-        done = sum(r.kind == "trial" and r.number not in self.outside for r in evaluated)
+        trials = (r for r in self.records.values() if r.kind == "trial" and r.number not in self.outside)
+        done = sum(record.evaluated for record in trials)
         begun = sum(pending.trial is not None for pending in self.evaluating.values())
         room = done + begun < self.spec.search.trials
         patient = self.search.every_point or self.idle < PATIENCE
@@ -230,8 +229,8 @@ class Driver:
             self.asked.add(uid)
             pending.candidate = self._as_known(pending.candidate)
         self.idle += 1
-        if uid in self.originals:
-            yield self._conclude(pending, outcome.duplicate(self.originals[uid], pending.number))
+        if self.evaluated.config(uid) is not None:
+            yield self._conclude(pending, self._duplicate(pending))
         elif pending.candidate.refusal is not None:
             yield self._conclude(pending, self._record(pending, None))
         elif any(other.candidate.uid == uid for other in self.evaluating.values()):
@@ -249,7 +248,8 @@ class Driver:
         folder = self.folder.trial(pending.number)
         outcome.write_config(folder, pending.candidate)
         baseline = self.folder.trial(0) if pending.number else None
-        evaluation = Evaluation(folder, self._job(pending.candidate.plain, baseline), after=self._reference())
+        job = self._job(pending.candidate.plain, baseline)
+        evaluation = Evaluation(folder, job, after=self._reference(), known=self.evaluated.artifact)
         self.evaluating[id(evaluation)] = pending
         self.pipeline.add(evaluation)
 
@@ -263,9 +263,17 @@ class Driver:
             raise failure(record.failure.kind, message)
         yield self._conclude(pending, record)
         for follower in self.waiting.pop(record.uid, []):
-            yield self._conclude(follower, outcome.duplicate(record, follower.number))
+            yield self._conclude(follower, self._duplicate(follower))
+
+    def _duplicate(self, pending: Pending) -> Record:
+        """The record of a config that has one."""
+        original = self.evaluated.config(pending.candidate.uid)
+        assert original is not None
+        return outcome.duplicate(self.records[original], pending.number)
 
     def _record(self, pending: Pending, evaluation: Evaluation | None) -> Record:
+        if evaluation is not None and evaluation.same_as is not None:
+            return outcome.duplicate(self.records[evaluation.same_as], pending.number, pending.candidate)
         reference = self.records.get(0)
         return outcome.record(self.spec, pending.number, pending.candidate, evaluation, reference)
 

@@ -24,15 +24,7 @@ def record(
     spec: Spec, number: int, candidate: Candidate, evaluation: Evaluation | None, baseline: Record | None
 ) -> Record:
     """The record of a trial whose evaluation is over; without one, of a candidate that was refused."""
-    known: dict[str, Any] = {
-        "number": number,
-        "uid": candidate.uid,
-        "name": candidate.name,
-        "config": candidate.plain,
-        "engine": candidate.engine,
-        "folder": f"trials/{number:04d}",
-        "simulated": candidate.simulated,
-    }
+    known = _known(candidate, number)
     if evaluation is None:
         return Record(state="refused", failure=_failed(Refused(candidate.refusal)), **known)
     known["attempts"] = evaluation.attempts
@@ -80,16 +72,24 @@ def _lacking(spec: Spec, metrics: Metrics) -> TrialFailure | None:
     return TrialFailure(f"`{missing[0]}` is an objective or a constraint and was not measured") if missing else None
 
 
-def duplicate(original: Record, number: int) -> Record:
-    """The record of a trial whose config has been evaluated under another number; its folder is that one's."""
-    return original.model_copy(
-        update={
-            "number": number,
-            "duplicate_of": original.number,
-            "front": None,
-            "repetitions": (),
-        }
-    )
+def duplicate(original: Record, number: int, candidate: Candidate | None = None) -> Record:
+    """The record of a trial whose config has been evaluated under another number; its folder is that one's. With
+    `candidate`, of another config that has given the same artifact."""
+    own: dict[str, Any] = {"number": number, "duplicate_of": original.number, "front": None, "repetitions": ()}
+    return original.model_copy(update=own | (_known(candidate, number) if candidate else {}))
+
+
+def _known(candidate: Candidate, number: int) -> dict[str, Any]:
+    """What is known of a record before anything has run."""
+    return {
+        "number": number,
+        "uid": candidate.uid,
+        "name": candidate.name,
+        "config": candidate.plain,
+        "engine": candidate.engine,
+        "folder": f"trials/{number:04d}",
+        "simulated": candidate.simulated,
+    }
 
 
 def write_config(folder: Path, candidate: Candidate) -> None:

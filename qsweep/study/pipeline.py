@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -33,6 +34,10 @@ class Evaluation:
     """The smallest number that none that runs beside it has."""
     after: Evaluation | None = None
     """Must be over before this one is alone: what it needs the results of."""
+    known: Callable[[Evaluation], int | None] = lambda _: None
+    """The number of what has already been evaluated, if its results so far show that this is the same."""
+    same_as: int | None = None
+    """What `known` has said: all other jobs are left out."""
     worker: Worker | None = None
     failure: Failure | None = None
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -174,6 +179,10 @@ class Pipeline:
         self._judge(evaluation)
         job = evaluation.job
         if job is None or evaluation.failure is not None:
+            return
+        evaluation.same_as = evaluation.known(evaluation)
+        if evaluation.same_as is not None:
+            evaluation.jobs = tuple(evaluation.results)
             return
         alone.forget(evaluation.folder)
         content = {**evaluation.content, "attempt": evaluation.attempts, "place": evaluation.place}

@@ -16,6 +16,7 @@ from qsweep.study.repeats import with_repetition
 
 FLOAT, BF16 = None, {"method": "cast", "dtype": "bf16"}
 MAGNITUDE = {"method": "magnitude", "sparsity": 0.5}
+TARGET = {"engine": "onnxruntime", "batch_size": 4}
 BITS = {"conv1.weight": 8, "conv2.weight": 2, "linear.weight": 2}
 
 
@@ -23,7 +24,7 @@ def record(number: int, name: str, accuracy: float, size: float, latency: float,
     """A finished trial of `onnxruntime`, batch size 4."""
     quantize = changes.pop("quantize", {"method": "ptq", "weight_bits": 8, "activation_bits": 8})
     compress = {"prune": changes.pop("prune", None), "distill": None, "quantize": quantize}
-    config = {"compress": compress, "target": {"engine": "onnxruntime", "batch_size": 4}}
+    config = {"compress": compress, "target": changes.pop("target", TARGET)}
     metrics = Metrics(
         accuracy=accuracy, accuracy_drop_pp=100 * (0.97 - accuracy), size_bytes=size, latency_ms=latency,
         latency_low_ms=0.98 * latency, latency_high_ms=1.02 * latency, latency_ratio=latency, parity_top1=0.995,
@@ -77,7 +78,12 @@ def finished(found: Sequence[Record]) -> list[Record]:
 
 
 def spec(**track: Any) -> Spec:
-    return small_spec(track=track)
+    return asked(track=track)
+
+
+def asked(**changes: Any) -> Spec:
+    """A spec with the target of the records."""
+    return small_spec(target=TARGET, **changes)
 
 
 def write(root: Path, *found: Record) -> SweepFolder:

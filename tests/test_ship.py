@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from realistic import finished, record, records, spec
+from realistic import TARGET, asked, finished, record, records, spec, write
 from small_sweep import small_spec
 from toy_task import Toy
 from typer.testing import CliRunner
@@ -55,11 +55,11 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
 
     folder = SweepFolder(tmp_path_factory.mktemp("swept"), "small")
     folder.path.mkdir(parents=True)
-    plain = json.loads(small_spec().model_dump_json())
+    plain = json.loads(spec().model_dump_json())
     content = {"hash": content_hash(plain), "spec": plain, "fingerprint": "f", "baselines": []}
     (folder.path / "spec.json").write_text(json.dumps(content))
     (folder.path / "prepare").mkdir()
-    about = small_spec().task.about(folder.root)
+    about = spec().task.about(folder.root)
     (folder.path / "prepare" / "prepare.json").write_text(json.dumps({"about": about}))
     traced = trace(trained(), inputs(2))
     traced = type(traced)(fold_batch_norm(traced.graph), traced.example)
@@ -322,7 +322,7 @@ def test_the_best_is_chosen_by_its_metric_within_the_bounds() -> None:
 
 
 def test_a_trial_may_be_named_by_its_number() -> None:
-    found, kept = finished(records()), small_spec(constraints={"accuracy_drop_pp": {"max": 1}})
+    found, kept = finished(records()), asked(constraints={"accuracy_drop_pp": {"max": 1}})
     assert best(found, Selector(trial=3), kept).number == 3
     copy = found[3].model_copy(update={"number": 20, "duplicate_of": 3})
     assert best([*found, copy], Selector(trial=20)).number == 3
@@ -333,19 +333,29 @@ def test_a_trial_may_be_named_by_its_number() -> None:
 
 def test_what_another_engine_shows_in_place_of_one_that_refuses_it_is_not_shipped() -> None:
     found = finished(records())
-    quickest = found[4].model_copy(update={"number": 21, "engine": "float", "kind": "baseline", "uid": "of float"})
-    quickest = quickest.model_copy(update={"metrics": quickest.metrics.model_copy(update={"accuracy": 1.0})})
-    assert best([*found, quickest], Selector(by="accuracy"), small_spec()).number == 4
-    assert best([*found, quickest], Selector(trial=21), small_spec()).number == 21
-    own = {"compress": {}, "target": {"engine": "float", "batch_size": 3}}
-    asked = small_spec(baselines=[own])
-    wanted = quickest.model_copy(update={"uid": asked.baselines[0].uid()})
-    assert best([*found, wanted], Selector(by="accuracy"), asked).number == 21
-    assert Places.of(asked, [*found, quickest], {}).members().keys() == Places.of(asked, found, {}).members().keys()
+    kept, target = found[4], {"engine": "float", "batch_size": 4}
+    update = {"number": 21, "kind": "baseline", "uid": "of float", "config": kept.config | {"target": target}}
+    quickest = kept.model_copy(update=update | {"metrics": kept.metrics.model_copy(update={"accuracy": 1.0})})
+    assert best([*found, quickest], Selector(by="accuracy"), spec()).number == 4
+    assert best([*found, quickest], Selector(trial=21), spec()).number == 21
+    asks = asked(baselines=[{"compress": {}, "target": target}])
+    wanted = quickest.model_copy(update={"uid": asks.baselines[0].uid()})
+    assert best([*found, wanted], Selector(by="accuracy"), asks).number == 21
+    assert Places.of(asks, [*found, quickest], {}).members().keys() == Places.of(asks, found, {}).members().keys()
+
+
+def test_what_was_measured_as_the_spec_asks_no_more_is_not_shipped() -> None:
+    found = finished(records())
+    batch = {"range": [1, 64]}
+    assert best(found, Selector(), asked()).number == 4
+    assert best(found, Selector(), small_spec(target=TARGET | {"batch_size": 8})).number == 0
+    assert best(found, Selector(), small_spec(target=TARGET | {"batch_size": batch})).number == 4
+    assert best(found, Selector(trial=4), small_spec(target=TARGET | {"batch_size": 8})).number == 4
+    assert Places.of(small_spec(target=TARGET | {"batch_size": 8}), found, {}).members().keys() <= {0}
 
 
 def test_the_best_keeps_the_constraints_of_the_spec_too() -> None:
-    found, kept = finished(records()), small_spec(constraints={"accuracy_drop_pp": {"max": 1}})
+    found, kept = finished(records()), asked(constraints={"accuracy_drop_pp": {"max": 1}})
     assert best(found, Selector(by="size_bytes"), kept).number == 4
     with pytest.raises(SweepError, match="no trial keeps accuracy_drop_pp ≤ 1 and size_bytes ≤ 5000"):
         best(found, Selector(max={"size_bytes": 5000}), kept)
@@ -439,6 +449,14 @@ def test_a_promoted_trial_comes_back_by_its_alias(
     assert version.tags["qsweep.front"] == "certain"
     assert version.tags["qsweep.engine"] == "onnxruntime"
 
+    place = str(version.source).removeprefix(f"runs:/{version.run_id}/")
+    (kept,) = (published.root / "mlartifacts").glob(f"*/{version.run_id}/artifacts/{place}/MLmodel")
+    before = kept.read_text()
+    other = promote(published.path, Selector(trial=4), "others")
+    copied = MlflowClient(uri).copy_model_version(f"models:/others/{other.version}", "production")
+    assert kept.read_text() == before
+    assert load(f"models:/production/{copied.version}").manifest.number == 4
+
     again = promote(published.path, Selector(by="size_bytes"), "digits")
     assert (again.record.number, load("models:/digits@champion").manifest.number) == (3, 3)
     assert int(again.version) == int(done.version) + 1
@@ -508,9 +526,36 @@ def test_to_look_for_a_trial_elsewhere_forgets_nothing_of_what_was_published(
 ) -> None:
     before = (published.path / "published.json").read_text()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
-    with pytest.raises(TrackError, match="must have trial #4"):
+    with pytest.raises(TrackError, match=r"must have trial #4.*: it is at `sqlite:///mlflow.db`: set MLFLOW_TRACKING"):
         promote(published.path, Selector(), "digits")
     assert (published.path / "published.json").read_text() == before
+    assert not (tmp_path / "other.db").exists()
+
+
+def test_a_trial_whose_run_mlflow_has_lost_is_said_to_be_published_by_the_same_command(
+    published: SweepFolder, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(published.path, tmp_path / "sweeps" / "small")  # without its database
+    with pytest.raises(TrackError, match=r"must have trial #4 .*has published there: `qsweep run` publishes it"):
+        promote(tmp_path / "sweeps" / "small", Selector(), "digits")
+
+
+def test_a_sweep_that_was_moved_away_is_the_one_in_its_folder(published: SweepFolder, tmp_path: Path) -> None:
+    import shutil
+
+    from mlflow.tracking._tracking_service import utils
+
+    shutil.copytree(published.root, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "sweeps").rename(tmp_path / "old")
+    write(tmp_path, *records()[:2])  # another of the same name
+    shutil.copy(published.path / "spec.json", tmp_path / "sweeps" / "small")
+    said = CliRunner().invoke(app, ["best", str(tmp_path / "old" / "small"), "--by", "size_bytes"]).output
+    assert "#3" in said
+    utils._artifact_repos_cache.clear()
+    done = promote(tmp_path / "old" / "small", Selector(), "digits")
+    assert (done.record.number, load(done.uri, done.tracking_uri).manifest.number) == (4, 4)
 
 
 def test_what_was_promoted_before_its_project_was_moved_comes_back_and_more_can_be_promoted(

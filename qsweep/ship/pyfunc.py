@@ -8,8 +8,8 @@ import numpy
 
 
 def register() -> None:
-    """Tell MLflow what model this file is: an array (N, ...) or nested lists of that shape in, for several
-    inputs a dict of arrays; outputs as the model gives them, as arrays."""
+    """Tell MLflow what model this file is: an array (N, ...) of float32 in, for several inputs a dict of arrays, as the
+    signature has them; outputs as the model gives them, as arrays."""
     from mlflow.models import set_model
     from mlflow.pyfunc.model import PythonModel, PythonModelContext
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from pydantic import TypeAdapter
 
@@ -21,7 +22,7 @@ from qsweep.ship.select import Selector, best
 from qsweep.spec import Spec
 from qsweep.study.folder import SweepFolder
 from qsweep.track.bundle import bundle, verify
-from qsweep.track.client import answering, connect, sqlite_path, tracking_uri
+from qsweep.track.client import answering, connect, impatient, sqlite_path, tracking_uri
 from qsweep.track.ledger import Ledger
 from qsweep.track.table import engine_text, place_text
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
+_UPLOAD_SECONDS = 120
+"""How long a server may take to answer while models are put there or fetched."""
+_PUBLISHES = "`qsweep run` publishes it"
 _NEEDED = ("mlflow", "numpy", "onnx", "onnxruntime", "pydantic", "pyyaml", "safetensors", "torch")
 
 
@@ -65,28 +69,45 @@ def promote(sweep: Path, selector: Selector, name: str, alias: str = "champion")
     spec = folder.spec()
     record = best(folder.records(), selector, spec)
     uri = tracking_uri(spec.track.uri, folder.root)
-    client = connect(uri)  # first of all: it keeps MLflow quiet too
+    run_id = _run_of(record, folder.path, uri)
+    client = connect(uri)
     with TemporaryDirectory() as place:
         model = _save(bundle(record, folder.path, Path(place) / "bundle"), Path(place) / "model")
-        with answering(uri):
-            run_id = _run_of(record, folder.path, uri)
-            client.log_artifacts(run_id, str(model), "model")
-            version = _register(client, name, run_id, record, spec)
+        with answering(uri), impatient(_UPLOAD_SECONDS):
+            kept = f"model-{uuid4().hex[:8]}"  # a version stays as it is, whatever is made of its trial later
+            client.log_artifacts(_existing(client, run_id, record, uri), str(model), kept)
+            version = _register(client, name, run_id, kept, record, spec)
             client.set_registered_model_alias(name, alias, version)
     return Promotion(record, name, version, alias, uri)
 
 
 def _run_of(record: Record, sweep: Path, uri: str) -> str:
+    """The id of the run that the sweep has published for `record` at `uri`. Raises TrackError, which says where else it
+    is, where it has none."""
     ledger = Ledger(sweep / "published.json", uri)
     run_id = ledger.entry(record.number).get("run_id")
     if run_id is None:
-        raise TrackError(
-            f"MLflow at `{uri}` must have trial #{record.number} `{record.name}`: `qsweep run` publishes it"
-        )
+        elsewhere = [f"`{place}`" for place in ledger.places(record.number)]
+        there = f"it is at {', '.join(elsewhere)}: set MLFLOW_TRACKING_URI" if elsewhere else _PUBLISHES
+        raise TrackError(f"MLflow at `{uri}` must have trial #{record.number} `{record.name}`: {there}")
     return str(run_id)
 
 
-def _register(client: MlflowClient, name: str, run_id: str, record: Record, spec: Spec) -> str:
+def _existing(client: MlflowClient, run_id: str, record: Record, uri: str) -> str:
+    """`run_id`. Raises TrackError where MLflow has no such run any more."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_run(run_id).info.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        must = f"MLflow at `{uri}` must have trial #{record.number} `{record.name}`"
+        raise TrackError(f"{must}, which the sweep has published there: {_PUBLISHES}") from None
+
+
+def _register(client: MlflowClient, name: str, run_id: str, kept: str, record: Record, spec: Spec) -> str:
+    """The new version of `name`: the model that is `kept` among the artifacts of the run."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -104,7 +125,7 @@ def _register(client: MlflowClient, name: str, run_id: str, record: Record, spec
         **{key: str(value) for key, value in record.metrics.model_dump(exclude_none=True).items()},
     }
     about = f"`{record.name}` on {place_text(record)}"
-    made = client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags, description=about)
+    made = client.create_model_version(name, f"runs:/{run_id}/{kept}", run_id, tags, description=about)
     return str(made.version)
 
 
@@ -168,7 +189,8 @@ def _version(client: MlflowClient, source: str, uri: str, name: str, alias: str 
 
 
 def fetch(source: str, place: Path, uri: str | None = None) -> Path:
-    """The bundle of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, in `place` or where it lies on this machine."""
+    """The bundle of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, in `place` or where it lies on this machine. A
+    version that MLflow has copied to another name is the version that it was copied from."""
     found = re.fullmatch(r"models:/([^@/]+)(?:@(.+)|/(\d+))", source)
     if found is None:
         raise SpecError(f"`{source}`: must be `models:/NAME@ALIAS` or `models:/NAME/VERSION`")
@@ -177,8 +199,10 @@ def fetch(source: str, place: Path, uri: str | None = None) -> Path:
     if (database := sqlite_path(uri)) is not None and not database.exists():
         raise TrackError(f"`{source}`: there is no registry `{database}`; give its `uri`, or set MLFLOW_TRACKING_URI")
     client = connect(uri)
-    with answering(uri):
+    with answering(uri), impatient(_UPLOAD_SECONDS):
         version = _version(client, source, uri, name, alias, number)
+        if (version.source or "").startswith("models:/"):
+            return fetch(str(version.source), place, uri)
         model = re.fullmatch(r"runs:/([^/]+)/(.+)", version.source or "")
         if model is None:
             raise TrackError(

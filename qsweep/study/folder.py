@@ -48,11 +48,14 @@ class SweepFolder:
 
     @classmethod
     def at(cls, path: Path) -> SweepFolder:
-        """The sweep in the folder `path`. `root` is where it is named to be: `sweeps` may be a link to another disk."""
+        """The sweep in the folder `path`. `root` is where it is named to be: `sweeps` may be a link to another disk, or
+        be called something else where sweeps were moved to."""
         named = Path(os.path.abspath(path))
         if named.parent.name != "sweeps":  # a link to it
             named = named.resolve()
-        return cls(named.parent.parent, named.name)
+        found = cls(named.parent.parent, named.name)
+        found.path, found.store = named, named.parent / "store"
+        return found
 
     def trial(self, number: int) -> Path:
         return self.path / "trials" / f"{number:04d}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from qsweep.records import Call, Metrics, Record
 from qsweep.spec import Constraint, Spec
-from qsweep.study.points import targets
+from qsweep.study.points import asks_for
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -32,10 +34,11 @@ class Measurement(NamedTuple):
 
 
 def of_target(spec: Spec, records: Sequence[Record]) -> list[Record]:
-    """The model itself, and what runs on an engine that the spec asks for, in its target or in baselines of its own: a
-    person who ships for one does not choose what `float` shows in its place."""
-    engines, own = {engine.engine for engine in targets(spec)}, {config.uid() for config in spec.baselines}
-    return [record for record in records if not record.number or record.engine in engines or record.uid in own]
+    """The model itself, and what runs as the spec asks, in its target or in baselines of its own: a person who ships
+    for one does not choose what `float` shows in its place, or what was measured at another batch size before."""
+    own = {config.uid() for config in spec.baselines}
+    asked = cache(lambda target: asks_for(spec, json.loads(target)))
+    return [r for r in records if not r.number or r.uid in own or asked(json.dumps(r.config["target"], sort_keys=True))]
 
 
 def measurements(records: Sequence[Record]) -> list[Measurement]:

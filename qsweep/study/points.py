@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from qsweep.config import content_hash
-from qsweep.domains import Choice, Domain, Range, Suggest, assignments, resolve
-from qsweep.engines import EngineConfig
+from qsweep.domains import Choice, Domain, Range, Suggest, assignments, behind, resolve
+from qsweep.engines import Engine, EngineConfig
 from qsweep.errors import SpecError
 from qsweep.machine import cores
 from qsweep.space import complaint
@@ -147,6 +147,16 @@ def _between(source: random.Random, domain: Range) -> float:
     if domain.log:
         return math.exp(source.uniform(math.log(domain.low), math.log(domain.high)))
     return source.uniform(domain.low, domain.high)
+
+
+def asks_for(spec: Spec, target: dict[str, Any]) -> bool:
+    """Whether `target`, an engine config as plain data, is one of the spec's."""
+    try:
+        uid = TypeAdapter[EngineConfig](Engine).validate_python(target).uid()
+    except ValidationError:  # of another version of the code
+        return False
+    points = behind(spec.target.tree, target, spec.target.path)
+    return any(spec.target.sample(at(point)).uid() == uid for point in points)
 
 
 def targets(spec: Spec, most: int = 8) -> list[Any]:

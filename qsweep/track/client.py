@@ -26,7 +26,7 @@ _QUIET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_RETRIES, _TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
 def tracking_uri(uri: str | None, root: Path, name: str = "track.uri") -> str:
@@ -62,10 +62,12 @@ def portable(uri: str, root: Path) -> str:
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
-    """Let MLflow give up on a server that does not answer within seconds: a sweep must not wait minutes for it."""
-    before = {name: os.environ.get(name) for name in _PATIENCE}
-    os.environ.update({name: value for name, value in _PATIENCE.items() if before[name] is None})
+def impatient(seconds: int = 10) -> Iterator[None]:
+    """Let MLflow give up on a server that does not answer: within seconds, as a sweep must not wait minutes for it;
+    `seconds` is how long one answer may take."""
+    patience = {_RETRIES: "1", _TIMEOUT: str(seconds)}
+    before = {name: os.environ.get(name) for name in patience}
+    os.environ.update({name: value for name, value in patience.items() if before[name] is None})
     try:
         yield
     finally:

@@ -63,6 +63,10 @@ class Ledger:
         if nothing."""
         return dict(self.content["runs"].get(str(number), {}))
 
+    def places(self, number: int) -> list[str]:
+        """The URIs at which a record is published, wherever that is."""
+        return [uri for uri, content in self.stores.items() if str(number) in content["runs"]]
+
     def note(self, record: Record, run_id: str, name: str) -> None:
         """Remember that `run_id`, called `name`, holds `record` as it is now."""
         entry = self.entry(record.number) | {"run_id": run_id, "content": _digest(record, name)}

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from qsweep.records import Metrics, Record
     from qsweep.ship.compress import compress
     from qsweep.ship.model import load
+    from qsweep.ship.registry import promote
+    from qsweep.ship.select import Selector
     from qsweep.spec import Compression, Spec, TrialConfig, load_spec
     from qsweep.sweep import run
     from qsweep.tasks import Samples, Task
@@ -23,19 +25,21 @@ __all__ = [
     "QsweepError",
     "Record",
     "Samples",
+    "Selector",
     "Spec",
     "Task",
     "TrialConfig",
     "compress",
     "load",
     "load_spec",
+    "promote",
     "run",
 ]
 
 _HOMES = {
     "errors": ("QsweepError",),
     "records": ("Metrics", "Record"),
-    "ship": ("compress", "load"),
+    "ship": ("Selector", "compress", "load", "promote"),
     "spec": ("Compression", "Spec", "TrialConfig", "load_spec"),
     "sweep": ("run",),
     "tasks": ("Samples", "Task"),

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from qsweep.cli.main import app
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TaskFailure, TrackError
+from qsweep.machine import fingerprint
 from qsweep.measure.sizes import digests
 from qsweep.records import Metrics, Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
@@ -26,7 +27,7 @@ from qsweep.ship.registry import fetch
 from qsweep.study import Places, SweepFolder
 from qsweep.tasks import Training
 from qsweep.track import publish, tracking_uri
-from qsweep.track.bundle import pickles
+from qsweep.track.bundle import pickles, recorded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -481,6 +482,34 @@ def test_a_promoted_trial_is_an_mlflow_model_without_pickle(
     assert (outputs == load(made)(inputs(3)).numpy()).all()
 
 
+def test_a_bundle_is_registered_if_it_keeps_the_bounds(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    kept = recorded(made)
+    with pytest.raises(SweepError, match=r"no trial keeps accuracy ≥ 0.98; the nearest is #4 .* with accuracy 0.971"):
+        promote(made, Selector(min={"accuracy": 0.98}), "nightly", "challenger")
+    assert not (tmp_path / "mlflow.db").exists()
+    command = ["promote", str(made), "--name", "nightly", "--alias", "challenger"]
+    assert CliRunner().invoke(app, [*command, "--max", "accuracy_drop_pp=-1"]).exit_code != 0
+    said = CliRunner().invoke(app, [*command, "--max", "accuracy_drop_pp=0.1"]).output
+    told = "qat-w8s-a8a-prune50 on onnxruntime, batch 4 is version 1 of `nightly`, alias `challenger`"
+    assert said.splitlines()[0] == told
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert (load("models:/nightly@challenger")(inputs(3)) == load(made)(inputs(3))).all()
+    client = MlflowClient(uri)
+    run = client.get_run(str(client.get_model_version("nightly", "1").run_id))
+    assert (run.info.status, run.info.run_name, run.data.metrics["accuracy"]) == ("FINISHED", kept.name, 0.971)
+    assert (run.data.params["quantize"], run.data.tags["qsweep.uid"]) == ("qat", kept.uid)
+
+    (made / "metrics.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"metrics\.json`: was changed"):
+        promote(made, Selector(), "nightly")
+
+
 def test_what_the_registry_lacks_is_said(published: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(None, published.root))
     with pytest.raises(TrackError, match="`models:/nobody@champion`: must be in the registry `sqlite"):
@@ -601,6 +630,11 @@ def test_a_config_is_applied_to_another_checkpoint_which_stays_as_it_was(tmp_pat
     assert measured["parity_top1"] >= 0.95
     assert measured["accuracy"] == pytest.approx(measured["accuracy_simulated"], abs=0.05)
     assert made.metrics == Metrics.model_validate(measured)
+    samples = Toy().samples("validation")
+    with torch.no_grad():
+        whole = Toy().score(model(Toy().transform(samples.inputs)), samples.labels).mean().item()
+    assert measured["accuracy_drop_pp"] == pytest.approx(100 * (whole - measured["accuracy"]), abs=1e-4)
+    assert recorded(tmp_path / "out").machine == fingerprint()
 
     torch.manual_seed(7)
     other = Toy().model().eval()

@@ -18,8 +18,14 @@ _LARGER = 1.05
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")]
 
 
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SWEEP", help="The sweep: the path of its spec, or its folder; or a bundle of `compress`."),
+]
+
+
 def promote(
-    sweep: Sweep,
+    sweep: Source,
     name: Name,
     maxima: Maxima = None,
     minima: Minima = None,
@@ -33,11 +39,14 @@ def promote(
     from qsweep.ship import Selector
     from qsweep.ship import promote as register
     from qsweep.spec import UNCOMPRESSED
+    from qsweep.track.bundle import MANIFEST
     from qsweep.track.table import place_text
 
-    spec, folder = find(sweep)
-    selector = Selector.parse(maxima or (), minima or (), by, trial, spec.task)
-    made = register(folder.path, selector, name, alias)
+    task, folder = None, sweep
+    if not (sweep / MANIFEST).is_file():
+        spec, found = find(sweep)
+        task, folder = spec.task, found.path
+    made = register(folder, Selector.parse(maxima or (), minima or (), by, trial, task), name, alias)
     told = f"{made.record.name} on {place_text(made.record)}"
     say(f"{told} is version {made.version} of `{made.name}`, alias `{made.alias}`")
     if made.record.name == UNCOMPRESSED and trial is None:

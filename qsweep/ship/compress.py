@@ -44,8 +44,9 @@ def compress(
     data; its own model is not looked at, and `model` is not changed. What a config leaves to the model, such as the
     bits by layer of `mixed`, is chosen for `model` anew. `training` holds the settings of fine-tuning that a spec's
     task has, by default those of the bundle, on the CPU where there is no GPU. What came of it is in `metrics` of the
-    model. Raises SpecError for a config that is none, BundleError where `out` is taken, and the TrialFailure of what
-    goes wrong; ParityFailure if the artifact disagrees with its simulation.
+    model; `promote` registers the bundle, if it keeps the bounds it is given. Raises SpecError for a config that is
+    none, BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the artifact
+    disagrees with its simulation.
     """
     from torch import nn
 
@@ -107,6 +108,7 @@ def _built(
     """The record of `config` on `model`, its artifact in the folder of the throw-away sweep `sweep`."""
     from qsweep import build
     from qsweep.evaluate import check
+    from qsweep.machine import fingerprint
     from qsweep.stage import Context
     from qsweep.store import Store
     from qsweep.tasks._user import UserTask
@@ -140,15 +142,24 @@ def _built(
         state="complete",
         config=config.model_dump(mode="json"),
         engine=config.target.engine,
-        metrics=_measured(quantized, config, task, artifact),
+        metrics=_measured(quantized, original, config, task, judged_by, artifact),
         seconds=clock.seconds,
         folder="trials/0000",
         layer_bits=quantized.layer_bits(),
+        machine=fingerprint(config.target.device),
     )
 
 
-def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifact: Path) -> Metrics:
-    """Accuracy of the artifact as deployed, its agreement with the simulation, and its sizes."""
+def _measured(
+    quantized: QuantizedModel,
+    original: nn.Module,
+    config: TrialConfig,
+    task: Task,
+    judged_by: TaskMetric,
+    artifact: Path,
+) -> Metrics:
+    """Accuracy of the artifact as deployed and what it has lost to `original`, as PyTorch runs that; its agreement with
+    the simulation, and its sizes."""
     from qsweep.evaluate import accuracy, accuracy_of_part, predict
     from qsweep.hub.simulate import simulation
     from qsweep.measure.deployed import outputs, parity
@@ -164,6 +175,8 @@ def _measured(quantized: QuantizedModel, config: TrialConfig, task: Task, artifa
     first = labels[: len(simulated)]
     found = parity(deployed[: len(simulated)], simulated, first, settings, parts_of(task, "outputs"))
     found["accuracy"] = accuracy(task, deployed, labels)
+    whole = accuracy(task, predict(original, task, inputs), labels)
+    found["accuracy_drop_pp"] = judged_by.scale * (whole - found["accuracy"])
     part = accuracy_of_part(task, simulated, first)
     metrics = found | {"accuracy_simulated": part} | work(quantized) | file_sizes(artifact)
     return Metrics.model_validate(metrics)

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
-import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from pydantic import TypeAdapter
-
-import qsweep
-from qsweep.engines import Engine, EngineConfig
 from qsweep.errors import SpecError, TrackError
 from qsweep.records import Record
+from qsweep.ship._package import mlflow_model
 from qsweep.ship.select import Selector, best
-from qsweep.spec import Spec
 from qsweep.study.folder import SweepFolder
-from qsweep.track.bundle import bundle, verify
-from qsweep.track.client import answering, connect, impatient, sqlite_path, tracking_uri
+from qsweep.track import flat
+from qsweep.track.bundle import MANIFEST, bundle, recorded, verify
+from qsweep.track.client import answering, connect, experiment, impatient, sqlite_path, tracking_uri
 from qsweep.track.ledger import Ledger
 from qsweep.track.table import engine_text, place_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.models import ModelSignature
 
 _UPLOAD_SECONDS = 120
 """How long a server may take to answer while models are put there or fetched."""
 _PUBLISHES = "`qsweep run` publishes it"
-_NEEDED = ("mlflow", "numpy", "onnx", "onnxruntime", "pydantic", "pyyaml", "safetensors", "torch")
+
+
+class Version(NamedTuple):
+    """What a new version is called."""
+
+    name: str
+    alias: str
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,13 @@ class Promotion:
         return f"models:/{self.name}@{self.alias}"
 
 
-def promote(sweep: Path, selector: Selector, name: str, alias: str = "champion") -> Promotion:
-    """Register the bundle of the best trial of the sweep in folder `sweep` as a new version of `name`, with `alias`.
+def promote(source: Path, selector: Selector, name: str, alias: str = "champion", uri: str | None = None) -> Promotion:
+    """Register a new version of `name`, with `alias`: the bundle of the best trial of the sweep in the folder `source`,
+    or the bundle that `source` is, as `compress` writes it, if it keeps the bounds.
 
     The version links to the trial's run and carries the spec's hash, the trial's uid, its place on the front and its
-    metrics as tags. Raises SweepError where no trial fits, TrackError where MLflow does not have the trial.
+    metrics as tags; a bundle gets a run of its own, in the experiment `name`, at `uri` (as for `load`). Raises
+    SweepError where no trial fits, TrackError where MLflow does not have the trial.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]*", name) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]*", alias):
         raise SpecError(f"`--name`, `--alias`: must be letters, digits, `.`, `_`, `-` (got `{name}`, `{alias}`)")
@@ -65,20 +66,37 @@ def promote(sweep: Path, selector: Selector, name: str, alias: str = "champion")
         raise SpecError(
             f"`--alias`: must be no name that MLflow keeps for itself, such as `v1` or `latest` (got `{alias}`)"
         )
-    folder = SweepFolder.at(sweep)
+    version = Version(name, alias)
+    if (source / MANIFEST).is_file():
+        return _promote_bundle(source, selector, version, tracking_uri(uri, Path.cwd(), "uri"))
+    return _promote_trial(SweepFolder.at(source), selector, version)
+
+
+def _promote_trial(folder: SweepFolder, selector: Selector, version: Version) -> Promotion:
     spec = folder.spec()
     record = best(folder.records(), selector, spec)
     uri = tracking_uri(spec.track.uri, folder.root)
     run_id = _run_of(record, folder.path, uri)
     client = connect(uri)
-    with TemporaryDirectory() as place:
-        model = _save(bundle(record, folder.path, Path(place) / "bundle"), Path(place) / "model")
-        with answering(uri), impatient(_UPLOAD_SECONDS):
-            kept = f"model-{uuid4().hex[:8]}"  # a version stays as it is, whatever is made of its trial later
-            client.log_artifacts(_existing(client, run_id, record, uri), str(model), kept)
-            version = _register(client, name, run_id, kept, record, spec)
-            client.set_registered_model_alias(name, alias, version)
-    return Promotion(record, name, version, alias, uri)
+    with TemporaryDirectory() as place, answering(uri), impatient(_UPLOAD_SECONDS):
+        made = bundle(record, folder.path, Path(place) / "bundle")
+        tags = {"qsweep.sweep": spec.name, "qsweep.spec": spec.uid()}
+        return _registered(client, uri, version, record, made, _existing(client, run_id, record, uri), tags)
+
+
+def _promote_bundle(made: Path, selector: Selector, version: Version, uri: str) -> Promotion:
+    record, sweep = best([recorded(made)], selector), {"qsweep.sweep": verify(made).sweep}
+    client = connect(uri)
+    with answering(uri), impatient(_UPLOAD_SECONDS):
+        place = experiment(client, uri, version.name)
+        run = client.create_run(place, tags=flat.tags(record) | sweep, run_name=record.name).info.run_id
+        for key, value in flat.params(record).items():
+            client.log_param(run, key, value)
+        for key, metric in flat.metrics(record).items():
+            client.log_metric(run, key, metric)
+        registered = _registered(client, uri, version, record, made, run, sweep)
+        client.set_terminated(run)
+        return registered
 
 
 def _run_of(record: Record, sweep: Path, uri: str) -> str:
@@ -106,18 +124,21 @@ def _existing(client: MlflowClient, run_id: str, record: Record, uri: str) -> st
         raise TrackError(f"{must}, which the sweep has published there: {_PUBLISHES}") from None
 
 
-def _register(client: MlflowClient, name: str, run_id: str, kept: str, record: Record, spec: Spec) -> str:
-    """The new version of `name`: the model that is `kept` among the artifacts of the run."""
+def _registered(
+    client: MlflowClient, uri: str, version: Version, record: Record, made: Path, run_id: str, sweep: dict[str, str]
+) -> Promotion:
+    """The new version: the bundle `made`, which is kept among the artifacts of the run."""
     from mlflow.exceptions import MlflowException
 
+    kept = f"model-{uuid4().hex[:8]}"  # a version stays as it is, whatever is made of its trial later
+    with TemporaryDirectory() as place:
+        client.log_artifacts(run_id, str(mlflow_model(made, Path(place) / "model")), kept)
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(version.name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {
-        "qsweep.sweep": spec.name,
-        "qsweep.spec": spec.uid(),
+    tags = sweep | {
         "qsweep.number": str(record.number),
         "qsweep.uid": record.uid,
         "qsweep.engine": engine_text(record),
@@ -125,56 +146,11 @@ def _register(client: MlflowClient, name: str, run_id: str, kept: str, record: R
         **{key: str(value) for key, value in record.metrics.model_dump(exclude_none=True).items()},
     }
     about = f"`{record.name}` on {place_text(record)}"
-    made = client.create_model_version(name, f"runs:/{run_id}/{kept}", run_id, tags, description=about)
-    return str(made.version)
-
-
-def _save(made: Path, out: Path) -> Path:
-    """The bundle as an MLflow model folder: models-from-code, and qsweep's own code beside it; no pickle."""
-    with TemporaryDirectory() as place, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow warns of its own type hints when it is imported
-        from mlflow.pyfunc import save_model
-
-        code = Path(place) / "qsweep"
-        shutil.copytree(Path(qsweep.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
-        save_model(
-            out,
-            python_model=str(Path(__file__).with_name("pyfunc.py")),
-            artifacts={"bundle": str(made)},
-            code_paths=[str(code)],
-            pip_requirements=_requirements(made),
-            signature=_signature(made),
-        )
-    return out
-
-
-def _requirements(made: Path) -> list[str]:
-    """Packages as an index has them: without the local part of a version, such as `+cpu`."""
-    adapter: TypeAdapter[EngineConfig] = TypeAdapter(Engine)
-    needed = (*_NEEDED, *adapter.validate_python(verify(made).engine).packages)
-    return [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in needed]
-
-
-def _signature(made: Path) -> ModelSignature | None:
-    import numpy
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    from qsweep.tasks._parts import Parts
-
-    manifest = verify(made)
-    if rows := manifest.interface.get("inputs"):
-        parts = Parts.read(rows).parts
-        names = [part.called("input") if part.path else None for part in parts]
-        kinds = [str(part.dtype).removeprefix("torch.") for part in parts]
-        given = list(zip(kinds, [part.shape for part in parts], names, strict=True))
-    elif (shape := manifest.input.get("shape")) is not None:
-        given = [("float32", shape, None)]
-    else:
-        return None
-    return ModelSignature(
-        inputs=Schema([TensorSpec(numpy.dtype(kind), (-1, *shape), name) for kind, shape, name in given])
-    )
+    number = client.create_model_version(
+        version.name, f"runs:/{run_id}/{kept}", run_id, tags, description=about
+    ).version
+    client.set_registered_model_alias(version.name, version.alias, str(number))
+    return Promotion(record, version.name, str(number), version.alias, uri)
 
 
 def _version(client: MlflowClient, source: str, uri: str, name: str, alias: str | None, number: str) -> ModelVersion:

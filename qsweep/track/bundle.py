@@ -152,6 +152,20 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
+def recorded(folder: Path) -> Record:
+    """The record that the bundle in `folder` was made of, its repetitions left out. Raises BundleError."""
+    import yaml
+
+    manifest = verify(folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    known = {"number": manifest.number, "uid": manifest.trial, "name": manifest.name, "state": "complete"}
+    about = {"config": config, "engine": manifest.engine["engine"], "folder": str(folder)}
+    try:
+        return Record.model_validate(known | about | read_json(folder / "metrics.json"))
+    except ValidationError as error:
+        raise BundleError(f"`{folder / 'metrics.json'}`: {complaint(error)}") from None
+
+
 def pickles(folder: Path) -> Iterator[str]:
     """Files under `folder`, also inside of zip archives, that are pickles."""
     for name, path in _walk(folder):

@@ -23,7 +23,9 @@ from qsweep.machine import fingerprint
 from qsweep.measure.sizes import digests
 from qsweep.records import Metrics, Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
+from qsweep.ship.compress import asked_for
 from qsweep.ship.registry import fetch
+from qsweep.spec import TrialConfig
 from qsweep.study import Places, SweepFolder
 from qsweep.tasks import Training
 from qsweep.track import publish, tracking_uri
@@ -676,6 +678,19 @@ def test_fine_tuning_and_metric_are_those_of_the_bundle(tmp_path: Path, monkeypa
         assert kept["metric"]["unit"] == "dB"
     assert (again(inputs(9)) == first(inputs(9))).all()
     assert not (others(inputs(9)) == first(inputs(9))).all()
+
+
+def test_a_trial_is_named_by_its_folder_with_the_settings_of_its_sweep(tmp_path: Path) -> None:
+    folder, settings = tmp_path / "sweeps" / "small" / "trials" / "0003", {"optimizer": "adamw"}
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps(PTQ))
+    task = {"training": settings, "metric": {"name": "PSNR", "unit": "dB"}}
+    (tmp_path / "sweeps" / "small" / "spec.json").write_text(json.dumps({"spec": {"task": task}}))
+    config, training, metric = asked_for(folder, None)
+    assert (config, training, metric.unit) == (TrialConfig.model_validate(PTQ), Training(**settings), "dB")
+    assert asked_for(folder / "config.yaml", None)[1] == Training()
+    with pytest.raises(SpecError, match=r"`.*/trials/config.yaml`: there is no"):
+        asked_for(folder.parent, None)
 
 
 def test_a_folder_that_is_taken_is_said_before_anything_is_done(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from qsweep.ship.registry import fetch
 from qsweep.space import complaint
 from qsweep.spec import Measure, TrialConfig
 from qsweep.tasks import ACCURACY, Task, TaskMetric, Training
-from qsweep.track.bundle import bundle, verify
+from qsweep.track.bundle import MANIFEST, bundle, read_json, verify
 from qsweep.yamlfile import read_mapping
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def compress(
 ) -> LoadedModel:
     """`model` compressed as `config` says, deployed and loaded; with `out`, its bundle is written to that new folder.
 
-    `config` is a TrialConfig, the same as plain data, a `config.yaml`, a bundle, or a registered one such as
-    `models:/NAME@champion` (at `uri`, as for `load`). `task`, an object with the methods of `qsweep.Task`, gives the
-    data; its own model is not looked at, and `model` is not changed. What a config leaves to the model, such as the
-    bits by layer of `mixed`, is chosen for `model` anew. `training` holds the settings of fine-tuning that a spec's
-    task has, by default those of the bundle, on the CPU where there is no GPU. What came of it is in `metrics` of the
-    model; `promote` registers the bundle, if it keeps the bounds it is given. Raises SpecError for a config that is
-    none, BundleError where `out` is taken, and the TrialFailure of what goes wrong; ParityFailure if the artifact
-    disagrees with its simulation.
+    `config` is a TrialConfig, the same as plain data, a `config.yaml`, the folder of a bundle or of a trial, or a
+    registered bundle such as `models:/NAME@champion` (at `uri`, as for `load`). `task`, an object with the methods of
+    `qsweep.Task`, gives the data; its own model is not looked at, and `model` is not changed. What a config leaves to
+    the model, such as the bits by layer of `mixed`, is chosen for `model` anew. `training` holds the settings of
+    fine-tuning that a spec's task has, by default those of the bundle or the sweep, on the CPU where there is no GPU.
+    What came of it is in `metrics` of the model; `promote` registers the bundle, if it keeps the bounds it is given.
+    Raises SpecError for a config that is none, BundleError where `out` is taken, and the TrialFailure of what goes
+    wrong; ParityFailure if the artifact disagrees with its simulation.
     """
     from torch import nn
 
@@ -85,10 +85,11 @@ def asked_for(
     task: dict[str, Any] = {}
     if not isinstance(source, Mapping):
         path = Path(source)
-        if path.is_dir():
+        if (path / MANIFEST).is_file():
             task = verify(path).task
-            path = path / "config.yaml"
-        content = read_mapping(path)
+        elif path.is_dir():  # of a trial in its sweep
+            task = read_json(path.resolve().parents[1] / "spec.json").get("spec", {}).get("task", {})
+        content = read_mapping(path / "config.yaml" if path.is_dir() else path)
     try:
         training, metric = Training.model_validate(task.get("training", {})), task.get("metric", {})
         return TrialConfig.model_validate(content), training, TaskMetric.model_validate(metric)

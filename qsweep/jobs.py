@@ -25,6 +25,7 @@ from qsweep.failures import known
 from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure
 from qsweep.hub.simulate import simulation
+from qsweep.hub.tables import with_tables
 from qsweep.machine import fingerprint, pin, use_gpu
 from qsweep.measure import gpu
 from qsweep.measure.deployed import outputs, parity
@@ -126,7 +127,8 @@ def _prepare(job: Job) -> Result:
     if job.task_config.pretrained:
         warned = check(task, model)
     with job.clock("export"):
-        metrics = work(float_graph(model, context))
+        graph = float_graph(model, context)
+        metrics = work(graph)
     about = job.task_config.about(job.root)
     return {
         "metrics": metrics,
@@ -134,7 +136,7 @@ def _prepare(job: Job) -> Result:
         "model": context.key,
         "own_teacher": own_teacher(task) is not None,
         "about": about,
-        "interface": task.interface if isinstance(task, UserTask) else {},
+        "interface": with_tables(task.interface, graph) if isinstance(task, UserTask) else {},
         "samples": task.seen if isinstance(task, UserTask) else {},
         "doubts": [*warned, *doubts_of_teacher(task, model), *doubts(task, job.task_config.judged_by)],
     }

@@ -125,6 +125,22 @@ def test_what_ships_takes_and_gives_what_the_model_does(shipped: tuple[type, Loa
     np.testing.assert_array_equal(arrays.logits, found.logits)
 
 
+def test_numbers_of_rows_that_a_table_does_not_have_are_refused(shipped: tuple[type, LoadedModel, Path]) -> None:
+    kind, model, _ = shipped
+    if kind is Boxes:  # which looks nothing up
+        assert not any("below" in row for row in model.manifest.interface["inputs"])
+        return
+    rows = {row["path"][0]: row.get("below") for row in model.manifest.interface["inputs"]}
+    assert rows == {"input_ids": 900, "attention_mask": None}
+    inputs = given(trained(kind))
+    for number in (900, -1):
+        wrong = inputs["input_ids"].clone()
+        wrong[7, 2] = number
+        told = rf"`input_ids` must be numbers of rows of a table, 0 to 899 \(got {number} in sample 7\)"
+        with pytest.raises(DataError, match=told):
+            model({**inputs, "input_ids": wrong})
+
+
 def run_onnx(path: Path, inputs: list[Tensor], names: list[str]) -> dict[str, Tensor]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [each.name for each in session.get_inputs()] == names

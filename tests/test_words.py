@@ -27,6 +27,7 @@ from qsweep.hub.kinds import EMBEDDING
 from qsweep.hub.nodes import attributes, constant, nodes_of, source
 from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
+from qsweep.hub.tables import with_tables
 from qsweep.hub.weights import real_weight
 from qsweep.measure.sizes import file_sizes, work
 from qsweep.quantize._training import finished, prepared, start
@@ -276,3 +277,38 @@ def test_the_label_says_it() -> None:
 def test_other_widths_are_refused(bits: int) -> None:
     with pytest.raises(ValidationError, match="embedding_bits"):
         PTQ.model_validate({"embedding_bits": bits})
+
+
+class Categories(nn.Module):
+    """Numbers of five columns: of two tables, of a third one twice, once shifted, and no number of a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(rows, 4) for rows in (10, 20, 7))
+        self.places, self.head = nn.Embedding(5, 4), nn.Linear(4, 2)
+
+    def forward(self, columns: Tensor) -> Tensor:
+        numbers = columns.long()
+        first, second, third = self.tables
+        x = first(numbers[:, 0]) + second(numbers[:, :2])[:, 1] + third(numbers[:, 2:4]).sum(1)
+        places = self.places(torch.arange(5))  # which no number of theirs decides
+        return self.head(x + third(numbers[:, 3] - 1) + places.mean(0)) * columns[:, 4:]
+
+
+def test_the_rows_of_tables_are_known_by_column(tmp_path: Path) -> None:
+    inputs = torch.ones(6, 5)
+    graph = float_graph(Categories().eval(), context(tmp_path, task=Noise(inputs=inputs)))
+    parts: list[dict[str, Any]] = [{"path": ["a"], "shape": [4], "dtype": "int64"}, {"path": ["b"], "shape": []}]
+    found = with_tables({"inputs": parts, "outputs": []}, graph)
+    assert found == {"inputs": [parts[0] | {"below": [10, 20, 7, 7]}, parts[1]], "outputs": []}
+    one = with_tables({"inputs": [{"path": [], "shape": [5]}]}, graph)["inputs"]
+    assert one == [{"path": [], "shape": [5], "below": [10, 20, 7, 7, None]}]
+    assert with_tables({}, graph) == {}
+    assert (
+        with_tables({"inputs": [{"path": [], "shape": [12]}]}, float_graph_of_words(tmp_path))["inputs"][0]["below"]
+        == WORDS
+    )
+
+
+def float_graph_of_words(folder: Path) -> QuantizedModel:
+    return float_graph(Classifier().eval(), context(folder, "words", task=Noise(inputs=texts(2))))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsweep.errors import DataError
-from qsweep.tasks._parts import Part, Parts, countable, mapped
+from qsweep.tasks._parts import Part, Parts, countable, mapped, outside
 
 
 class Interface:
@@ -50,6 +50,11 @@ class Interface:
             raise DataError(f"{said} must be whole numbers up to 2^24, of which float32 holds all (got larger ones)")
         if value.is_floating_point() and not part.dtype.is_floating_point and not value.equal(value.floor()):
             raise DataError(f"{said} must be whole numbers (got others)")
+        if (wrong := outside(value, part)) is not None:
+            number, sample, rows = wrong
+            raise DataError(
+                f"{said} must be numbers of rows of a table, 0 to {rows - 1} (got {number:g} in sample {sample})"
+            )
         return value
 
     def shown(self, outputs: Tensor, *, arrays: bool) -> Any:

@@ -109,6 +109,8 @@ def _built(
     """The record of `config` on `model`, its artifact in the folder of the throw-away sweep `sweep`."""
     from qsweep import build
     from qsweep.evaluate import check
+    from qsweep.hub.export import float_graph
+    from qsweep.hub.tables import with_tables
     from qsweep.machine import fingerprint
     from qsweep.stage import Context
     from qsweep.store import Store
@@ -132,7 +134,8 @@ def _built(
     artifact.parent.mkdir(parents=True)
     if isinstance(task, UserTask):
         (sweep / "prepare").mkdir()
-        (sweep / "prepare" / "prepare.json").write_text(json.dumps({"interface": task.interface}), encoding="utf-8")
+        interface = with_tables(task.interface, float_graph(original, context))
+        (sweep / "prepare" / "prepare.json").write_text(json.dumps({"interface": interface}), encoding="utf-8")
     kept = {"task": {"training": training.model_dump(mode="json"), "metric": judged_by.model_dump(mode="json")}}
     (sweep / "spec.json").write_text(json.dumps(kept), encoding="utf-8")  # for the manifest
     build.lower(quantized, config, artifact, store)

@@ -30,6 +30,8 @@ class Part(NamedTuple):
     path: Place
     shape: tuple[int, ...]
     dtype: torch.dtype
+    below: int | list[int | None] | None = None
+    """What its numbers are below, all of them or those of each column: rows of a table."""
 
     @property
     def name(self) -> str:
@@ -103,9 +105,9 @@ class Parts:
         """What `joined` was made of, for any number of samples; in the types that it had, or all in that of `joined`.
         Of one tensor alone only whole numbers that have become real get their type back."""
         if not self.several:
-            ((path, _, dtype),) = self.parts
-            whole = own_types and not dtype.is_floating_point and joined.is_floating_point()
-            return _built([(path, joined.to(dtype) if whole else joined)])
+            (part,) = self.parts
+            whole = own_types and not part.dtype.is_floating_point and joined.is_floating_point()
+            return _built([(part.path, joined.to(part.dtype) if whole else joined)])
         found, begin = [], 0
         for part, width in zip(self.parts, self.widths, strict=True):
             value = joined[:, begin : begin + width] if part.shape else joined[:, begin]
@@ -122,14 +124,21 @@ class Parts:
 
     def rows(self) -> list[dict[str, Any]]:
         """As plain data, which `read` takes."""
-        return [
-            {"path": list(part.path), "shape": list(part.shape), "dtype": str(part.dtype).removeprefix("torch.")}
-            for part in self.parts
-        ]
+        rows = []
+        for part in self.parts:
+            kind = str(part.dtype).removeprefix("torch.")
+            row = {"path": list(part.path), "shape": list(part.shape), "dtype": kind}
+            rows.append(row if part.below is None else row | {"below": part.below})
+        return rows
 
     @classmethod
     def read(cls, rows: Sequence[Mapping[str, Any]]) -> Parts:
-        return cls(tuple(Part(tuple(row["path"]), tuple(row["shape"]), getattr(torch, row["dtype"])) for row in rows))
+        return cls(
+            tuple(
+                Part(tuple(row["path"]), tuple(row["shape"]), getattr(torch, row["dtype"]), row.get("below"))
+                for row in rows
+            )
+        )
 
     def __str__(self) -> str:
         told = (f"`{part.name}` {('N', *part.shape)}".replace("'", "") for part in self.parts)
@@ -176,6 +185,21 @@ def countable(value: object) -> bool:
     """Whether float32 tells the whole numbers in `value` apart."""
     wide = [found for _, found in tensors(value) if found.dtype in (torch.int32, torch.int64) and found.numel()]
     return all(int(found.abs().max()) <= _COUNTS for found in wide)
+
+
+def outside(value: Tensor, part: Part) -> tuple[float, int, int] | None:
+    """The first of the numbers in `value` (N, ...) that is no row of the table that `part` is looked up in: it, its
+    sample, and how many rows there are."""
+    if part.below is None:
+        return None
+    found = value.reshape(len(value), -1)
+    below = part.below if isinstance(part.below, list) else [part.below] * found.shape[1]
+    most = torch.tensor([float("inf") if rows is None else rows for rows in below])
+    wrong = ((found < 0) & most.isfinite()) | (found >= most)
+    if not wrong.any():
+        return None
+    sample, column = wrong.nonzero()[0].tolist()
+    return found[sample, column].item(), sample, int(most[column])
 
 
 def _typed(value: Tensor, dtype: torch.dtype) -> Tensor:

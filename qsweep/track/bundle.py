@@ -55,7 +55,8 @@ class Manifest(Config):
     """`shape` of one sample and `dtype`, as the model takes them: after the task's preprocessing."""
     interface: dict[str, list[dict[str, Any]]] = {}
     """`inputs` and `outputs` where the model takes or gives several tensors, or whole numbers: `path` (keys and
-    places), `shape` of one sample and `dtype` of each. The artifact takes and gives one tensor (N, columns) of float32,
+    places), `shape` of one sample and `dtype` of each; of inputs `below`, the rows of the table that they are looked up
+    in, one number or one for each column. The artifact takes and gives one tensor (N, columns) of float32,
     in which they lie side by side."""
     task: dict[str, Any] = {}
     """The task's config, and what it says of its classes and its preprocessing."""

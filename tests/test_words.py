@@ -304,11 +304,5 @@ def test_the_rows_of_tables_are_known_by_column(tmp_path: Path) -> None:
     one = with_tables({"inputs": [{"path": [], "shape": [5]}]}, graph)["inputs"]
     assert one == [{"path": [], "shape": [5], "below": [10, 20, 7, 7, None]}]
     assert with_tables({}, graph) == {}
-    assert (
-        with_tables({"inputs": [{"path": [], "shape": [12]}]}, float_graph_of_words(tmp_path))["inputs"][0]["below"]
-        == WORDS
-    )
-
-
-def float_graph_of_words(folder: Path) -> QuantizedModel:
-    return float_graph(Classifier().eval(), context(folder, "words", task=Noise(inputs=texts(2))))
+    words = float_graph(Classifier().eval(), context(tmp_path, "words", task=Noise(inputs=texts(2))))
+    assert with_tables({"inputs": [{"path": [], "shape": [LENGTH]}]}, words)["inputs"][0]["below"] == WORDS

@@ -29,9 +29,10 @@ from qsweep.hub.tables import with_tables
 from qsweep.machine import fingerprint, pin, use_gpu
 from qsweep.measure import gpu
 from qsweep.measure.deployed import outputs, parity
+from qsweep.measure.files import digests, file_sizes
 from qsweep.measure.latency import latency
 from qsweep.measure.memory import PeakMemory
-from qsweep.measure.sizes import digests, file_sizes, work
+from qsweep.measure.sizes import work
 from qsweep.spec import Measure, TrialConfig
 from qsweep.splits import doubts
 from qsweep.stage import own_teacher

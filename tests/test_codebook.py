@@ -22,7 +22,8 @@ from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
 from qsweep.hub.weights import Codebook as Stored
 from qsweep.hub.weights import real_weight
-from qsweep.measure.sizes import file_sizes, work
+from qsweep.measure.files import file_sizes
+from qsweep.measure.sizes import work
 from qsweep.quantize._arithmetic import weight_levels
 from qsweep.quantize._kmeans import errors, kmeans, starts
 from qsweep.quantize._tables import apot, apot_levels, codebook

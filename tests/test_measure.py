@@ -16,9 +16,10 @@ from qsweep.errors import NotFinite, ParityFailure
 from qsweep.hub.export import float_graph
 from qsweep.machine import gpu_of
 from qsweep.measure.deployed import outputs, parity
+from qsweep.measure.files import file_sizes
 from qsweep.measure.latency import latency, median_interval
 from qsweep.measure.memory import PeakMemory
-from qsweep.measure.sizes import file_sizes, work
+from qsweep.measure.sizes import work
 from qsweep.quantize.ptq import PTQ
 from qsweep.spec import Measure
 

@@ -32,7 +32,7 @@ from qsweep.hub.ops import STORED
 from qsweep.hub.save import load, save, structure
 from qsweep.hub.simulate import simulation
 from qsweep.hub.weights import real_weight
-from qsweep.measure.sizes import file_sizes
+from qsweep.measure.files import file_sizes
 from qsweep.quantize.codebook import Codebook
 from qsweep.quantize.ptq import PTQ
 from qsweep.quantize.qat import QAT

@@ -21,7 +21,7 @@ from qsweep.build import Clock, compress
 from qsweep.engines.onnxruntime import OnnxRuntime
 from qsweep.errors import NotFinite, TaskFailure
 from qsweep.hub.export import export
-from qsweep.measure.sizes import digests
+from qsweep.measure.files import digests
 from qsweep.prune import Pruning
 from qsweep.prune._channels import alike, zero_channels
 from qsweep.prune._global import zero_smallest

@@ -19,7 +19,8 @@ from qsweep.hub.form import QuantizedModel, stored_bits
 from qsweep.hub.integer import IntegerInterpreter
 from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
-from qsweep.measure.sizes import file_sizes, work
+from qsweep.measure.files import file_sizes
+from qsweep.measure.sizes import work
 from qsweep.quantize.base import Quantization
 from qsweep.quantize.codebook import Codebook
 from qsweep.quantize.lsq import LSQ

@@ -20,7 +20,7 @@ from qsweep.cli.main import app
 from qsweep.config import content_hash
 from qsweep.errors import BundleError, DataError, Refused, SpecError, SweepError, TaskFailure, TrackError
 from qsweep.machine import fingerprint
-from qsweep.measure.sizes import digests
+from qsweep.measure.files import digests
 from qsweep.records import Metrics, Record
 from qsweep.ship import LoadedModel, Selector, best, bundle, compress, export, load, promote, verify
 from qsweep.ship.compress import asked_for

@@ -666,10 +666,11 @@ def test_the_final_front_and_fp32_alone_are_scored_on_the_test_split(tmp_path: P
     assert sum(count for call, count in calls(tmp_path).items() if call.startswith("test")) == len(members | {0})
 
 
-def test_the_driver_does_not_import_torch(tmp_path: Path) -> None:
+def test_neither_the_driver_nor_what_shows_its_records_imports_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from small_sweep import *;"
-        f"sweep(Path({str(tmp_path)!r}), small_spec(search={{'trials': 1}})); print('torch' in sys.modules)"
+        f"sweep(Path({str(tmp_path)!r}), small_spec(search={{'trials': 1}}));"
+        "import qsweep.cli.run, qsweep.cli.results, qsweep.ship, qsweep.track; print('torch' in sys.modules)"
     )
     path = os.pathsep.join((str(Path(build.__code__.co_filename).parent), *sys.path))
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)

@@ -29,7 +29,8 @@ from qsweep.hub.save import load, save
 from qsweep.hub.simulate import simulation
 from qsweep.hub.tables import with_tables
 from qsweep.hub.weights import real_weight
-from qsweep.measure.sizes import file_sizes, work
+from qsweep.measure.files import file_sizes
+from qsweep.measure.sizes import work
 from qsweep.quantize._training import finished, prepared, start
 from qsweep.quantize.apot import APoT
 from qsweep.quantize.base import LowBit

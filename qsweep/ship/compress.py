@@ -167,7 +167,8 @@ def _measured(
     from qsweep.evaluate import accuracy, accuracy_of_part, predict
     from qsweep.hub.simulate import simulation
     from qsweep.measure.deployed import outputs, parity
-    from qsweep.measure.sizes import file_sizes, work
+    from qsweep.measure.files import file_sizes
+    from qsweep.measure.sizes import work
     from qsweep.tasks._user import parts_of
 
     settings = Measure()

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from qsweep.config import Config
 from qsweep.errors import BundleError
-from qsweep.measure.sizes import digests
+from qsweep.measure.files import digests
 from qsweep.records import Record
 from qsweep.space import complaint
 from qsweep.track.environment import versions

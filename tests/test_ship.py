@@ -493,7 +493,7 @@ def test_a_bundle_is_registered_if_it_keeps_the_bounds(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     kept = recorded(made)
     with pytest.raises(SweepError, match=r"no trial keeps accuracy ≥ 0.98; the nearest is #4 .* with accuracy 0.971"):
-        promote(made, Selector(min={"accuracy": 0.98}), "nightly", "challenger")
+        promote(str(made), Selector(min={"accuracy": 0.98}), "nightly", "challenger")
     assert not (tmp_path / "mlflow.db").exists()
     command = ["promote", str(made), "--name", "nightly", "--alias", "challenger"]
     assert CliRunner().invoke(app, [*command, "--max", "accuracy_drop_pp=-1"]).exit_code != 0

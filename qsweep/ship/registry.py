@@ -16,7 +16,7 @@ from qsweep.ship.select import Selector, best
 from qsweep.study.folder import SweepFolder
 from qsweep.track import flat
 from qsweep.track.bundle import MANIFEST, bundle, recorded, verify
-from qsweep.track.client import answering, connect, experiment, impatient, sqlite_path, tracking_uri
+from qsweep.track.client import answering, connect, experiment, impatient, log_all, sqlite_path, tracking_uri
 from qsweep.track.ledger import Ledger
 from qsweep.track.table import engine_text, place_text
 
@@ -52,7 +52,9 @@ class Promotion:
         return f"models:/{self.name}@{self.alias}"
 
 
-def promote(source: Path, selector: Selector, name: str, alias: str = "champion", uri: str | None = None) -> Promotion:
+def promote(
+    source: str | Path, selector: Selector, name: str, alias: str = "champion", uri: str | None = None
+) -> Promotion:
     """Register a new version of `name`, with `alias`: the bundle of the best trial of the sweep in the folder `source`,
     or the bundle that `source` is, as `compress` writes it, if it keeps the bounds.
 
@@ -66,7 +68,7 @@ def promote(source: Path, selector: Selector, name: str, alias: str = "champion"
         raise SpecError(
             f"`--alias`: must be no name that MLflow keeps for itself, such as `v1` or `latest` (got `{alias}`)"
         )
-    version = Version(name, alias)
+    version, source = Version(name, alias), Path(source)
     if (source / MANIFEST).is_file():
         return _promote_bundle(source, selector, version, tracking_uri(uri, Path.cwd(), "uri"))
     return _promote_trial(SweepFolder.at(source), selector, version)
@@ -90,10 +92,7 @@ def _promote_bundle(made: Path, selector: Selector, version: Version, uri: str) 
     with answering(uri), impatient(_UPLOAD_SECONDS):
         place = experiment(client, uri, version.name)
         run = client.create_run(place, tags=flat.tags(record) | sweep, run_name=record.name).info.run_id
-        for key, value in flat.params(record).items():
-            client.log_param(run, key, value)
-        for key, metric in flat.metrics(record).items():
-            client.log_metric(run, key, metric)
+        log_all(client, run, flat.params(record), flat.metrics(record))
         registered = _registered(client, uri, version, record, made, run, sweep)
         client.set_terminated(run)
         return registered

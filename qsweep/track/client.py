@@ -6,7 +6,8 @@ import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ _QUIET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+_BATCH = 100
+"""Params that MLflow takes in one call."""
 _RETRIES, _TIMEOUT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
@@ -176,3 +179,31 @@ def _alone(uri: str) -> Iterator[None]:
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def log_all(
+    client: MlflowClient,
+    run_id: str,
+    params: Mapping[str, object] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    tags: Mapping[str, str] | None = None,
+    at: int | None = None,
+) -> None:
+    """Log all of it to a run, of the time `at` (milliseconds since 1970), by default now."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    at = at or now()
+    flat_params = [Param(name, str(value)) for name, value in (params or {}).items()]
+    client.log_batch(
+        run_id,
+        [Metric(name, value, at, 0) for name, value in (metrics or {}).items()],
+        flat_params[:_BATCH],
+        [RunTag(name, value) for name, value in (tags or {}).items()],
+    )
+    for first in range(_BATCH, len(flat_params), _BATCH):
+        client.log_batch(run_id, params=flat_params[first : first + _BATCH])
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(1000 * time.time())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +16,7 @@ from qsweep.study.folder import SweepFolder
 from qsweep.study.notes import notes
 from qsweep.track import flat
 from qsweep.track.bundle import bundle
-from qsweep.track.client import connect, experiment, impatient
+from qsweep.track.client import connect, experiment, impatient, log_all, now
 from qsweep.track.environment import environment
 from qsweep.track.ledger import Ledger
 from qsweep.track.pareto import front, hypervolume
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qsweep.track")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-_BATCH = 100  # params that MLflow takes in one call
 _NOTE_LIMIT = 7000  # MLflow cuts tags at 8,000 characters without a word
 
 
@@ -91,7 +89,7 @@ class Runs:
         run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=self.spec.name).info.run_id)
         # those that stay as they are, as a param does
         fixed = self.spec.model_dump(mode="json", include={"measure": True, "search": {"seed"}})
-        self._log(run_id, params=dict(flat.leaves(fixed)))
+        log_all(self.client, run_id, params=dict(flat.leaves(fixed)))
         self.client.log_text(run_id, json.dumps(self.environment, indent=2), "environment.json")
         self._log_spec(run_id)
         return run_id
@@ -142,7 +140,14 @@ class Runs:
     def _fill(self, run_id: str, record: Record, end: int, known: Mapping[str, float] | None = None) -> None:
         fresh = {name: value for name, value in flat.metrics(record).items() if (known or {}).get(name) != value}
         new = not self.ledger.entry(record.number)
-        self._log(run_id, flat.params(record) if new else {}, fresh, {} if known is None else flat.tags(record), end)
+        log_all(
+            self.client,
+            run_id,
+            flat.params(record) if new else {},
+            fresh,
+            {} if known is None else flat.tags(record),
+            end,
+        )
         if record.repetitions:
             text = yaml_text([again.model_dump(mode="json", exclude_none=True) for again in record.repetitions])
             self.client.log_text(run_id, text, "repetitions.yaml")
@@ -155,31 +160,10 @@ class Runs:
         self.client.set_terminated(run_id, "FINISHED" if record.state == "complete" else "FAILED", end)
         self.ledger.note(record, run_id, self._name(record))
 
-    def _log(
-        self,
-        run_id: str,
-        params: Mapping[str, object] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
-        at: int | None = None,
-    ) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        at = at or _now()
-        flat_params = [Param(name, str(value)) for name, value in (params or {}).items()]
-        self.client.log_batch(
-            run_id,
-            [Metric(name, value, at, 0) for name, value in (metrics or {}).items()],
-            flat_params[:_BATCH],
-            [RunTag(name, value) for name, value in (tags or {}).items()],
-        )
-        for first in range(_BATCH, len(flat_params), _BATCH):
-            self.client.log_batch(run_id, params=flat_params[first : first + _BATCH])
-
     def _finished_at(self, record: Record) -> int:
         """Milliseconds since 1970 when the record was written; now, where it was not."""
         path = self.folder / record.folder / "record.json"
-        return int(1000 * path.stat().st_mtime) if path.is_file() else _now()
+        return int(1000 * path.stat().st_mtime) if path.is_file() else now()
 
     def summarize(self, records: Sequence[Record]) -> None:
         """Bring the parent's note and its series of the hypervolume up to date."""
@@ -191,7 +175,7 @@ class Runs:
         members = {r.number for step in new for r in front(order[:step], self.spec)}
         self.ledger.content["members"] = sorted(members | self.ledger.members)
         steps = [(step, hypervolume(order[:step], self.spec)) for step in new]
-        series = [Metric("hypervolume", value, _now(), step) for step, value in steps if value is not None]
+        series = [Metric("hypervolume", value, now(), step) for step, value in steps if value is not None]
         with impatient():
             for first in range(0, len(series) or 1, 1000):
                 tags = [RunTag("mlflow.note.content", note(records, self.spec, self._notes(records)))]
@@ -252,7 +236,3 @@ def yaml_text(content: object) -> str:
     import yaml
 
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-
-
-def _now() -> int:
-    return int(1000 * time.time())

@@ -14,14 +14,16 @@ from qsweep.errors import NotFinite, QsweepError, TaskFailure
 from qsweep.stage import own_teacher
 from qsweep.tasks.base import Metric, SplitName, Task
 
+_FIRST = 128
+"""Samples of `train` that have a loss where a few have none."""
 _PART = 256
 """Samples that are looked at together."""
 _GROUPS = 500
 """Of samples that are left out of a metric in turns: the spread that they tell is right within 3 %."""
 _FEW = 500
 """Samples that a teacher is held against the model on."""
-_SAME = 1e-4
-"""Of the largest output: how far two calls of one model may be apart."""
+_SAME, _APART = 1e-4, 1e-2
+"""Of the largest output: how far two calls of one model may be apart, and those for other batch sizes."""
 
 
 def predict(
@@ -134,6 +136,8 @@ def check(task: Task, model: nn.Module) -> list[str]:
         few = torch.tensor([*range(min(4, len(inputs))), *([] if odd is None else [odd])])
         try:
             outputs = _check_samples(task, model, split, inputs[few], labels[few], warned)
+            if split == "train":
+                _check_loss(task, model, few, outputs, warned)
         except (TaskFailure, NotFinite) as error:
             if odd is None:
                 raise
@@ -208,15 +212,41 @@ def _check_samples(
         )
     if len(outputs) != len(inputs):
         raise TaskFailure(f"the model must give {len(inputs)} outputs for as many inputs (got {len(outputs)})")
+    alone = _outputs(model, task, inputs[:1])
+    if alone.shape != outputs[:1].shape:
+        raise TaskFailure(
+            f"the model must give {tuple(outputs[:1].shape)} for one sample, as for each of {len(inputs)} "
+            f"(got {tuple(alone.shape)}): `squeeze()` takes a batch of one for a dimension that is too many"
+        )
+    apart = (alone - outputs[:1]).abs().max().item() / (outputs.abs().max().item() or 1.0)
+    if apart > _APART:
+        warned.append(
+            f"the model's outputs for a sample depend on the others of its batch (alone they are {apart:.1%} of the "
+            "largest apart): accuracy is that of the target's batch size, and what is simulated differs from it"
+        )
     if split != "train":
         with _told("score", warned):
             task.score(outputs, labels)
-        return outputs
-    with _told("loss", warned):
-        loss = task.loss(outputs, labels)
+    return outputs
+
+
+def _check_loss(task: Task, model: nn.Module, few: Tensor, outputs: Tensor, warned: list[str]) -> None:
+    """Of the samples `few` of `train`; where it has no value for them, as a loss of pairs may not have, of as many as a
+    batch has."""
+    inputs, labels = task.samples("train")
+    try:
+        with _told("loss", warned):
+            _finite(task.loss(outputs, labels[few]))
+    except (TaskFailure, NotFinite):
+        more = _FIRST if _first_not_finite(labels) is None else 0
+        if len(few) >= min(more, len(inputs)):
+            raise
+        _finite(task.loss(_outputs(model, task, inputs[:more]), labels[:more]))
+
+
+def _finite(loss: Tensor) -> None:
     if not torch.isfinite(loss):
         raise NotFinite("the loss of the first samples of `train` must be finite")
-    return outputs
 
 
 @contextmanager

@@ -122,6 +122,16 @@ def test_validate_says_what_a_spec_asks_for(spec: Path) -> None:
     assert "every point" in said
 
 
+def test_a_model_that_is_to_be_trained_first_is_said_to_be(tmp_path: Path) -> None:
+    methods = "".join(f"    def {name}(self, *given): ...\n" for name in ("model", "samples", "loss", "score"))
+    (tmp_path / "task.py").write_text(f"class Mine:\n{methods}")
+    told = "the model is trained first, 20 epochs; `task: {trained: true}` says that `model()` gives trained weights"
+    for trained in (False, True):
+        task = {"method": "python", "file": "task.py:Mine", "trained": trained}
+        said = " ".join(qsweep_("validate", written(tmp_path / "spec.yaml", task=task)).output.split())
+        assert (told in said) != trained, said
+
+
 def written(spec: Path, **changes: object) -> Path:
     spec.write_text(yaml.safe_dump(yaml.safe_load(CONTENT) | changes), encoding="utf-8")
     return spec

@@ -122,6 +122,20 @@ def test_milliseconds_that_do_not_say_what_ratios_say_are_told(
     assert [note[: len(begin)] for note, begin in zip(found, begins, strict=True)] == begins
 
 
+def test_what_was_asked_and_did_nothing_is_told(tmp_path: Path) -> None:
+    channels, integers = {"prune": {"method": "channels"}}, {"quantize": {"activation_bits": 8}}
+    found = [
+        record(number, params=params, int8_mac_fraction=share).model_copy(update={"config": {"compress": compress}})
+        for number, (params, share, compress) in enumerate(
+            [(9, 0, {}), (9, 0, channels), (8, 0, channels), (9, 0, integers), (9, 0.5, integers)]
+        )
+    ]
+    assert list(notes(small_spec(), SweepFolder(tmp_path, "small"), found)) == [
+        "no channel could be taken out for #1: every layer is as wide as before, fine-tuned",
+        "`int8_mac_fraction` is 0 for #3, though activations were to be quantized",
+    ]
+
+
 def test_milliseconds_of_several_batch_sizes_are_compared_as_milliseconds_and_throughputs_as_such() -> None:
     """Half the latency of fp32 at 32 samples is more milliseconds than all of it at one, and more samples a second."""
     one = record(0, latency_ms=1.0, latency_ratio=1.0, throughput=1000.0)

@@ -326,6 +326,20 @@ def test_divergence_of_outputs_that_are_not_logits_is_refused_and_the_others_wor
         assert set(bits_of(mixed(sensitivity=kind).apply(flat_linear(1), found)).values()) == {4}
 
 
+class Pairs(Noise):
+    """Contrastive: nothing of a sample that is alone."""
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return torch.pdist(outputs).sum()
+
+
+def test_a_loss_that_one_sample_alone_has_none_of_gives_no_fisher_information(tmp_path: Path) -> None:
+    found = replace(context(tmp_path), task=Pairs())
+    with pytest.raises(Refused, match="`sensitivity`: must be `output_error` or `kl` where the loss of a sample alone"):
+        mixed(sensitivity="fisher").apply(flat_linear(3), found)
+    assert bits_of(mixed(sensitivity="output_error").apply(flat_linear(3), found))
+
+
 # --- bits by pattern --------------------------------------------------------------------------------------------------
 
 

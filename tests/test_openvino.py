@@ -197,7 +197,13 @@ def test_recurrent_layers_run_with_their_weights_alone_quantized(
     config = PTQ(activation_bits=None, weight_bits=bits)
     model = config.apply(made(kind), shared(kind.__name__, SOUNDS))
     engine = lowered(model, tmp_path / "artifact", len(SOUNDS))
-    assert_close(engine.load(tmp_path / "artifact")(SOUNDS), simulation(model)(SOUNDS), within=1e-3)
+    found = engine.load(tmp_path / "artifact")(SOUNDS)
+    assert_close(found, simulation(model)(SOUNDS), within=1e-3)
+    (tmp_path / "out").mkdir()
+    engine.export(tmp_path / "artifact", tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["CPU"]
+    shipped = core().compile_model(tmp_path / "out" / "model.xml", "CPU", settings)
+    assert_close(torch.from_numpy(shipped(SOUNDS.numpy())[0]), found, within=1e-3)
 
 
 def layers(content: onnx.ModelProto, tensors: dict[str, Tensor]) -> Iterator[tuple[str, onnx.ModelProto, list[str]]]:

@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from realistic import finished, record, records, spec
+from realistic import TARGET, finished, record, records, spec
 from small_sweep import small_spec
 
 from qsweep.records import SHARES, Metrics
@@ -155,11 +155,12 @@ def test_batch_sizes_have_a_column_where_they_differ(html: str) -> None:
     assert "batch" not in Page(html).text
     target = {"engine": "onnxruntime", "batch_size": 32}
     found = [r.model_copy(update={"config": r.config | {"target": target}}) if r.number == 4 else r for r in records()]
-    table = front_table(finished(found), spec())
+    asked = small_spec(target=TARGET | {"batch_size": {"choice": [4, 32]}})
+    table = front_table(finished(found), asked)
     keys = [column.key for column in table.columns]
     rows = [dict(zip(keys, row, strict=True)) for row in table.texts()]
     assert [(row["number"], row["batch_size"]) for row in rows][:2] == [("4", "32"), ("0", "4")]
-    assert "batch" in Page(pareto_html(finished(found), spec())).text
+    assert "batch" in Page(pareto_html(finished(found), asked)).text
 
 
 def test_while_searching_the_front_is_that_of_what_is_there() -> None:
@@ -212,6 +213,7 @@ def test_units_are_in_the_titles_and_values_are_rounded() -> None:
 def test_another_metric_gives_its_name_and_unit_to_all_that_is_shown() -> None:
     metric = {"name": "negative RMSE", "unit": "m"}
     asked = small_spec(
+        target=TARGET,
         task={"method": "python", "file": "task.py:Task", "metric": metric},
         constraints={"accuracy_drop_pp": {"max": 0.3}, "size_bytes": {"max": 1e6}},
     )

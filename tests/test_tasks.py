@@ -25,6 +25,7 @@ from qsweep.errors import DataError, NotFinite, TaskFailure
 from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
 from qsweep.splits import doubts
 from qsweep.tasks import AnyTask, Samples, SplitName, Task, TaskMetric
+from qsweep.tasks._imports import imported
 from qsweep.tasks._seen import alike, seen
 from qsweep.tasks._user import UserTask
 from qsweep.tasks.image_classification import ImageClassification
@@ -79,6 +80,32 @@ def test_digits_are_split_into_disjoint_parts_with_every_class_alike(tmp_path: P
     assert all(0.09 < share < 0.11 for part in parts for share in (part.labels.bincount() / len(part.labels)).tolist())
     rows = [tuple(row) for part in parts for row in part.inputs.flatten(1).tolist()]
     assert sorted(rows) == sorted(tuple(map(int, row)) for row in load_digits().data)
+
+
+def test_modules_beside_a_class_that_it_imports_count_like_its_file(tmp_path: Path) -> None:
+    files = {
+        "task.py": "import helper\nfrom parts import net, missing\nfrom other.deep import x\nclass Mine: ...\n",
+        "helper.py": "import task, json, second\n",
+        "second.py": "def broken(:\n",
+        "parts/__init__.py": "from . import blocks\nfrom .sub.more import y\n",
+        "parts/net.py": "from .. import nothing\n",
+        "parts/blocks.py": "",
+        "parts/sub/more.py": "",
+        "other/deep.py": "",
+        "unread.py": "",
+        "json.txt": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    names = [path.relative_to(tmp_path).as_posix() for path in imported(tmp_path / "task.py")]
+    assert names == sorted(set(files) - {"task.py", "unread.py", "json.txt"})
+    config = Python(file="task.py:Mine")
+    before = config.fingerprint(tmp_path)
+    (tmp_path / "unread.py").write_text("x = 1\n")
+    assert config.fingerprint(tmp_path) == before
+    (tmp_path / "parts" / "blocks.py").write_text("x = 1\n")
+    assert config.fingerprint(tmp_path) != before
 
 
 def test_another_seed_splits_the_digits_otherwise(tmp_path: Path) -> None:

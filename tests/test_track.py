@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from realistic import drive, finished, record, records, spec, write
+from realistic import TARGET, drive, finished, record, records, spec, write
 from small_sweep import small_spec
 
 from qsweep.errors import SpecError, TrackError
@@ -490,7 +490,8 @@ def test_the_hypervolume_needs_a_baseline_and_counts_only_what_beats_it() -> Non
 
 
 def test_the_hypervolume_of_another_metric_counts_from_a_tenth_below_the_baseline() -> None:
-    asked = small_spec(task={"method": "python", "file": "a.py:B", "metric": {"name": "negative RMSE", "unit": "m"}})
+    metric = {"name": "negative RMSE", "unit": "m"}
+    asked = small_spec(target=TARGET, task={"method": "python", "file": "a.py:B", "metric": metric})
     base = record(0, "fp32", -50.0, 2.0, 2.0, kind="baseline")
     alike, worse = record(9, "alike", -50.0, 1.0, 1.0), record(9, "worse", -52.5, 1.0, 1.0)
     assert hypervolume([base, alike], asked) == pytest.approx(0.25)
@@ -508,6 +509,16 @@ def test_the_volume_is_the_number_of_unit_cubes_under_the_points(points: list[tu
 
 
 def test_the_front_leaves_out_copies_and_what_breaks_a_constraint() -> None:
-    bound = small_spec(constraints={"accuracy_drop_pp": {"max": 1.0}})
+    bound = small_spec(target=TARGET, constraints={"accuracy_drop_pp": {"max": 1.0}})
     assert [r.number for r in front(records(), spec())] == [2, 3, 4]
     assert [r.number for r in front(records(), bound)] == [2, 4]
+
+
+def test_what_another_engine_shows_in_place_of_the_target_is_on_no_front() -> None:
+    found = finished(records())
+    better = Metrics(accuracy=1.0, accuracy_drop_pp=-3.0, size_bytes=1.0, latency_ms=0.1)
+    beside = found[1].model_copy(
+        update={"metrics": better, "config": found[1].config | {"target": {"engine": "float"}}}
+    )
+    assert [r.number for r in front([*found[:1], beside, *found[2:]], spec())] == [2, 3, 4]
+    assert hypervolume([*found[:1], beside, *found[2:]], spec()) == hypervolume([found[0], *found[2:]], spec())

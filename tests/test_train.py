@@ -339,6 +339,31 @@ def test_a_check_names_what_a_model_raises_or_returns_wrongly() -> None:
         check(Toy(), nn.Flatten(0))
 
 
+def test_a_check_asks_for_one_sample_alone() -> None:
+    class Squeezed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :2].unsqueeze(1).squeeze()
+
+    class Compared(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :2] - x.mean()
+
+    with pytest.raises(
+        TaskFailure, match=r"must give \(1, 2\) for one sample, as for each of 4 \(got \(2,\)\): `squeeze"
+    ):
+        check(Toy(), Squeezed())
+    (told,) = {note.partition(" (")[0] for note in check(Toy(), Compared())}
+    assert told == "the model's outputs for a sample depend on the others of its batch"
+
+
+def test_a_loss_may_need_more_samples_than_a_few() -> None:
+    class Pairs(Toy):
+        def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            return super().loss(outputs, labels) if len(labels) > 4 else outputs.sum() * torch.nan
+
+    assert check(Pairs(), Toy().model()) == []
+
+
 def test_a_number_that_is_in_no_table_is_told_with_its_samples() -> None:
     stored, task = torch.full((12, 2), 128), Toy()  # which `Toy.transform` makes 0 of
     stored[9, 1] = 128 * 51

@@ -41,6 +41,8 @@ def _asked(spec: Spec) -> Iterator[str]:
     yield f"  space        {'a range of real numbers in it: not countable' if points is None else f'{points:,} points'}"
     yield f"  search       {'every point' if enumerated(spec) else f'{trials} trials by {spec.search.sampler}'}"
     yield f"  objectives   {', '.join(spec.objectives)}"
+    if (told := spec.task.doubt) is not None:
+        yield f"  note         {told}"
     for name, bound in spec.constraints.items():
         yield f"  constraint   {name}: {', '.join(f'{end} {value:g}' for end, value in bound if value is not None)}"
 

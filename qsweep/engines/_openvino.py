@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import openvino
 import torch
 from openvino._offline_transformations import apply_moc_transformations
+from openvino.opset13 import constant
 from torch import Tensor
 
 from qsweep.engines._onnx import DTYPE, complete
@@ -92,9 +93,22 @@ def write_ir(artifact: Path, out: Path, parts: Mapping[str, Parts], engine: Engi
             port.get_tensor().set_names({value.name})
     if not _same_for_any_size(artifact, engine):
         model.reshape({port: [engine.batch_size, *list(port.partial_shape)[1:]] for port in model.inputs})
+    _compute_recurrent_weights(model)
     apply_moc_transformations(model, cf=False)  # else shapes and constants are written as they are computed
     openvino.save_model(model, out / "model.xml", compress_to_fp16=False)
     (out / "settings.json").write_text(json.dumps({"CPU": _arithmetic(content)}, indent=2))
+
+
+_RECURRENT = {"GRUSequence": (3, 4), "LSTMSequence": (4, 5), "RNNSequence": (3, 4)}
+"""Where the weights of layers stand among what they read."""
+
+
+def _compute_recurrent_weights(model: openvino.Model) -> None:
+    """As constants: of a file OpenVINO compiles no layers whose weights are yet to be computed from integers."""
+    for node in model.get_ordered_ops():
+        for port in _RECURRENT.get(node.get_type_name(), ()):
+            weight = core().compile_model(openvino.Model([node.input_value(port)], []), "CPU")([])[0]
+            node.input(port).replace_source_output(constant(weight).output(0))
 
 
 def _same_for_any_size(artifact: Path, engine: EngineConfig) -> bool:

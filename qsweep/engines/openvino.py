@@ -26,7 +26,8 @@ class OpenVINO(OnOnnx):
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
     export_note: ClassVar[str] = (
         'compile model.xml with what settings.json has for "CPU", `compile_model(model, "CPU", settings["CPU"])`: left '
-        "to itself OpenVINO may compute in bf16"
+        "to itself OpenVINO may compute in bf16. It takes batches of any size; reshaped to that of the target, "
+        "`model.reshape`, it is as quick, and as near, as what was measured"
     )
     engine: Literal["openvino"] = "openvino"
 

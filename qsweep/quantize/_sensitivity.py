@@ -69,6 +69,11 @@ def scored(config: Mixed, model: QuantizedModel, task: Task, samples: Samples) -
         divergence = partial(_divergence, parts=parts, labels=samples.labels)
         distance = divergence if config.sensitivity == "kl" else partial(_error, parts=parts)
         found = _by_outputs(model.graph, rounded, samples.inputs, distance)
+    if config.sensitivity == "fisher" and not any(score for scores in found.values() for score in scores.values()):
+        raise Refused(
+            "`sensitivity`: must be `output_error` or `kl` where the loss of a sample alone is always the same, as one "
+            "of pairs is (got `fisher`, which is made of its gradients)"
+        )
     for name, scores in found.items():
         if not all(map(math.isfinite, scores.values())):
             raise NotFinite(f"`{name}`: a weight is NaN or infinite, or an activation on the calibration samples is")

@@ -29,6 +29,7 @@ def notes(spec: Spec, folder: SweepFolder, records: Sequence[Record]) -> Iterato
         if failed and record.duplicate_of is None:
             yield f"the test split of #{record.number} `{record.name}` failed: {failed['message']}"
     if fp32 is not None:
+        yield from _idle(records, fp32)
         yield from _compared(spec, records, fp32)
 
 
@@ -45,6 +46,31 @@ def early(spec: Spec, folder: SweepFolder, fp32: Record | None) -> Iterator[str]
                 f"fp32 itself does not keep `constraints.{name}` (its {name} is {value:,.6g}): few compressed versions "
                 "will, if any"
             )
+
+
+def _idle(records: Sequence[Record], fp32: Record) -> Iterator[str]:
+    """What was asked of configs, and did nothing to this model."""
+    done = [record for record in records if record.state == "complete" and record.duplicate_of is None]
+    whole = [r for r in done if _method(r, "prune") == "channels" and r.metrics.params == fp32.metrics.params]
+    if whole and fp32.metrics.params is not None:
+        yield f"no channel could be taken out for {_named(whole)}: every layer is as wide as before, fine-tuned"
+    real = [r for r in done if _of_integers(r) and r.metrics.int8_mac_fraction == 0 and not r.simulated]
+    if real:
+        yield f"`int8_mac_fraction` is 0 for {_named(real)}, though activations were to be quantized"
+
+
+def _method(record: Record, stage: str) -> str | None:
+    return (record.config.get("compress", {}).get(stage) or {}).get("method")
+
+
+def _of_integers(record: Record) -> bool:
+    bits = (record.config.get("compress", {}).get("quantize") or {}).get("activation_bits")
+    return bits is not None and bits <= 8
+
+
+def _named(records: Sequence[Record]) -> str:
+    first = ", ".join(f"#{record.number}" for record in records[:8])
+    return first + (f" and {len(records) - 8} more" if len(records) > 8 else "")
 
 
 def _compared(spec: Spec, records: Sequence[Record], fp32: Record) -> Iterator[str]:

@@ -219,6 +219,11 @@ class TaskConfig(Config, ABC):
     def pretrained(self) -> bool:
         """Whether `Task.model` comes with trained weights."""
 
+    @property
+    def doubt(self) -> str | None:
+        """What a person is told before anything is spent on it."""
+        return None
+
     @abstractmethod
     def fingerprint(self, root: Path) -> str:
         """SHA-256 over the content the results depend on: data files, checkpoint, the user's code."""

@@ -7,6 +7,7 @@ from pydantic import Field, JsonValue
 
 from qsweep.config import Listed, content_hash
 from qsweep.tasks._files import file_hash, locate, store_of
+from qsweep.tasks._imports import imported
 from qsweep.tasks.base import ACCURACY, Task, TaskConfig, TaskMetric
 
 
@@ -20,7 +21,8 @@ class Python(TaskConfig):
 
     method: Literal["python"] = "python"
     file: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")]
-    """`path/to/task.py:MyTask`, relative to the spec's folder. Modules beside the file can be imported."""
+    """`path/to/task.py:MyTask`, relative to the spec's folder. Modules beside the file can be imported, and count like
+    it."""
     metric: TaskMetric = ACCURACY
     """What `score` or `metric(scores)` gives, where that is no accuracy in per cent: `{name: PSNR, unit: dB}`,
     `{name: negative perplexity, unit: null}`."""
@@ -29,7 +31,7 @@ class Python(TaskConfig):
     trained: bool = False
     """Whether `model()` returns trained weights; if not, the baseline is trained, once."""
     depends_on: Listed[tuple[str, ...]] = ()
-    """Other files that the results depend on (data, weights, modules): a change of one makes old results void."""
+    """Other files that the results depend on (data, weights): a change of one makes old results void."""
 
     def open(self, root: Path) -> Task:
         from qsweep.tasks._user import UserTask, load_class
@@ -60,10 +62,20 @@ class Python(TaskConfig):
     def pretrained(self) -> bool:
         return self.trained
 
+    @property
+    def doubt(self) -> str | None:
+        if self.trained:
+            return None
+        return (
+            f"the model is trained first, {self.training.epochs:,} epochs; `task: {{trained: true}}` says that "
+            "`model()` gives trained weights"
+        )
+
     def fingerprint(self, root: Path) -> str:
         store = store_of(root)
-        files = [file_hash(locate(file, root), store) for file in self.files]
-        return content_hash([self.method, self.version, files, self._name, self.arguments, self.trained])
+        files = [locate(file, root) for file in self.files]
+        hashes = [file_hash(file, store) for file in [*files, *imported(files[0])]]
+        return content_hash([self.method, self.version, hashes, self._name, self.arguments, self.trained])
 
     @property
     def _name(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from qsweep.records import Metrics, Record
 from qsweep.spec import Spec
-from qsweep.study.front import feasible, pareto
+from qsweep.study.front import feasible, of_target, pareto
 
 Point = tuple[float, ...]
 
@@ -31,7 +31,8 @@ def quickest_float(records: Iterable[Record], beside: Record) -> Record | None:
 
 def front(records: Sequence[Record], spec: Spec) -> list[Record]:
     """What nothing measured so far dominates; `Record.front` of these says what is certain, once the sweep is over."""
-    return sorted(pareto(records, spec.objectives, spec.constraints), key=lambda record: record.number)
+    found = pareto(of_target(spec, records), spec.objectives, spec.constraints)
+    return sorted(found, key=lambda record: record.number)
 
 
 def hypervolume(records: Sequence[Record], spec: Spec) -> float | None:
@@ -44,7 +45,7 @@ def hypervolume(records: Sequence[Record], spec: Spec) -> float | None:
     base = baseline(records)
     if base is None:
         return None
-    able = (record for record in records if feasible(record, spec.objectives, spec.constraints))
+    able = (record for record in of_target(spec, records) if feasible(record, spec.objectives, spec.constraints))
     points = {_scaled(record.metrics, base.metrics, spec) for record in able}
     return volume(point for point in points if point is not None and min(point) > 0)
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
+from qsweep.check import check, doubts_of_teacher
 from qsweep.config import content_hash
 from qsweep.errors import Crashed, Refused, TaskFailure
-from qsweep.evaluate import accuracy, accuracy_of_part, check, doubts_of_teacher, judged, predict
+from qsweep.evaluate import accuracy, accuracy_of_part, judged, predict
 from qsweep.failures import known
 from qsweep.hub.export import example_of, export, float_graph
 from qsweep.hub.save import structure

@@ -20,10 +20,11 @@ from several_task import Boxes, Detector, Words
 from torch import Tensor, nn
 
 import qsweep
+from qsweep.check import check
 from qsweep.distill.logits import Logits
 from qsweep.distill.outputs import Outputs
 from qsweep.errors import DataError, Refused, TaskFailure
-from qsweep.evaluate import accuracy, check, predict
+from qsweep.evaluate import accuracy, predict
 from qsweep.hub.export import export
 from qsweep.hub.insert import Place, insert_observers
 from qsweep.machine import no_compiler

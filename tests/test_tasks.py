@@ -21,8 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from toy_task import Toy
 
+from qsweep.check import check
 from qsweep.errors import DataError, NotFinite, TaskFailure
-from qsweep.evaluate import accuracy, accuracy_of_part, check, judged, predict
+from qsweep.evaluate import accuracy, accuracy_of_part, judged, predict
 from qsweep.splits import doubts
 from qsweep.tasks import AnyTask, Samples, SplitName, Task, TaskMetric
 from qsweep.tasks._imports import imported

@@ -13,8 +13,8 @@ from toy_task import Toy
 
 import qsweep
 from qsweep.build import context_of
+from qsweep.check import check, doubts_of_teacher
 from qsweep.errors import TaskFailure
-from qsweep.evaluate import check, doubts_of_teacher
 from qsweep.store import Store
 from qsweep.tasks._user import guarded
 from qsweep.tasks.python import Python

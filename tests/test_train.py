@@ -13,8 +13,9 @@ from toy_task import Toy
 
 from qsweep.baseline import baseline, baseline_key, kept, weights_hash
 from qsweep.batches import Losses, parts
+from qsweep.check import check
 from qsweep.errors import DataError, NotFinite, Refused, SpecError, TaskFailure
-from qsweep.evaluate import accuracy, check, judged, predict
+from qsweep.evaluate import accuracy, judged, predict
 from qsweep.prune.magnitude import Magnitude
 from qsweep.ship import compress
 from qsweep.spec import Spec

@@ -108,7 +108,7 @@ def _built(
 ) -> Record:
     """The record of `config` on `model`, its artifact in the folder of the throw-away sweep `sweep`."""
     from qsweep import build
-    from qsweep.evaluate import check
+    from qsweep.check import check
     from qsweep.hub.export import float_graph
     from qsweep.hub.tables import with_tables
     from qsweep.machine import fingerprint

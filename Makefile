@@ -11,11 +11,8 @@ endif
 demo: venv  ## run the demo sweep, print its front and where to look
 	.venv/bin/qsweep run $(SPEC)
 
-# one more than there are cores: tests that wait for processes of their own leave theirs idle
-WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
-
 test: venv-test  ## run the test suite, files side by side
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: venv-test  ## lint, format, types, layers, import weight
 	scripts/check

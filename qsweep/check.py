@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsweep.errors import NotFinite, QsweepError, TaskFailure
-from qsweep.evaluate import accuracy_of_part, class_axis, metric_of, predict
+from qsweep.evaluate import accuracy_of_part, class_axis, eval_mode, metric_of, predict
 from qsweep.stage import own_teacher
 from qsweep.tasks.base import SplitName, Task
 
@@ -111,6 +111,11 @@ def _check_samples(
         )
     if given.dtype != torch.float32:
         raise TaskFailure(f"`transform` must give float32 (got {given.dtype})")
+    if not torch.allclose(task.transform(inputs), given, rtol=_SAME, atol=_SAME, equal_nan=True):
+        raise TaskFailure(
+            "`transform` must give the same each time when it is given no generator (it gave others the second time): "
+            "it augments with one alone"
+        )
     shape = given.shape
     augmented = task.transform(inputs, torch.Generator().manual_seed(0)).shape
     if augmented != shape:
@@ -150,11 +155,27 @@ def _check_loss(task: Task, model: nn.Module, few: Tensor, outputs: Tensor, warn
     try:
         with _told("loss", warned):
             _finite(task.loss(outputs, labels[few]))
+            if _no_gradient(task, model, inputs[few], labels[few]):
+                warned.append(
+                    "the task's `loss` gives the model's parameters no gradient (`no_grad`, `detach()`): no training "
+                    "can follow it"
+                )
     except (TaskFailure, NotFinite):
         more = _FIRST if _first_not_finite(labels) is None else 0
         if len(few) >= min(more, len(inputs)):
             raise
         _finite(task.loss(_outputs(model, task, inputs[:more]), labels[:more]))
+
+
+def _no_gradient(task: Task, model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:
+    """Whether the loss does not depend on parameters that are to be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return False  # which trainings refuse
+    with torch.enable_grad(), eval_mode(model):
+        try:
+            return not task.loss(model(task.transform(inputs)), labels).requires_grad
+        except RuntimeError:  # as a training will say, if there is one
+            return False
 
 
 def _finite(loss: Tensor) -> None:

@@ -29,7 +29,7 @@ def predict(
     not in one of its tables.
     """
     outputs: list[Tensor] = []
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), eval_mode(model):
         for part in torch.split(inputs, batch_size):
             batch = task.transform(part)
             try:
@@ -107,7 +107,7 @@ def layout(inputs: Tensor) -> torch.memory_format:
 
 
 @contextmanager
-def _eval_mode(model: object) -> Iterator[None]:
+def eval_mode(model: object) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     were = [module.training for module in modules]  # one by one: a frozen batch norm stays frozen afterwards
     for module in modules:

@@ -140,7 +140,12 @@ def _prepare(job: Job) -> Result:
         "about": about,
         "interface": with_tables(task.interface, graph) if isinstance(task, UserTask) else {},
         "samples": task.seen if isinstance(task, UserTask) else {},
-        "doubts": [*warned, *doubts_of_teacher(task, model), *doubts(task, job.task_config.judged_by)],
+        "doubts": [
+            *filter(None, [job.task_config.doubt]),
+            *warned,
+            *doubts_of_teacher(task, model),
+            *doubts(task, job.task_config.judged_by),
+        ],
     }
 
 

@@ -357,6 +357,22 @@ def test_a_check_asks_for_one_sample_alone() -> None:
     assert told == "the model's outputs for a sample depend on the others of its batch"
 
 
+def test_a_loss_without_a_gradient_and_random_inputs_are_told() -> None:
+    class Detached(Toy):
+        def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            return super().loss(outputs.detach(), labels)
+
+    class Augmented(Toy):
+        def transform(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return super().transform(inputs) + torch.rand(len(inputs), 1, 1, 1)
+
+    (told,) = check(Detached(), Toy().model())
+    assert told.startswith("the task's `loss` gives the model's parameters no gradient (`no_grad`, `detach()`)")
+    assert check(Detached(), Toy().model().requires_grad_(False)) == []
+    with pytest.raises(TaskFailure, match="`transform` must give the same each time when it is given no generator"):
+        check(Augmented(), Toy().model())
+
+
 def test_a_loss_may_need_more_samples_than_a_few() -> None:
     class Pairs(Toy):
         def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:

@@ -36,15 +36,12 @@ WAIT_SECONDS = 30.0
 
 def run(spec: SpecPath) -> None:
     """Run the sweep of a spec, or go on with one that was stopped. Ctrl-C stops it in order."""
-    from qsweep.cli.console import say_aside
     from qsweep.spec import load_spec
     from qsweep.study.folder import SweepFolder
     from qsweep.sweep import run as sweep
 
     asked = load_spec(spec)
     watch = Watch(asked, SweepFolder(spec.parent, asked.name), spec)
-    if not watch.records and (told := asked.task.doubt) is not None:
-        say_aside(f"note: {told}")
     finished = watch.follow(sweep(spec))
     watch.conclude(finished)
     if not finished:

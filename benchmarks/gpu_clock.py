@@ -90,8 +90,8 @@ class Bench:
     def clear(self) -> None:
         """Give back what the compiler and the allocator hold, so that the next model has the memory."""
         torch.compiler.reset()
-        gc.collect()  # captured graphs and what they hold are cycles
         if self.gpu:
+            gc.collect()  # captured graphs and what they hold are cycles
             torch.cuda.empty_cache()
 
 

@@ -50,7 +50,7 @@ def check(task: Task, model: nn.Module) -> list[str]:
         try:
             outputs = _check_samples(task, model, split, inputs[few], labels[few], warned)
             if split == "train":
-                _check_loss(task, model, few, outputs, warned)
+                _check_loss(task, model, few, outputs, warned, may_need_more=odd is None)
         except (TaskFailure, NotFinite) as error:
             if odd is None:
                 raise
@@ -111,7 +111,7 @@ def _check_samples(
         )
     if given.dtype != torch.float32:
         raise TaskFailure(f"`transform` must give float32 (got {given.dtype})")
-    if not torch.allclose(task.transform(inputs), given, rtol=_SAME, atol=_SAME, equal_nan=True):
+    if not torch.allclose(task.transform(stored.clone()), given, rtol=_SAME, atol=_SAME, equal_nan=True):
         raise TaskFailure(
             "`transform` must give the same each time when it is given no generator (it gave others the second time): "
             "it augments with one alone"
@@ -148,7 +148,9 @@ def _check_samples(
     return outputs
 
 
-def _check_loss(task: Task, model: nn.Module, few: Tensor, outputs: Tensor, warned: list[str]) -> None:
+def _check_loss(
+    task: Task, model: nn.Module, few: Tensor, outputs: Tensor, warned: list[str], *, may_need_more: bool
+) -> None:
     """Of the samples `few` of `train`; where it has no value for them, as a loss of pairs may not have, of as many as a
     batch has."""
     inputs, labels = task.samples("train")
@@ -161,10 +163,9 @@ def _check_loss(task: Task, model: nn.Module, few: Tensor, outputs: Tensor, warn
                     "can follow it"
                 )
     except (TaskFailure, NotFinite):
-        more = _FIRST if _first_not_finite(labels) is None else 0
-        if len(few) >= min(more, len(inputs)):
+        if not may_need_more or len(few) == len(inputs):
             raise
-        _finite(task.loss(_outputs(model, task, inputs[:more]), labels[:more]))
+        _finite(task.loss(_outputs(model, task, inputs[:_FIRST]), labels[:_FIRST]))
 
 
 def _no_gradient(task: Task, model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:

@@ -491,7 +491,7 @@ def test_a_bundle_is_registered_if_it_keeps_the_bounds(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    kept = recorded(made)
+    kept = recorded(made, verify(made))
     with pytest.raises(SweepError, match=r"no trial keeps accuracy ≥ 0.98; the nearest is #4 .* with accuracy 0.971"):
         promote(str(made), Selector(min={"accuracy": 0.98}), "nightly", "challenger")
     assert not (tmp_path / "mlflow.db").exists()
@@ -636,7 +636,7 @@ def test_a_config_is_applied_to_another_checkpoint_which_stays_as_it_was(tmp_pat
     with torch.no_grad():
         whole = Toy().score(model(Toy().transform(samples.inputs)), samples.labels).mean().item()
     assert measured["accuracy_drop_pp"] == pytest.approx(100 * (whole - measured["accuracy"]), abs=1e-4)
-    assert recorded(tmp_path / "out").machine == fingerprint()
+    assert recorded(tmp_path / "out", made.manifest).machine == fingerprint()
 
     torch.manual_seed(7)
     other = Toy().model().eval()

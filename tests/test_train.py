@@ -366,6 +366,14 @@ def test_a_loss_without_a_gradient_and_random_inputs_are_told() -> None:
         def transform(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
             return super().transform(inputs) + torch.rand(len(inputs), 1, 1, 1)
 
+    class InPlace(Toy):
+        def transform(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            found = super().transform(inputs)
+            inputs += 1
+            return found
+
+    with pytest.raises(TaskFailure, match="must leave the samples as they are"):
+        check(InPlace(), Toy().model())
     (told,) = check(Detached(), Toy().model())
     assert told.startswith("the task's `loss` gives the model's parameters no gradient (`no_grad`, `detach()`)")
     assert check(Detached(), Toy().model().requires_grad_(False)) == []

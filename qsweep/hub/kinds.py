@@ -36,23 +36,21 @@ BINARY = {aten.add.Tensor, aten.mul.Tensor}
 """Sums and products of two values, element by element."""
 POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default}
 NEAREST = aten.upsample_nearest2d.vec
-SAME_GRID = {
-    aten.max_pool2d.default,
-    NEAREST,
+REARRANGED = {
     aten.pixel_shuffle.default,
     aten.view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.slice.Tensor,
-    aten.pad.default,
     aten.permute.default,
     aten.transpose.int,
     aten.contiguous.default,
     aten.clone.default,
     aten.squeeze.dim,
     aten.unsqueeze.default,
-    aten.cat.default,
 }
+"""Ops that give some of the values that they read, each once, elsewhere."""
+SAME_GRID = REARRANGED | {aten.max_pool2d.default, NEAREST, aten.pad.default, aten.cat.default}
 """Ops that only move or select values, see `keeps_grid`."""
 RECTIFIERS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
 POINTWISE = {

@@ -11,46 +11,27 @@ import torch
 from torch import Tensor, fx
 
 from qsweep.hub.form import QuantizedModel
-from qsweep.hub.kinds import EMBEDDING, SIZE, aten
+from qsweep.hub.kinds import EMBEDDING, REARRANGED, SIZE, aten
 
-_MOVES = {
-    aten.to.dtype,
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    aten.expand.default,
-    SIZE,
-}
-"""Ops whose results are what they read, elsewhere."""
+_MOVES = REARRANGED | {aten.to.dtype, aten.select.int, aten.expand.default, SIZE}
+"""Ops by which a number stays what it is."""
 
 
 class _Columns(fx.Interpreter):
     """Follows the numbers of columns in the place of values, as far as they are only moved."""
 
-    def __init__(self, model: QuantizedModel) -> None:
-        super().__init__(model.graph, garbage_collect_values=False)
-        shape = model.example.shape[1:]
-        self.columns = torch.arange(prod(shape), dtype=torch.float32).reshape(1, *shape)
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph, garbage_collect_values=False)
         self.rows: dict[int, int] = {}
         """Of the smallest table that a column is looked up in."""
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "placeholder":
-            return self.columns
         if n.target is EMBEDDING:
             self._note(n)
-        known = (
+        moved = (
             n.op == "call_function" and n.target in _MOVES and all(self.env[x] is not None for x in n.all_input_nodes)
         )
-        return super().run_node(n) if known else None
+        return super().run_node(n) if moved or n.op == "placeholder" else None
 
     def _note(self, table: fx.Node) -> None:
         weight, given = table.args[0], self.env[table.args[1]]  # type: ignore[index]
@@ -68,8 +49,8 @@ def with_tables(
     found = {role: [dict(row) for row in rows] for role, rows in interface.items()}
     if not found.get("inputs"):
         return found
-    columns = _Columns(model)
-    columns.run(columns.columns)
+    shape, columns = model.example.shape[1:], _Columns(model.graph)
+    columns.run(torch.arange(shape.numel(), dtype=torch.float32).reshape(1, *shape))
     begin = 0
     for row in found["inputs"]:
         width = prod(row["shape"])

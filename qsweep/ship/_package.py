@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 import qsweep
 from qsweep.engines import Engine, EngineConfig
-from qsweep.track.bundle import verify
+from qsweep.track.bundle import Manifest, verify
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -23,6 +23,7 @@ _NEEDED = ("mlflow", "numpy", "onnx", "onnxruntime", "pydantic", "pyyaml", "safe
 
 def mlflow_model(made: Path, out: Path) -> Path:
     """The bundle `made` as an MLflow model folder: models-from-code, and qsweep's own code beside it; no pickle."""
+    manifest = verify(made)
     with TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow warns of its own type hints when it is imported
         from mlflow.pyfunc import save_model
@@ -34,27 +35,26 @@ def mlflow_model(made: Path, out: Path) -> Path:
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={"bundle": str(made)},
             code_paths=[str(code)],
-            pip_requirements=_requirements(made),
-            signature=_signature(made),
+            pip_requirements=_requirements(manifest),
+            signature=_signature(manifest),
         )
     return out
 
 
-def _requirements(made: Path) -> list[str]:
+def _requirements(manifest: Manifest) -> list[str]:
     """Packages as an index has them: without the local part of a version, such as `+cpu`."""
     adapter: TypeAdapter[EngineConfig] = TypeAdapter(Engine)
-    needed = (*_NEEDED, *adapter.validate_python(verify(made).engine).packages)
+    needed = (*_NEEDED, *adapter.validate_python(manifest.engine).packages)
     return [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in needed]
 
 
-def _signature(made: Path) -> ModelSignature | None:
+def _signature(manifest: Manifest) -> ModelSignature | None:
     import numpy
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
     from qsweep.tasks._parts import Parts
 
-    manifest = verify(made)
     if rows := manifest.interface.get("inputs"):
         parts = Parts.read(rows).parts
         names = [part.called("input") if part.path else None for part in parts]

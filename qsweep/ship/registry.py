@@ -87,7 +87,8 @@ def _promote_trial(folder: SweepFolder, selector: Selector, version: Version) ->
 
 
 def _promote_bundle(made: Path, selector: Selector, version: Version, uri: str) -> Promotion:
-    record, sweep = best([recorded(made)], selector), {"qsweep.sweep": verify(made).sweep}
+    manifest = verify(made)
+    record, sweep = best([recorded(made, manifest)], selector), {"qsweep.sweep": manifest.sweep}
     client = connect(uri)
     with answering(uri), impatient(_UPLOAD_SECONDS):
         place = experiment(client, uri, version.name)

@@ -153,11 +153,11 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def recorded(folder: Path) -> Record:
-    """The record that the bundle in `folder` was made of, its repetitions left out. Raises BundleError."""
+def recorded(folder: Path, manifest: Manifest) -> Record:
+    """The record that the bundle in `folder`, which `verify` gave `manifest` of, was made of, its repetitions left out.
+    Raises BundleError."""
     import yaml
 
-    manifest = verify(folder)
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     known = {"number": manifest.number, "uid": manifest.trial, "name": manifest.name, "state": "complete"}
     about = {"config": config, "engine": manifest.engine["engine"], "folder": str(folder)}

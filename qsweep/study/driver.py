@@ -229,8 +229,8 @@ class Driver:
             self.asked.add(uid)
             pending.candidate = self._as_known(pending.candidate)
         self.idle += 1
-        if self.evaluated.config(uid) is not None:
-            yield self._conclude(pending, self._duplicate(pending))
+        if (known := self.evaluated.config(uid)) is not None:
+            yield self._conclude(pending, outcome.duplicate(self.records[known], pending.number))
         elif pending.candidate.refusal is not None:
             yield self._conclude(pending, self._record(pending, None))
         elif any(other.candidate.uid == uid for other in self.evaluating.values()):
@@ -263,13 +263,7 @@ class Driver:
             raise failure(record.failure.kind, message)
         yield self._conclude(pending, record)
         for follower in self.waiting.pop(record.uid, []):
-            yield self._conclude(follower, self._duplicate(follower))
-
-    def _duplicate(self, pending: Pending) -> Record:
-        """The record of a config that has one."""
-        original = self.evaluated.config(pending.candidate.uid)
-        assert original is not None
-        return outcome.duplicate(self.records[original], pending.number)
+            yield self._conclude(follower, outcome.duplicate(record, follower.number))
 
     def _record(self, pending: Pending, evaluation: Evaluation | None) -> Record:
         if evaluation is not None and evaluation.same_as is not None:

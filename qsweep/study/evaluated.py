@@ -20,12 +20,11 @@ class Evaluated:
         self._artifacts: dict[str, int] = {}
 
     def add(self, record: Record) -> None:
-        original = record.number if record.duplicate_of is None else record.duplicate_of
-        self._configs.setdefault(record.uid, original)
-        if record.state == "complete" and original == record.number:
+        self._configs.setdefault(record.uid, record.number)
+        if record.state == "complete" and record.duplicate_of is None:
             built = read_result(self._sweep / record.folder / "build.json")
             if (artifact := _artifact(built, record.config)) is not None:
-                self._artifacts.setdefault(artifact, original)
+                self._artifacts.setdefault(artifact, record.number)
 
     def config(self, uid: str) -> int | None:
         """Of the config with this identity."""

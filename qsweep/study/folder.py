@@ -48,8 +48,7 @@ class SweepFolder:
 
     @classmethod
     def at(cls, path: Path) -> SweepFolder:
-        """The sweep in the folder `path`. `root` is where it is named to be: `sweeps` may be a link to another disk, or
-        be called something else where sweeps were moved to."""
+        """The sweep in the folder `path`. `root` is where it is named to be: `sweeps` may be a link, or be renamed."""
         named = Path(os.path.abspath(path))
         if named.parent.name != "sweeps":  # a link to it
             named = named.resolve()

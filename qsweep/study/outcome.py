@@ -75,7 +75,8 @@ def _lacking(spec: Spec, metrics: Metrics) -> TrialFailure | None:
 def duplicate(original: Record, number: int, candidate: Candidate | None = None) -> Record:
     """The record of a trial whose config has been evaluated under another number; its folder is that one's. With
     `candidate`, of another config that has given the same artifact."""
-    own: dict[str, Any] = {"number": number, "duplicate_of": original.number, "front": None, "repetitions": ()}
+    first = original.number if original.duplicate_of is None else original.duplicate_of
+    own: dict[str, Any] = {"number": number, "duplicate_of": first, "front": None, "repetitions": ()}
     return original.model_copy(update=own | (_known(candidate, number) if candidate else {}))
 
 

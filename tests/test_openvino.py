@@ -93,7 +93,7 @@ NAMED = [
     "sixteen steps at once",
 ]
 FLOATS = {"transposed, in groups", "Shifted", "Rotated", "Related", "Compared"}
-"""With transposed convolutions and attention."""
+"""With transposed convolutions of three pixels every two, and attention."""
 
 
 @pytest.mark.parametrize("name", [*NAMED, *(kind.__name__ for kind in (*KINDS, *WRITTEN))])

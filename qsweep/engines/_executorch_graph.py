@@ -85,10 +85,25 @@ def _settle(graph: fx.GraphModule, layer: fx.Node) -> None:
         if weight_bits_of(stored) <= 4 and len(stored.users) == 1:  # XNNPACK packs two of these in a byte
             stored.args = (*stored.args[:4], -8, 7, torch.int8)
         return
-    name = f"{source(stored).target}_real"
-    set_constant(graph, name, real_weight(graph, stored))
+    name, real = f"{source(stored).target}_real", real_weight(graph, stored)
+    flat = layer.target is aten.conv1d.default
+    set_constant(graph, name, real.unsqueeze(2) if flat else real)
     with graph.graph.inserting_before(layer):
         layer.update_arg(1, graph.graph.get_attr(name))
+    if flat:
+        _as_image(graph, layer)
+
+
+def _as_image(graph: fx.GraphModule, layer: fx.Node) -> None:
+    """A conv1d, its weight that of a conv2d, as one over images one pixel high: ExecuTorch's own way there takes no
+    real weights beside integers."""
+    call, named = graph.graph.call_function, arguments(layer)
+    sizes = [[none, *named[name]] for name, none in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    with graph.graph.inserting_before(layer):
+        image = call(aten.unsqueeze.default, (source(layer), 2))
+        result = call(aten.conv2d.default, (image, layer.args[1], named["bias"], *sizes, named["groups"]))
+        layer.replace_all_uses_with(call(aten.squeeze.dim, (result, 2)))
+    graph.graph.erase_node(layer)
 
 
 def _is_quantized(layer: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from qsweep.hub.form import QuantizedModel
 from qsweep.hub.norm import fold_batch_norm, without_norms_of_norms
 from qsweep.hub.plain import plain
 from qsweep.hub.slim import slim
+from qsweep.hub.subpixel import with_convolutions
 
 if TYPE_CHECKING:
     from qsweep.stage import Context
@@ -35,7 +36,12 @@ def float_graph(model: nn.Module, context: Context) -> QuantizedModel:
         live = export(model, example_of(context))
         save(QuantizedModel(fold_batch_norm(live.graph), live.example), folder)
 
-    return load(context.store.folder(context.store.key("float_graph", 15, context.key, torch.__version__), compute))
+    return load(context.store.folder(context.store.key("float_graph", 16, context.key, torch.__version__), compute))
+
+
+def quantizable_graph(model: nn.Module, context: Context) -> QuantizedModel:
+    """`float_graph` with convolutions where it has transposed ones: what is quantized after training."""
+    return with_convolutions(float_graph(model, context))
 
 
 def example_of(context: Context) -> Tensor:

@@ -13,16 +13,19 @@ from qsweep.hub.kinds import COMPUTE, NORMS, TRANSPOSED, aten
 from qsweep.hub.nodes import arguments, constant, is_trained, nodes_of, set_constant, shape_seen, source
 
 
-def fold_batch_norm(graph: fx.GraphModule) -> fx.GraphModule:
+def fold_batch_norm(graph: fx.GraphModule, layers: Collection[fx.Node] | None = None) -> fx.GraphModule:
     """Fold every batch norm that follows a convolution, transposed or not, or a linear, in place; computed in float64.
+    With `layers`, those behind these alone.
 
     (PyTorch's exporter to ONNX and its compiler fold those of transposed convolutions wrongly or under old names.)
     w' = w * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta (Jacob et al. 2018, section 3.2).
     """
     found = [norm for norm in nodes_of(graph, NORMS) if joins(norm, COMPUTE | TRANSPOSED)]
-    for norms in alike(found):
-        weight, bias = folded(graph, source(norms[0]), norms[0])
-        replace_weight(graph, list(map(source, norms)), weight, bias)
+    for norms in alike(norm for norm in found if layers is None or source(norm) in layers):
+        layer = source(norms[0])
+        weight, bias = folded(graph, layer, norms[0])
+        trainable = is_trained(graph, layer.args[1])
+        replace_weight(graph, list(map(source, norms)), weight, bias, trainable=trainable)
         for norm in norms:
             norm.replace_all_uses_with(source(norm))
     graph.graph.eliminate_dead_code()

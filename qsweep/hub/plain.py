@@ -13,7 +13,18 @@ from qsweep.hub.activations import with_activations
 from qsweep.hub.factors import with_factors
 from qsweep.hub.fixed import with_fixed_weights
 from qsweep.hub.functional import functional
-from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, NAMESPACES, POINTWISE, RECTIFIERS, RECURRENT, TRANSPOSED, aten
+from qsweep.hub.kinds import (
+    COMPUTE,
+    CONVOLUTIONS,
+    LINEARS,
+    NAMESPACES,
+    POINTWISE,
+    REARRANGED,
+    RECTIFIERS,
+    RECURRENT,
+    TRANSPOSED,
+    aten,
+)
 from qsweep.hub.linears import with_linears
 from qsweep.hub.nodes import arguments, attributes, nodes_of, set_constant, source
 from qsweep.hub.parts import without_tuples
@@ -52,7 +63,7 @@ def plain(graph: fx.GraphModule) -> fx.GraphModule:
     rewrites = without_regions, _without_idle, without_tuples, functional, _without_neutral, _with_sums, _with_reshapes
     values = with_activations, with_linears, with_factors, with_fixed_weights, with_fixed_shapes, with_sizes_of_tensors
     layers = with_pools, with_plain_borders, _with_batches, _with_sized_paddings, _with_heads, _with_flat_linears
-    for rewrite in (*rewrites, *values, *layers, _rectified_first):
+    for rewrite in (*rewrites, *values, *layers, rectified_first):
         rewrite(graph)
         graph.graph.eliminate_dead_code(_has_effects)
     _check_ops(graph)
@@ -241,16 +252,25 @@ def _with_flat_linears(graph: fx.GraphModule) -> None:
             replace_by(node, call(aten.reshape.default, (linear, after)))
 
 
-def _rectified_first(graph: fx.GraphModule) -> None:
+def rectified_first(graph: fx.GraphModule) -> None:
     """relu(max_pool(x)) as max_pool(relu(x)), which is equal, so that the rectifier joins the layer before it; so for
-    all functions of one number after the reshape of a flat linear's result."""
-    for node in nodes_of(graph, {aten.max_pool2d.default, aten.reshape.default}):
-        flat = node.target is aten.reshape.default
-        if flat and not (source(node).target in LINEARS and len(source(node).users) == 1):
+    all that rearranges what a layer gives, and for any function of one number after the reshape of a flat linear's
+    result."""
+    for node in reversed(nodes_of(graph, REARRANGED | {aten.max_pool2d.default})):
+        if node.target is not aten.max_pool2d.default and not _rearranges_a_layer(node):
             continue
+        flat = node.target is aten.reshape.default and source(node).target in LINEARS
         movable = RECTIFIERS | POINTWISE if flat else RECTIFIERS
         while len(node.users) == 1 and (user := next(iter(node.users))).target in movable:
             user.replace_all_uses_with(node)
             user.replace_input_with(node, source(node))
             node.replace_input_with(source(node), user)
             node.prepend(user)
+
+
+def _rearranges_a_layer(node: fx.Node) -> bool:
+    """Whether it, or other such ops before it, alone reads what a layer gives."""
+    given = source(node)
+    return len(given.users) == 1 and (
+        given.target in COMPUTE or (given.target in REARRANGED and _rearranges_a_layer(given))
+    )

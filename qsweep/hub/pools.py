@@ -20,8 +20,8 @@ Windows = list[tuple[int, int]]
 
 
 def with_pools(graph: fx.GraphModule) -> None:
-    """Pools whose windows are all of one size, and one op for means of whole images, in place; sequences are images
-    one pixel high."""
+    """Pools whose windows are all of one size, a stride apart that they name, and one op for means of whole images, in
+    place; sequences are images one pixel high."""
     for node in nodes_of(graph, {operator.getitem, *_MEANS}):
         pool = node if node.target in _MEANS else source(node)
         if pool is node or (pool.target in _MAXIMA and node.args[1] == 0):
@@ -29,8 +29,10 @@ def with_pools(graph: fx.GraphModule) -> None:
     for node in nodes_of(graph, {aten.max_pool2d.default}):
         _without_infinities(node)
     for node in nodes_of(graph, {aten.avg_pool2d.default, aten.max_pool2d.default}):
-        if _ends_at_the_border(node):
-            node.args, node.kwargs = tuple((arguments(node) | {"ceil_mode": False}).values()), {}
+        given = arguments(node)
+        given["stride"] = given["stride"] or given["kernel_size"]  # ExecuTorch looks for them
+        given["ceil_mode"] = given["ceil_mode"] and not _ends_at_the_border(node)
+        node.args, node.kwargs = tuple(given.values()), {}
     for node in nodes_of(graph, {aten.avg_pool2d.default}):
         _replace_global(graph, node)
     for node in nodes_of(graph, {aten.mean.dim, aten.amax.default}):

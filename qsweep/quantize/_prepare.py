@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qsweep.hub.export import float_graph
+from qsweep.hub.export import quantizable_graph
 from qsweep.hub.form import QuantizedModel
 from qsweep.quantize._equalize import equalize
 from qsweep.quantize._smooth import channel_maxima, smooth
@@ -20,7 +20,7 @@ from qsweep.stage import Context
 
 def prepared(config: Grids, model: nn.Module, context: Context, inputs: Callable[[], Tensor]) -> QuantizedModel:
     """The float graph of `model` as `config` wants it before calibration; `inputs()` gives the calibration samples."""
-    graph = float_graph(model, context)
+    graph = quantizable_graph(model, context)
     if not isinstance(config, PostTraining):
         return graph
     if config.equalize:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsweep.hub.convert import convert
-from qsweep.hub.export import float_graph
+from qsweep.hub.export import quantizable_graph
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.insert import insert_observers
 from qsweep.hub.weights import Codebook
@@ -40,7 +40,7 @@ class TableWeight(nn.Module):
 
 def weights_only(config: Table, model: nn.Module, context: Context, fit: Fit) -> QuantizedModel:
     """The hub form of `model` with the weights of every layer stored as `fit` says, all else in floating point."""
-    found = float_graph(model, context)
+    found = quantizable_graph(model, context)
     config.check_layers(found.layers(), found.recurrent_weights)
     insert_observers(
         found,

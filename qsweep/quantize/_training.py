@@ -16,6 +16,7 @@ from qsweep.hub.insert import Place, insert_observers
 from qsweep.hub.nodes import constant
 from qsweep.hub.norm import fold_batch_norm
 from qsweep.hub.save import load, save
+from qsweep.hub.subpixel import with_convolutions
 from qsweep.quantize._begin import begin_rounded
 from qsweep.quantize._calibrate import calibration_inputs, observe
 from qsweep.quantize._fake import FakeActivation, FakeWeight
@@ -56,7 +57,7 @@ def _train(config: Trained, model: nn.Module, context: Context, checkpoints: Pat
 
 def prepared(config: Trained, model: nn.Module, context: Context) -> QuantizedModel:
     """The graph of `model` with fake quantizers in place, not started, and its norms joined."""
-    live = export(model, example_of(context))
+    live = with_convolutions(export(model, example_of(context)))
     config.check_layers(live.layers(), live.recurrent_weights)
     insert_observers(
         live,

@@ -81,9 +81,9 @@ class LowBit(Quantization):
         return any(fnmatchcase(layer, pattern) for pattern in self.float_layers)
 
     def check(self, context: Context) -> None:
-        from qsweep.hub.export import float_graph
+        from qsweep.hub.export import quantizable_graph
 
-        graph = float_graph(context.original(), context)
+        graph = quantizable_graph(context.original(), context)
         self.check_layers(graph.layers(), graph.recurrent_weights)
 
     def check_layers(self, layers: Sequence[Layer], recurrent: Sequence[str]) -> None:

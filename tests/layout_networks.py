@@ -208,13 +208,13 @@ class Tokens(nn.Module):
 
 
 class Transposed(nn.Module):
-    """Most of its work has no integer kernel: windows of three pixels every two."""
+    """Most of its work has no integer kernel: windows of one pixel every two."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.up, self.last = (
             nn.Conv2d(1, 8, 3, padding=1),
-            nn.ConvTranspose2d(8, 8, 3, 2),
+            nn.ConvTranspose2d(8, 8, 1, 2),
             nn.Conv2d(8, 4, 1),
         )
 

@@ -116,6 +116,10 @@ WINDOWS: list[dict[str, Any]] = [
     {"kernel_size": 6, "stride": 3, "padding": 4, "output_padding": 1},
     {"kernel_size": 8, "stride": 2, "padding": 2, "groups": 8, "bias": False},
     {"kernel_size": 2, "padding": 3},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "bias": False},
+    {"kernel_size": 3, "stride": 2, "output_padding": 1, "groups": 2},
+    {"kernel_size": 5, "stride": 2, "padding": 4},
+    {"kernel_size": 5, "stride": 3, "padding": 4, "output_padding": 2},
 ]
 
 
@@ -140,13 +144,13 @@ def test_a_convolution_gives_what_the_transposed_one_gave(fields: dict[str, Any]
 @pytest.mark.parametrize(
     "fields",
     [
-        {"kernel_size": 3, "stride": 2},
+        {"kernel_size": 1, "stride": 2},
         {"kernel_size": 4, "stride": 2, "dilation": 2},
         {"kernel_size": 2, "stride": 2, "output_padding": 1},
     ],
     ids=str,
 )
-def test_one_whose_pixels_are_sums_of_more_and_of_fewer_weights_stays(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_one_that_would_be_mostly_zeros_or_is_dilated_or_extended_stays(fields: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 4, **fields)).eval()
     found = PTQ(calibration_samples=20).apply(model, context(tmp_path, task=Noise(inputs=INPUTS)))
@@ -241,3 +245,13 @@ def test_their_weights_are_trained(method: type[QAT] | type[LSQ], tmp_path: Path
     assert shapes == {layer.name: layer.weight.shape for layer in before}
     assert {layer.weight_bits for layer in model.layers()} == {8}
     assert_close(IntegerInterpreter(model.graph)(INPUTS), simulation(model)(INPUTS), within=0.1)
+
+
+def test_zeros_that_make_up_whole_strides_stay_in_trainings(tmp_path: Path) -> None:
+    """Windows of three pixels every two: pixels between get one weight, or two, where the others get two, or four."""
+    up, last = nn.ConvTranspose2d(6, 5, 3, 2, 1, 1), nn.Conv2d(5, 10, 3)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), up, last, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    found = context(tmp_path, task=Noise(inputs=INPUTS))
+    (_, layer, _) = LSQ(epochs=1, calibration_samples=20).apply(model, found).layers()
+    used = (layer.weight.reshape(5, 2, 2, 6, 2, 2) != 0).any(0).any(2)
+    assert used.sum((2, 3)).tolist() == [[4, 2], [2, 1]]

@@ -115,7 +115,7 @@ def test_what_is_odd_or_gated_is_on_integers_too(name: str, tmp_path: Path) -> N
     assert_close(run(INPUTS), IntegerInterpreter(quantized.graph)(INPUTS), within=0.05)
     work = len(INPUTS) * with_computed_layers(quantized).macs
     share = engine.integer_macs(tmp_path / "artifact", run, INPUTS) / work
-    assert share < 0.6 if name == "transposed, in groups" else share == 1  # three pixels every two: not in integers
+    assert share == 1
 
 
 @pytest.mark.parametrize(

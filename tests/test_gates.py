@@ -421,7 +421,7 @@ def test_a_product_whose_step_is_denormal_is_refused(quantized: Callable[..., Qu
 def test_transposed_convolutions_between_grids_keep_their_real_weights(tmp_path: Path) -> None:
     """ONNX Runtime would round them to 8 bits of its own."""
     function = lambda x, up, conv: conv(F.relu(up(x)))  # noqa: E731
-    kind = apply(function, nn.ConvTranspose2d(8, 6, 3, 2, groups=2), nn.Conv2d(6, 8, 3))
+    kind = apply(function, nn.ConvTranspose2d(8, 6, 3, 2, groups=2, dilation=2), nn.Conv2d(6, 8, 3))
     found = context(tmp_path, task=Noise(inputs=INPUTS))
     model = PTQ(calibration_samples=20).apply(made(kind), found)
     (up,) = nodes_of(model.graph, {aten.conv_transpose2d.input})

@@ -92,8 +92,8 @@ NAMED = [
     "groups of 24 channels",
     "sixteen steps at once",
 ]
-FLOATS = {"transposed, in groups", "Shifted", "Rotated", "Related", "Compared"}
-"""With transposed convolutions of three pixels every two, and attention."""
+FLOATS = {"Shifted", "Rotated", "Related", "Compared"}
+"""With attention."""
 
 
 @pytest.mark.parametrize("name", [*NAMED, *(kind.__name__ for kind in (*KINDS, *WRITTEN))])

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
@@ -27,10 +28,11 @@ _CONVOLUTION: dict[Any, torch._ops.OpOverload] = {
 
 
 def with_convolutions(model: QuantizedModel) -> QuantizedModel:
-    """`model` with a convolution, its weights under the same name, for each transposed one over one dimension or two
-    whose windows are whole strides, in place; the batch norm behind it is folded.
+    """`model` with a convolution, its weights under the same name, for each transposed one over one dimension or two,
+    in place; the batch norm behind it is folded.
 
-    (Others have pixels that fewer weights go into than into their neighbours: there would be zeros among the weights.)
+    Where windows are no whole strides, fewer weights go into some pixels than into others, and zeros make up for it;
+    where they would be more than the weights it stays as it is, as it does with a dilation.
     """
     graph = model.graph
     layers = [node for node in nodes_of(graph, TRANSPOSED) if _fits(graph, node)]
@@ -52,10 +54,20 @@ def with_convolutions(model: QuantizedModel) -> QuantizedModel:
 
 def _fits(graph: fx.GraphModule, node: fx.Node) -> bool:
     weight, named = constant(graph, node.args[1]), arguments(node)
-    if node.target not in _CONVOLUTION or weight is None or set(named["dilation"]) != {1}:
+    known = weight is not None and (named["bias"] is None or constant(graph, named["bias"]) is not None)
+    if node.target not in _CONVOLUTION or not known or set(named["dilation"]) != {1}:
         return False
-    sizes = zip(weight.shape[2:], named["stride"], named["padding"], named["output_padding"], strict=True)
-    return all(window % stride == 0 and cut >= more for window, stride, cut, more in sizes)
+    assert weight is not None
+    wide = _wide(weight, named["stride"])
+    if math.prod(wide) > 2 * weight[0, 0].numel():
+        return False
+    sizes = zip(wide, weight.shape[2:], named["padding"], named["output_padding"], strict=True)
+    return all(cut + whole - window >= more for whole, window, cut, more in sizes)
+
+
+def _wide(weight: Tensor, stride: list[int]) -> list[int]:
+    """Sizes of the windows of `weight` (in, out, ...), up to whole strides."""
+    return [step * math.ceil(window / step) for window, step in zip(weight.shape[2:], stride, strict=True)]
 
 
 def _replace(graph: fx.GraphModule, nodes: list[fx.Node]) -> None:
@@ -76,12 +88,14 @@ def _convolved(
 ) -> fx.Node:
     """What `node` gives: a convolution with all its borders, its channels as pixels, cut to size."""
     named, call = arguments(node), graph.graph.call_function
-    stride, cut, more = named["stride"], named["padding"], named["output_padding"]
+    stride, cut = named["stride"], named["padding"]
     dims, ones = range(len(stride)), [1] * len(stride)
-    # pixels of the convolution that are cut off on both sides are not computed
-    less = [min((cut[dim] - more[dim]) // stride[dim], taps[dim] - 1) for dim in dims]
-    padding = [taps[dim] - 1 - less[dim] for dim in dims]
     given, wanted = shape_seen(source(node))[2:], shape_seen(node)[2:]
+    every = [stride[dim] * (given[dim] + taps[dim] - 1) for dim in dims]
+    # pixels of the convolution that are cut off on both sides are not computed
+    off = [min(cut[dim], every[dim] - wanted[dim] - cut[dim]) for dim in dims]
+    less = [min(off[dim] // stride[dim], taps[dim] - 1) for dim in dims]
+    padding = [taps[dim] - 1 - less[dim] for dim in dims]
     sizes = [given[dim] + padding[dim] - less[dim] for dim in dims]
     operands = source(node), weight, bias
     value = call(_CONVOLUTION[node.target], (*operands, ones, padding, ones, named["groups"]))
@@ -100,10 +114,12 @@ def _weight(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     assert weight is not None
     groups, stride, count = named["groups"], named["stride"], len(named["stride"])
     turned = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-    channels, given, *windows = turned.shape
-    apart = [size for window, step in zip(windows, stride, strict=True) for size in (window // step, step)]
+    wide = _wide(weight, stride)
+    missing = [whole - window for whole, window in zip(wide, weight.shape[2:], strict=True)]
+    turned = F.pad(turned, [side for more in reversed(missing) for side in (0, more)])
+    apart = [size for whole, step in zip(wide, stride, strict=True) for size in (whole // step, step)]
     taps, phases = (range(start, 2 + 2 * count, 2) for start in (2, 3))
-    turned = turned.reshape(channels, given, *apart).flip(*taps)
+    turned = turned.reshape(*turned.shape[:2], *apart).flip(*taps)
     return turned.permute(0, *phases, 1, *taps).flatten(0, count)
 
 

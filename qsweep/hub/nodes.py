@@ -51,6 +51,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return {argument.name: argument.default_value for argument in schema.arguments} | given
 
 
+def beside_first(node: fx.Node) -> list[Any]:
+    """All arguments but the first, constants by their names."""
+    return [argument.target if isinstance(argument, fx.Node) else argument for argument in node.args[1:]]
+
+
 def constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
     """The constant behind `node`: that of a get_attr, or the integers of stored weights; else None."""
     if isinstance(node, fx.Node) and node.target in STORED:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.hub.kinds import COMPUTE, NORMS, TRANSPOSED, aten
-from qsweep.hub.nodes import arguments, constant, is_trained, nodes_of, set_constant, shape_seen, source
+from qsweep.hub.nodes import arguments, beside_first, constant, is_trained, nodes_of, set_constant, shape_seen, source
 
 
 def fold_batch_norm(graph: fx.GraphModule, layers: Collection[fx.Node] | None = None) -> fx.GraphModule:
@@ -53,13 +53,9 @@ def without_norms_of_norms(graph: fx.GraphModule) -> None:
 
 def alike(norms: Iterable[fx.Node]) -> list[list[fx.Node]]:
     """`norms` that can be folded, in groups of those that are one norm behind one layer, called again."""
-
-    def read(node: fx.Node) -> list[Any]:
-        return [argument.target if isinstance(argument, fx.Node) else argument for argument in node.args[1:]]
-
     groups: dict[str, list[fx.Node]] = {}
     for norm in norms:
-        groups.setdefault(repr([source(norm).target, read(source(norm)), read(norm)]), []).append(norm)
+        groups.setdefault(repr([source(norm).target, beside_first(source(norm)), beside_first(norm)]), []).append(norm)
     return list(groups.values())
 
 

@@ -17,7 +17,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.kinds import TRANSPOSED, aten
-from qsweep.hub.nodes import arguments, constant, nodes_of, set_constant, shape_seen, source
+from qsweep.hub.nodes import arguments, beside_first, constant, nodes_of, set_constant, shape_seen, source
 from qsweep.hub.norm import fold_batch_norm, own_name
 from qsweep.hub.plain import rectified_first
 
@@ -43,7 +43,7 @@ def with_convolutions(model: QuantizedModel) -> QuantizedModel:
         ShapeProp(graph).propagate(model.example)
     alike: dict[str, list[fx.Node]] = {}
     for node in layers:
-        alike.setdefault(repr(node.args[1:]), []).append(node)
+        alike.setdefault(repr(beside_first(node)), []).append(node)
     for nodes in alike.values():
         _replace(graph, nodes)
     rectified_first(graph)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from qsweep.machine import bind, no_compiler
+from qsweep.track import client
 
 _cache = tempfile.TemporaryDirectory(prefix="qsweep-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
@@ -51,6 +53,19 @@ def _all_cores() -> Iterator[None]:
     yield
     if CORES is not None and os.sched_getaffinity(0) != CORES:
         bind(CORES)
+
+
+@pytest.fixture(autouse=True)
+def _one_new_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow takes a second for one, the same each time: it makes the first, the others are copies."""
+    made, new = Path(_cache.name, "new.db"), client.make
+
+    def make(database: Path) -> None:
+        if not made.exists():
+            new(made)
+        shutil.copyfile(made, database)
+
+    monkeypatch.setattr(client, "make", make)
 
 
 @pytest.fixture

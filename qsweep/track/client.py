@@ -99,19 +99,24 @@ def connect(uri: str) -> MlflowClient:
 
 def _see_to(database: Path) -> None:
     """See that there is a database. It has another name until it is whole: MLflow cannot mend one that is not."""
-    from mlflow import MlflowClient
-
     if not database.exists():
         unfinished = database.with_name(f"{database.name}.unfinished")
         for path in database.parent.glob(f"{unfinished.name}*"):
             path.unlink()
-        MlflowClient(sqlite_url(unfinished)).search_experiments(max_results=1)
+        make(unfinished)
         os.replace(unfinished, database)
     with suppress(sqlite3.Error):  # write-ahead logging halves the time of a trial; some file systems have none
         connection = sqlite3.connect(database, timeout=10)
         connection.execute("PRAGMA journal_mode=WAL")
         _follow(connection, database)
         connection.close()
+
+
+def make(database: Path) -> None:
+    """A new database, by all migrations there ever were."""
+    from mlflow import MlflowClient
+
+    MlflowClient(sqlite_url(database)).search_experiments(max_results=1)
 
 
 def _follow(connection: sqlite3.Connection, database: Path) -> None:

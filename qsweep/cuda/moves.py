@@ -56,6 +56,10 @@ def _applied(node: fx.Node, values: Tensor) -> Tensor:
 
 def copied(node: fx.Node, given: Tensor, out: Tensor) -> Launch:
     """Writes `given`, moved by `node`, into `out`."""
+    if node.target is aten.pixel_shuffle.default:  # in one pass
+        times = int(arguments(node)["upscale_factor"])
+        apart = torch.unflatten(torch.unflatten(out, 3, (-1, times)), 2, (-1, times))
+        return copy(torch.unflatten(given, 1, (-1, times, times)).permute(0, 1, 4, 2, 5, 3), apart)
     try:  # a reshape is a copy between views of one shape
         into = out.view(given.shape) if node.target in _RESHAPES else None
     except RuntimeError:

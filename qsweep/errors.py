@@ -8,6 +8,7 @@ QsweepError                  exit code 1, printed without a traceback
 ├── BundleError              a bundle is incomplete or was changed
 └── TrialFailure             one config failed; the sweep goes on and the record says why
     ├── TaskFailure          the user's task raised, or returned something unusable
+    ├── TaskChanged          the user's code, files or weights are not those that the sweep began with
     ├── ExportFailure        `torch.export` cannot trace the model
     ├── Refused              the engine cannot run this config, and says why
     ├── NotFinite            NaN or infinity in a loss, weight or output
@@ -29,6 +30,8 @@ class QsweepError(Exception):
 
     retry: bool = False
     """Whether running the same config again may help."""
+    stops: str | None = None
+    """Where it is no config's fault, and stops the sweep: what to do."""
 
 
 class SpecError(QsweepError):
@@ -63,6 +66,12 @@ class TaskFailure(TrialFailure):
     """The user's task raised, or returned something unusable."""
 
 
+class TaskChanged(TrialFailure):
+    """Code, files or weights of the task are not those that the sweep began with."""
+
+    stops = "Put them back and run the same command again, or give the spec another `name`"
+
+
 class ExportFailure(TrialFailure):
     """`torch.export` cannot trace the model."""
 
@@ -87,6 +96,8 @@ class OutOfMemory(TrialFailure):
 
 class DiskFull(TrialFailure):
     """No space left on the device that holds the sweep."""
+
+    stops = "Make room and run the same command again"
 
 
 class TimedOut(TrialFailure):

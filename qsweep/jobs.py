@@ -20,7 +20,7 @@ from qsweep import alone
 from qsweep.build import Clock, compress, context_of, lower
 from qsweep.check import check, doubts_of_teacher
 from qsweep.config import content_hash
-from qsweep.errors import Crashed, Refused, TaskFailure
+from qsweep.errors import Crashed, Refused, TaskChanged
 from qsweep.evaluate import accuracy, accuracy_of_part, judged, predict
 from qsweep.failures import known
 from qsweep.hub.export import example_of, export, float_graph
@@ -154,8 +154,9 @@ def _build(job: Job) -> Result:
     task = job.task()
     context = context_of(job.task_config, task, job.root, job.store, job.seed, job.progress)
     if job.model not in (None, context.key):
-        raise TaskFailure(
-            "`model()` and `teacher()` must give the weights that the sweep began with (some have changed since)"
+        raise TaskChanged(
+            "code and files of the task, and the weights that `model()` and `teacher()` give, must be those that the "
+            "sweep began with (some have changed since)"
         )
     context = replace(context, seed=job.draw)  # the model that is compressed stays the same
     model = compress(job.config.compress, copy.deepcopy(context.original()), context, job.clock)

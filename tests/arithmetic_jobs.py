@@ -45,7 +45,7 @@ def build(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if told == "memory once" and job["attempt"] == 1:
         _write(folder, "build", {"failure": {"kind": "OutOfMemory", "message": "no memory left"}})
-    elif told in ("NotFinite", "ExportFailure", "Refused", "DiskFull"):
+    elif told in ("NotFinite", "ExportFailure", "Refused", "DiskFull", "TaskChanged"):
         _write(folder, "build", {"failure": {"kind": told, "message": "as told"}})
     else:
         bits = {"stem.weight": 8, "head.weight": (job["config"]["compress"]["quantize"] or {}).get("weight_bits", 8)}

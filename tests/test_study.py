@@ -25,7 +25,7 @@ from small_sweep import REAL, calls, small_spec, start, states, sweep, told, unt
 from qsweep import alone
 from qsweep.cli.run import Watch
 from qsweep.domains import Choice, Range
-from qsweep.errors import DataError, DiskFull, SpecError, SweepError, TaskFailure, TrialFailure
+from qsweep.errors import DataError, DiskFull, SpecError, SweepError, TaskChanged, TaskFailure, TrialFailure
 from qsweep.records import Record
 from qsweep.spec import TrialConfig
 from qsweep.study import SweepFolder, baselines, plan, run
@@ -572,9 +572,15 @@ def test_a_full_disk_stops_the_driver_and_loses_nothing(tmp_path: Path) -> None:
     assert states(tmp_path) == {"COMPLETE": 6}
 
 
-def test_a_full_disk_in_a_worker_stops_the_sweep_and_is_not_held_against_the_config(tmp_path: Path) -> None:
-    with pytest.raises(DiskFull, match="as told"):
-        sweep(tmp_path, small_spec(), build_0004="DiskFull")
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [(DiskFull, "Make room and run the same command again"), (TaskChanged, "Put them back and run the same command")],
+)
+def test_what_is_no_configs_fault_stops_the_sweep_and_is_not_held_against_it(
+    kind: type[TrialFailure], advice: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=rf"as told\. {advice}"):
+        sweep(tmp_path, small_spec(), build_0004=kind.__name__)
     assert sweep(tmp_path, small_spec())[4].state == "complete"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qsweep import alone
-from qsweep.errors import Crashed, DiskFull, TimedOut, failure
+from qsweep.errors import Crashed, TimedOut, failure
 from qsweep.executors.local import Local, Worker
 from qsweep.records import Failure
 from qsweep.spec import Run
@@ -93,7 +93,7 @@ class Pipeline:
             evaluation.count(on=True)
         evaluation.collect()
         for job, result in list(evaluation.results.items()):
-            if result.get("failure", {}).get("kind") == DiskFull.__name__:  # of an earlier driver
+            if "failure" in result and failure(**result["failure"]).stops:  # of an earlier driver
                 del evaluation.results[job]
                 (evaluation.folder / f"{job}.json").unlink()
         self.active.append(evaluation)
@@ -108,7 +108,7 @@ class Pipeline:
     def step(self) -> list[Evaluation]:
         """Begin what waits, let one be alone if it asks, wait a moment, return the evaluations that are over.
 
-        Raises DiskFull.
+        Raises DiskFull and TaskChanged.
         """
         for evaluation in self.active:
             self._continue(evaluation)
@@ -150,15 +150,16 @@ class Pipeline:
         self._judge(evaluation)
 
     def _judge(self, evaluation: Evaluation) -> None:
-        """Look at failures among the results: some are tried again, a full disk stops the sweep."""
+        """Look at failures among the results: some are tried again, some stop the sweep."""
         for job, result in list(evaluation.results.items()):
             if "failure" not in result:
                 continue
             failed = Failure.model_validate(result["failure"])
-            if failed.kind == DiskFull.__name__:
+            error = failure(failed.kind, failed.message)
+            if error.stops:
                 (evaluation.folder / f"{job}.json").unlink()
-                raise DiskFull(f"`{evaluation.folder}`: {failed.message}. Make room and run the same command again")
-            if failure(failed.kind, failed.message).retry:
+                raise type(error)(f"`{evaluation.folder}`: {error}. {error.stops}")
+            if error.retry:
                 self._retry(evaluation, job, failed)
             else:
                 evaluation.failure = failed

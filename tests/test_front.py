@@ -122,6 +122,20 @@ def test_milliseconds_that_do_not_say_what_ratios_say_are_told(
     assert [note[: len(begin)] for note, begin in zip(found, begins, strict=True)] == begins
 
 
+def test_members_that_break_the_bounds_on_the_test_split_are_told(tmp_path: Path) -> None:
+    spec = small_spec(constraints={"accuracy_drop_pp": {"max": 1}, "accuracy": {"min": 0.5}})
+    values = [(0.9, None), (0.895, "certain"), (0.85, "certain"), (0.4, "probable"), (0.3, None)]
+    found = [
+        record(number, accuracy=0.9, accuracy_test=value).model_copy(update={"front": front})
+        for number, (value, front) in enumerate(values)
+    ]
+    assert list(notes(spec, SweepFolder(tmp_path, "small"), found)) == [
+        "#2 does not keep `constraints.accuracy_drop_pp` on the test split (it is 5 there)",
+        "#3 does not keep `constraints.accuracy_drop_pp` on the test split (it is 50 there)",
+        "#3 does not keep `constraints.accuracy` on the test split (it is 0.4 there)",
+    ]
+
+
 def test_what_was_asked_and_did_nothing_is_told(tmp_path: Path) -> None:
     channels, integers = {"prune": {"method": "channels"}}, {"quantize": {"activation_bits": 8}}
     found = [

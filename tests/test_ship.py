@@ -385,6 +385,18 @@ def test_ties_go_to_the_more_accurate() -> None:
     assert best(records(), Selector(by="latency_ms")).number == 2
 
 
+def test_the_last_bits_of_an_accuracy_decide_nothing() -> None:
+    """As means of real numbers have them, here of a loss, which is negative."""
+    by_size = sorted((r for r in records() if r.state == "complete"), key=lambda r: r.metrics.size_bytes or 0)
+    small, large = by_size[0], by_size[-1]
+    values = {small.number: -0.49548173, large.number: -0.49548167}
+    found = [
+        each.model_copy(update={"metrics": each.metrics.model_copy(update={"accuracy": values[each.number]})})
+        for each in (small, large)
+    ]
+    assert best(found, Selector()).number == small.number
+
+
 def test_when_nothing_keeps_the_bounds_the_nearest_is_named() -> None:
     with pytest.raises(
         SweepError, match=r"no trial keeps size_bytes ≤ 4000; the nearest is #3 `ptq-w4s-a8a` with size"

@@ -499,6 +499,11 @@ def test_samples_are_known_again_in_whatever_last_bits_they_come(values: list[fl
         ("return nn.Linear(self.size, 2)", "raise KeyError('x')", "line 10: `Mine.model` raised KeyError"),
         ("return nn.Linear(self.size, 2)", "return 1", "`Mine.model` must return a torch.nn.Module .got int."),
         ("return torch.ones(6, self.size), ", "return ", r"`Mine.samples\('train'\)` must return two tensors"),
+        (
+            "return torch.ones(6, self.size)",
+            "return list(torch.ones(6, self.size))",
+            r"must return two tensors, .* \(got a list of 6\)",
+        ),
         ("torch.ones(6,", "torch.ones(5,", "must return as many inputs as labels"),
         ("torch.ones(6, self.size), torch.zeros(6", "torch.ones(0, 3), torch.zeros(0", "at least one"),
         ("cross_entropy(outputs, labels)", "cross_entropy(outputs, 1)", "line 16: `Mine.loss` raised TypeError"),
@@ -518,7 +523,11 @@ def test_samples_are_known_again_in_whatever_last_bits_they_come(values: list[fl
             r"`Mine.score` must return values from 0 to 1, or have a unit in the spec, as in "
             r"`task: {metric: {name: PSNR, unit: dB}}` \(got 2.0 to 2.0\)",
         ),
-        ("== labels).float()", "== labels).float() * torch.nan", "must return values from 0 to 1, .* .got nan to nan."),
+        (
+            "== labels).float()",
+            "== labels).float() * torch.nan",
+            r"must return values from 0 to 1, .* \(got nan, (\d+) of \1\)",
+        ),
         ("== labels).float()", "== labels).float().mean()", r"must return a tensor of shape \(4,\)"),
         (
             "    def model(",

@@ -11,11 +11,13 @@ from qsweep.errors import SpecError, SweepError, did_you_mean
 from qsweep.records import Metrics, Record
 from qsweep.space import complaint
 from qsweep.spec import Constraint, Spec, no_share, shares
-from qsweep.study.front import feasible, figures, losses, of_target
+from qsweep.study.front import feasible, figures, losses, of_target, tied
 from qsweep.tasks import TaskConfig
 
 _ENDS = {"failed": "failed", "refused": "was refused"}
 _TIES = ("accuracy", "size_bytes", "latency_ms")
+_ALIKE = 1e-6
+"""Means of real numbers, such as dB, that differ by less of them differ by the order of their sums."""
 
 
 class Selector(Config):
@@ -113,7 +115,10 @@ def best(records: Sequence[Record], selector: Selector, spec: Spec | None = None
         got = ", ".join(f"{name} {_told(nearest, name)}" for name in selector.bounds)
         raise SweepError(f"no trial keeps {selector}; the nearest is #{nearest.number} `{nearest.name}` with {got}")
     compared = [selector.by, *(name for name in _TIES if all(_measured(record, name) for record in able))]
-    order = sorted(zip(losses(able, compared).tolist(), able, strict=True), key=lambda pair: (pair[0], pair[1].number))
+    table = losses(able, compared)
+    for column in (place for place, name in enumerate(compared) if name == "accuracy"):
+        table[:, column] = tied(table[:, column], _ALIKE)
+    order = sorted(zip(table.tolist(), able, strict=True), key=lambda pair: (pair[0], pair[1].number))
     return order[0][1]
 
 

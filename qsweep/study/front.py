@@ -110,7 +110,7 @@ def judged(runs: Sequence[Measurement], name: str, values: ndarray) -> ndarray:
         values = _medians(values * _steadied(runs, name), [run.kernels for run in runs])
     values = of_records(runs, name, values)
     if name in RESOLUTION:
-        values = np.apply_along_axis(_tied, -1, values, RESOLUTION[name])
+        values = np.apply_along_axis(tied, -1, values, RESOLUTION[name])
     return values
 
 
@@ -146,13 +146,13 @@ def _medians(values: ndarray, groups: Sequence[str]) -> ndarray:
     return pooled
 
 
-def _tied(values: ndarray, resolution: float) -> ndarray:
-    """Each value as the least of its group; a group reaches from its least value to `resolution` above it."""
+def tied(values: ndarray, resolution: float) -> ndarray:
+    """Each value as the least of its group; a group reaches from its least value to that share of it above."""
     import numpy as np
 
     leaders: list[float] = []
     for value in np.sort(values):
-        if not leaders or value > leaders[-1] * (1 + resolution):
+        if not leaders or value > leaders[-1] + resolution * abs(leaders[-1]):
             leaders.append(value)
     return np.array(leaders)[np.searchsorted(leaders, values, side="right") - 1]
 

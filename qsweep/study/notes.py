@@ -30,6 +30,7 @@ def notes(spec: Spec, folder: SweepFolder, records: Sequence[Record]) -> Iterato
             yield f"the test split of #{record.number} `{record.name}` failed: {failed['message']}"
     if fp32 is not None:
         yield from _idle(records, fp32)
+        yield from _on_test(spec, records, fp32)
         yield from _compared(spec, records, fp32)
 
 
@@ -46,6 +47,20 @@ def early(spec: Spec, folder: SweepFolder, fp32: Record | None) -> Iterator[str]
                 f"fp32 itself does not keep `constraints.{name}` (its {name} is {value:,.6g}): few compressed versions "
                 "will, if any"
             )
+
+
+def _on_test(spec: Spec, records: Sequence[Record], fp32: Record) -> Iterator[str]:
+    """Members of the front whose figures of the test split are not within the bounds of those of the validation one."""
+    bounds = {name: spec.constraints[name] for name in ("accuracy_drop_pp", "accuracy") if name in spec.constraints}
+    for record in records:
+        value, whole = record.metrics.accuracy_test, fp32.metrics.accuracy_test
+        if not record.front or value is None or whole is None:
+            continue
+        found = {"accuracy_drop_pp": spec.task.judged_by.scale * (whole - value), "accuracy": value}
+        for name, bound in bounds.items():
+            if not bound.keeps(found[name]):
+                got = f"{found[name]:,.6g}"
+                yield f"#{record.number} does not keep `constraints.{name}` on the test split (it is {got} there)"
 
 
 def _idle(records: Sequence[Record], fp32: Record) -> Iterator[str]:

@@ -174,6 +174,8 @@ class UserTask:
         found, method = self._ask("samples", split), f"samples({split!r})"
         what = "return two tensors, inputs and labels, or tuples and dicts of tensors for each"
         self._must(isinstance(found, tuple) and len(found) == 2, method, what, _describe(found))
+        for each in found:  # of samples: a tuple or a dict has a few tensors of all samples
+            self._must(not isinstance(each, list), method, what, f"a list of {len(each)}")
         stored, labels = (
             self._known(role, value, lambda got: self._complaint(method, what, got))
             for role, value in zip(_OF_SAMPLES, found, strict=True)
@@ -227,8 +229,9 @@ class UserTask:
         fits = isinstance(found, Tensor) and found.shape == (len(labels),)
         shape = f"({len(labels)},), or ({len(labels)}, K) beside a method `metric`"
         self._must(fits, "score", f"return a tensor of shape {shape}", _describe(found))
-        least, most = found.min().item(), found.max().item()
-        self._must(self._may_be(least, most), "score", f"return values {self._range}", f"{least} to {most}")
+        least, most, wrong = found.min().item(), found.max().item(), found[~found.isfinite()]
+        got = f"{wrong[0].item()}, {len(wrong)} of {len(found)}" if len(wrong) else f"{least} to {most}"
+        self._must(self._may_be(least, most), "score", f"return values {self._range}", got)
         return found  # type: ignore[no-any-return]
 
     def _apart(self, role: Role, joined: Tensor) -> Any:

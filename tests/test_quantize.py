@@ -7,9 +7,11 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
-from networks import Noise, context, network, pruned
+from networks import Noise, context, network, pruned, shared
+from networks import made as made_network
 from torch import Tensor, nn
 
 from qsweep.config import members
@@ -324,3 +326,28 @@ def test_columns_of_the_input_have_a_grid_of_their_own(last: Callable[[Tensor], 
     found = PTQ().apply(model, context(tmp_path, task=Noise(inputs=inputs)))
     step = float(inputs[:, -1, 0].max() - inputs[:, -1, 0].min()) / 255
     assert (IntegerInterpreter(found.graph)(inputs) - model(inputs)).abs().max() < 2 * step
+
+
+class Reversible(nn.Module):
+    """Forecasts a series less its own mean, over its deviation; both are put back (Kim et al. 2022, RevIN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        series = x[:, 0]
+        mean, deviation = series.mean(1, keepdim=True), (series.var(1, keepdim=True) + 1e-5).sqrt()
+        inner = ((series - mean) / deviation).transpose(1, 2)
+        forecast: Tensor = self.narrow(F.relu(self.wide(inner))).transpose(1, 2) * deviation + mean
+        return forecast
+
+
+@pytest.mark.parametrize("level", [0.0, 5.0, 500.0])
+def test_a_normalization_that_is_undone_may_have_any_level(level: float) -> None:
+    inputs = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)).cumsum(2)
+    model = made_network(Reversible)
+    found = PTQ(calibration_samples=40).apply(model, shared("Reversible", inputs))
+    with torch.no_grad():
+        wanted = model(inputs + level)
+    torch.testing.assert_close(IntegerInterpreter(found.graph)(inputs + level), wanted, atol=0.05, rtol=0)

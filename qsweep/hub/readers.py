@@ -10,6 +10,9 @@ What a convolution gives is quantized for all its readers, unless it is the last
 runtimes whose convolutions give integers alone would compute it in floating point otherwise. Batch norms of images that
 no layer takes in are such convolutions, of each channel with one number, where they read what gates may read and their
 result becomes integers.
+
+Sums and products that the model gives, functions and moves of them between, read real numbers but for what convolutions
+give: they give real ones, and what they undo, such as a normalization of a series, may have any range.
 """
 
 from __future__ import annotations
@@ -33,12 +36,13 @@ def readers_on_grids(graph: fx.GraphModule, real: Collection[fx.Node] = ()) -> d
     shown = reached([source(graph.graph.output_node())], lambda node: node.all_input_nodes if moves(node) else ())
     floats = _left_real(graph, real)
     given, known = _given_by_convolutions(graph) - shown - floats, _known(graph)
+    last = _last(graph)
     ends = {norm: end_of(norm) for norm in nodes_of(graph, NORMS) if norm in known and stands_alone(norm)}
     norms = {norm: end for norm, end in ends.items() if end not in shown and norm not in floats}
     wanted: set[fx.Node] = set()
 
     def reads_integers(user: fx.Node, value: fx.Node) -> bool:
-        if user in floats:
+        if user in floats or user in last:
             return moves(user) and user in wanted
         return norms[user] in wanted if user in norms else _reads_integers(user, value, wanted, known)
 
@@ -77,6 +81,16 @@ def _left_real(graph: fx.GraphModule, layers: Collection[fx.Node]) -> set[fx.Nod
         if node.target not in COMPUTE and node.users and before.issuperset(node.users):
             before.add(node)
     return behind | before
+
+
+def _last(graph: fx.GraphModule) -> set[fx.Node]:
+    """Sums and products, functions and moves, that nothing but such and the output of the model read."""
+    output = graph.graph.output_node()
+    found = {output}
+    for node in reversed(graph.graph.nodes):
+        if (node.target in BINARY | POINTWISE | RECTIFIERS or moves(node)) and found.issuperset(node.users):
+            found.add(node)
+    return {node for node in found if node.target in BINARY}
 
 
 def groups_of(graph: fx.GraphModule, wanted: dict[fx.Node, list[fx.Node]]) -> list[list[fx.Node]]:

@@ -48,7 +48,7 @@ def calibrated(config: Uniform, model: nn.Module, context: Context) -> Quantized
 
         floats = ["float", *config.canonical().float_layers] if config.float_layers else []
         parents = (context.key, config.calibration_samples, seed, torch.__version__, *preparation(config), *floats)
-        folder = context.store.folder(context.store.key(what, 9, BINS, *parents), compute)
+        folder = context.store.folder(context.store.key(what, 10, BINS, *parents), compute)
         return load_file(folder / "statistics.safetensors")
 
     seed = config.draw(context)

@@ -116,6 +116,7 @@ def onnx_tensors(folder: Path, inputs: Tensor) -> dict[str, Tensor]:
 def assert_equal_everywhere(case: Case, folder: Path) -> None:
     engine = OnnxRuntime(batch_size=len(case.inputs))
     lowered(engine, case, folder)
+    assert [each.name for each in complete(folder).graph.output] == ["outputs"]
     outputs, tensors = reference(case)
     others = list(onnx_tensors(folder, case.inputs).values())
     assert len(tensors) == len(others) >= 3

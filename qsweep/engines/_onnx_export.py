@@ -51,6 +51,7 @@ def exported(graph: torch.fx.GraphModule, example: Tensor) -> onnx.ModelProto:
                 (example,),
                 dynamo=True,
                 dynamic_shapes=({0: batch},),
+                output_names=["outputs"],
                 opset_version=_OPSET,
                 verbose=False,
                 external_data=False,

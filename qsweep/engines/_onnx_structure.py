@@ -42,7 +42,7 @@ def skeleton(model: QuantizedModel, store: Store) -> onnx.ModelProto:
         _with_quick_gelus(content)
         onnx.save(content, folder / _FILE)
 
-    key = store.key("onnx", 14, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
+    key = store.key("onnx", 15, structure(model), _other_constants(model), torch.__version__, onnx.__version__)
     return onnx.load(store.folder(key, compute) / _FILE)
 
 

@@ -55,7 +55,8 @@ def parity(
     agree = same.double().mean().item()
     if agree < settings.parity_top1:
         raise ParityFailure(
-            f"artifact and simulation must agree on {settings.parity_top1:.1%} {what} (got {agree:.1%})"
+            f"artifact and simulation must agree on {settings.parity_top1:.1%} {what} (got {agree:.1%}; the bound is "
+            "`measure.parity_top1`)"
         )
     return {"parity_top1": agree, "parity_max_abs": (deployed - simulated).abs().max().item()}
 

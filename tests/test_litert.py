@@ -184,6 +184,10 @@ ELEMENTWISE = {
     "sums so far": lambda x: (x > 0).long().cumsum(2).float() + x.cumsum(3),
     "places": lambda x: x.permute(1, 2, 0, 3)[torch.tensor([3, 1]), torch.tensor([0, 7])].permute(1, 0, 2),
     "taken": lambda x: x.gather(2, x.argmin(3, keepdim=True).expand(-1, -1, -1, 8)),
+    "flipped": lambda x: x.flip(1, 3) + x.flip(2),
+    "windows of a series": lambda x: (
+        x.unfold(3, 4, 2).sum(4).repeat(1, 1, 1, 2) + x.unfold(1, 2, 2).mean(4).sum(1, keepdim=True)[..., :6]
+    ),
     "chosen channels": lambda x: x[:, torch.tensor([3, 1, 1])],
     "shuffled": lambda x: F.pixel_shuffle(x.repeat(1, 2, 1, 1), 4).repeat_interleave(2, 1)[:, :, :8, :8],
 }

@@ -183,6 +183,30 @@ def _indexed(values: Values, node: fx.Node) -> Value:
     return _picked(values, node, [_spread(values, values.value(each), shape) for each in places if each is not None])
 
 
+@write(aten.unfold.default)
+def _unfolded(values: Values, node: fx.Node) -> Value:
+    """Windows by their places, which the operator puts where the dimension was; they go last."""
+    rows, named, shape = values.real(source(node)), arguments(node), shape_of(node)
+    rows = values.arranged(rows, plain(len(rows.shape)))
+    axis = named["dimension"] % len(rows.shape)
+    places = named["step"] * torch.arange(shape[axis])[:, None] + torch.arange(named["size"])
+    laid, found = values.constant(places.to(torch.int32)), [*shape[:-1]]
+    found.insert(axis + 1, shape[-1])
+    made = values.make("GATHER", [rows, laid], found, dtype=rows.dtype, kind="GatherOptions", axis=axis)
+    order = (*range(axis + 1), len(shape) - 1, *range(axis + 1, len(shape) - 1))
+    return Value(made.index, tuple(shape), order, made.dtype, made.grid)
+
+
+@write(aten.flip.default)
+def _flipped(values: Values, node: fx.Node) -> Value:
+    found, shape = values.real(source(node)), shape_of(node)
+    found = values.arranged(found, plain(len(shape)))
+    for dim in arguments(node)["dims"]:
+        given: list[Value | int] = [found, values.numbers(dim % len(shape))]
+        found = values.make("REVERSE_V2", given, shape, dtype=found.dtype, kind="ReverseV2Options")
+    return found
+
+
 @write(aten.gather.default)
 def _taken(values: Values, node: fx.Node) -> Value:
     named, shape = arguments(node), shape_of(node)

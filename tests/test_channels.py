@@ -113,6 +113,8 @@ FOLLOWED: dict[str, tuple[Callable[..., Tensor], list[nn.Module], list[int]]] = 
     "flattened": (lambda x: x.flatten(1), [], [8]),
     "chain": (lambda x, a: F.relu(a(x)), [conv(8, 12)], [8, 12]),
     "norm": (lambda x, a, n: F.silu(n(a(x))), [conv(8, 12, bias=False), nn.BatchNorm2d(12)], [8, 12]),
+    "learned slope": (lambda x, a, p, b: b(p(a(x))), [conv(8, 12), nn.PReLU(), conv(12, 6)], [8, 12, 6]),
+    "learned slopes": (lambda x, a, p, b: b(p(a(x))), [conv(8, 12), nn.PReLU(12), conv(12, 6)], [8, 12, 6]),
     "sum": (lambda x, a, b: x + b(F.relu(a(x))), [conv(8, 12), conv(12, 8)], [8, 12]),
     "difference": (lambda x, a: x - a(x) / 2, [conv(8, 8)], [8]),
     "concatenation": (lambda x, a: torch.cat([x, a(x), x], 1), [conv(8, 6)], [8, 6]),

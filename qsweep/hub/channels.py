@@ -18,7 +18,7 @@ from qsweep.hub.coupling import PINNED, Coupling, Role, Value, Walk, place_of, s
 from qsweep.hub.form import QuantizedModel
 from qsweep.hub.heads import ALONG, ATTENTION, MOVES, along_others, attention, moved, split
 from qsweep.hub.kinds import CONVOLUTIONS, LINEARS, NEAREST, NORMS, POINTWISE, POOLS, RECTIFIERS, SIZE, TRANSPOSED, aten
-from qsweep.hub.nodes import arguments, shape_seen, source
+from qsweep.hub.nodes import arguments, constant, shape_seen, source
 
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 _PRODUCTS = {aten.mul.Tensor, aten.div.Tensor}
@@ -122,6 +122,16 @@ def _pointwise(walk: Walk, node: fx.Node) -> Value | None:
     return Value(value.axis, value.channels, value.silent and not bool(of_zero))
 
 
+def _slope(walk: Walk, node: fx.Node) -> Value | None:
+    """Of a rectifier that has learned a slope below 0, one number or one for each channel: it gives 0 for 0."""
+    value, slope = walk.values.get(source(node)), constant(walk.graph, node.args[1])
+    if value is None or slope is None or (slope.numel() > 1 and value.axis != 1):
+        return None
+    if slope.numel() > 1:
+        walk.claim(node, source(node, 1), 0, value.channels, "follows")
+    return value
+
+
 def _same(walk: Walk, node: fx.Node) -> Value | None:
     return walk.values.get(source(node))
 
@@ -151,8 +161,8 @@ def _elements(walk: Walk, node: fx.Node) -> Value | None:
         if walk.values[operand].channels not in wide:
             walk.pin(operand)
     walk.union.join(wide[0], wide[-1])
-    for constant in others:
-        walk.claim(node, constant, len(shape_seen(constant)) - place, wide[0], "follows")
+    for number in others:
+        walk.claim(node, number, len(shape_seen(number)) - place, wide[0], "follows")
     silent = [operand in known and walk.values[operand].silent for operand in given]
     added = len(given) == 1 and node.args[1] != 0
     kept = all(silent) and not added if summed else any(silent)
@@ -240,6 +250,7 @@ _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(CONVOLUTIONS | LINEARS | TRANSPOSED | {aten.conv3d.default}, _layer),
     **dict.fromkeys(NORMS, _norm),
     **dict.fromkeys(RECTIFIERS | POINTWISE, _pointwise),
+    aten.prelu.default: _slope,
     **dict.fromkeys(_COPIES, _same),
     **dict.fromkeys(_WINDOWS, _windows),
     **dict.fromkeys(_SUMS | _PRODUCTS, _elements),

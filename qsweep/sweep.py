@@ -14,7 +14,7 @@ def run(spec: str | Path) -> Generator[Record, None, bool]:
 
     Yields records as `qsweep.study.driver.run` does: those of earlier runs first, then each as soon as it is durable; a
     record replaces an earlier one of its number. Returns whether the sweep has finished; after SIGINT it has not.
-    Raises SpecError, SweepError, DiskFull, and what keeps the task or the fp32 baseline from working.
+    Raises SpecError, SweepError, DiskFull, TaskChanged, and what keeps the task or the fp32 baseline from working.
     """
     from qsweep.study.driver import run as drive
     from qsweep.track import publish

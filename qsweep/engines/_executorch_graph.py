@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from qsweep.engines._program import by_rows
+from qsweep.engines._torch_graph import over_images
 from qsweep.errors import Refused
 from qsweep.hub.fixed import with_constants
 from qsweep.hub.form import QuantizedModel, grid_of, weight_bits_of
@@ -90,20 +91,10 @@ def _settle(graph: fx.GraphModule, layer: fx.Node) -> None:
     set_constant(graph, name, real.unsqueeze(2) if flat else real)
     with graph.graph.inserting_before(layer):
         layer.update_arg(1, graph.graph.get_attr(name))
-    if flat:
-        _as_image(graph, layer)
-
-
-def _as_image(graph: fx.GraphModule, layer: fx.Node) -> None:
-    """A conv1d, its weight that of a conv2d, as one over images one pixel high: ExecuTorch's own way there takes no
-    real weights beside integers."""
-    call, named = graph.graph.call_function, arguments(layer)
-    sizes = [[none, *named[name]] for name, none in (("stride", 1), ("padding", 0), ("dilation", 1))]
-    with graph.graph.inserting_before(layer):
-        image = call(aten.unsqueeze.default, (source(layer), 2))
-        result = call(aten.conv2d.default, (image, layer.args[1], named["bias"], *sizes, named["groups"]))
-        layer.replace_all_uses_with(call(aten.squeeze.dim, (result, 2)))
-    graph.graph.erase_node(layer)
+    if flat:  # ExecuTorch's own way there takes no real weights beside integers
+        with graph.graph.inserting_before(layer):
+            image = graph.graph.call_function(aten.unsqueeze.default, (source(layer), 2))
+        over_images(graph, layer, image, 2)
 
 
 def _is_quantized(layer: fx.Node) -> bool:

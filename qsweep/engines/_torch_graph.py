@@ -162,17 +162,24 @@ def with_image_convolutions(graph: fx.GraphModule) -> fx.GraphModule:
         upright = wrong_in_a_row(*integers.shape[1:]) and grid_of(given)[1] != 0
         place = 3 if upright else 2
         set_constant(graph, str(source(stored).target), integers.unsqueeze(place))
-        bias, stride, padding, dilation, groups = (arguments(node)[name] for name in _CONVOLUTION)
-        plain = ((1, stride), (0, padding), (1, dilation))
-        sizes = [[*size, none] if upright else [none, *size] for none, size in plain]
         with graph.graph.inserting_before(given):
             given.update_arg(0, call(aten.unsqueeze.default, (given.args[0], place)))
-        with graph.graph.inserting_before(node):
-            result = call(aten.conv2d.default, (given, stored, bias, *sizes, groups))
-            node.replace_all_uses_with(call(aten.squeeze.dim, (result, place)))
-        graph.graph.erase_node(node)
+        over_images(graph, node, given, place)
     graph.recompile()
     return graph
+
+
+def over_images(graph: fx.GraphModule, node: fx.Node, image: fx.Node, place: int) -> None:
+    """The conv1d `node` over `image`, what it reads with one pixel more at dimension `place`, in place; its weight has
+    that, too."""
+    call, named = graph.graph.call_function, arguments(node)
+    sizes = [list(named[name]) for name in ("stride", "padding", "dilation")]
+    for size, none in zip(sizes, (1, 0, 1), strict=True):
+        size.insert(place - 2, none)
+    with graph.graph.inserting_before(node):
+        result = call(aten.conv2d.default, (image, node.args[1], named["bias"], *sizes, named["groups"]))
+        node.replace_all_uses_with(call(aten.squeeze.dim, (result, place)))
+    graph.graph.erase_node(node)
 
 
 def with_wide_groups(graph: fx.GraphModule) -> fx.GraphModule:
@@ -196,9 +203,6 @@ def with_wide_groups(graph: fx.GraphModule) -> fx.GraphModule:
             given.update_arg(0, call(aten.index_select.default, (given.args[0], 1, chosen)))
     graph.recompile()
     return graph
-
-
-_CONVOLUTION = ("bias", "stride", "padding", "dilation", "groups")
 
 
 _KERNELS = COMPUTE | SAME_GRID - {aten.slice.Tensor, aten.pad.default, aten.pixel_shuffle.default, NEAREST}

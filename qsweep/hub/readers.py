@@ -36,13 +36,13 @@ def readers_on_grids(graph: fx.GraphModule, real: Collection[fx.Node] = ()) -> d
     shown = reached([source(graph.graph.output_node())], lambda node: node.all_input_nodes if moves(node) else ())
     floats = _left_real(graph, real)
     given, known = _given_by_convolutions(graph) - shown - floats, _known(graph)
-    last = _last(graph)
+    reals = floats | _last(graph)
     ends = {norm: end_of(norm) for norm in nodes_of(graph, NORMS) if norm in known and stands_alone(norm)}
     norms = {norm: end for norm, end in ends.items() if end not in shown and norm not in floats}
     wanted: set[fx.Node] = set()
 
     def reads_integers(user: fx.Node, value: fx.Node) -> bool:
-        if user in floats or user in last:
+        if user in reals:
             return moves(user) and user in wanted
         return norms[user] in wanted if user in norms else _reads_integers(user, value, wanted, known)
 

@@ -46,8 +46,8 @@ def run(
     not after SIGINT or SIGTERM, of which the first stops it in order: what runs is killed and is done again by the next
     run. `preload` is what is imported before workers are forked, by default what `qsweep.jobs` and the engines need.
 
-    Raises SpecError, SweepError (another driver, another spec), DiskFull, and what `prepare` or the fp32 baseline
-    failed with; a trial that fails is a record.
+    Raises SpecError, SweepError (another driver, another spec), DiskFull, TaskChanged, and what `prepare` or the fp32
+    baseline failed with; a trial that fails is a record.
     """
     check(spec)
     folder = SweepFolder(root, spec.name)
